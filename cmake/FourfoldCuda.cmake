@@ -1,0 +1,25 @@
+# CUDA is optional: without nvcc the build is CPU-only and says so.
+set(FOURFOLD_HAS_CUDA OFF)
+if(FOURFOLD_CUDA STREQUAL "OFF")
+  message(STATUS "fourfold: CPU-only build (FOURFOLD_CUDA=OFF)")
+  return()
+endif()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(CMAKE_CUDA_COMPILER)
+  set(CMAKE_CUDA_ARCHITECTURES ${FOURFOLD_CUDA_ARCHITECTURES})
+  enable_language(CUDA)
+  # CMake 3.25 does not know nvcc's C++20 flag.
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+  set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+  set(FOURFOLD_HAS_CUDA ON)
+  message(STATUS "fourfold: with CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+elseif(FOURFOLD_CUDA STREQUAL "ON")
+  message(FATAL_ERROR "fourfold: FOURFOLD_CUDA=ON, but no CUDA compiler was found. "
+                      "Put nvcc on the PATH or set CMAKE_CUDA_COMPILER, or use FOURFOLD_CUDA=AUTO.")
+else()
+  message(STATUS "fourfold: CPU-only build (no CUDA compiler found)")
+endif()

@@ -1,0 +1,28 @@
+# How every target of the project is compiled.
+set(CMAKE_CXX_STANDARD 20)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+
+if(NOT CMAKE_BUILD_TYPE)
+  set(CMAKE_BUILD_TYPE Release CACHE STRING "" FORCE)
+endif()
+
+set(FOURFOLD_SANITIZE "" CACHE STRING "Sanitizers, e.g. address,undefined")
+
+find_program(FOURFOLD_CCACHE ccache)
+if(FOURFOLD_CCACHE)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${FOURFOLD_CCACHE})
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${FOURFOLD_CCACHE})
+endif()
+
+add_library(fourfold_options INTERFACE)
+# Rounding points are specified: the compiler must not fuse a multiplication with an addition.
+target_compile_options(fourfold_options INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror -ffp-contract=off>)
+if(FOURFOLD_SANITIZE)
+  target_compile_options(fourfold_options INTERFACE
+    $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${FOURFOLD_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer>)
+  target_link_options(fourfold_options INTERFACE -fsanitize=${FOURFOLD_SANITIZE})
+endif()

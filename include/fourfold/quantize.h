@@ -1,0 +1,89 @@
+// Quantizers and dequantizers: the specification that every backend's staging matches bit for bit.
+//
+// NVFP4, one block of 16 (float32, round to nearest even; g = global scale):
+//   t = amax(block) / 6;  s = e4m3(t / g), saturating;  r = s == 0 ? 0 : 1 / (s * g);  code = e2m1(x * r)
+// A NaN or an infinity in a block makes its scale NaN, so that it shows.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "fourfold/block_scaled.h"
+#include "fourfold/tensor.h"
+
+namespace fourfold {
+
+/// What to do about blocks whose scale underflows.
+enum class ScaleFloor : uint8_t {
+  kNone,      ///< activations: a scale may round to zero, and an all-zero block stores zero
+  kModelOpt,  ///< weights, as ModelOpt writes them: at least 2^-9; an all-zero block stores 1.0
+};
+
+/// The largest magnitude in `values`; NaN if any value is NaN.
+float absolute_maximum(MatrixView<const float> values);
+float absolute_maximum(MatrixView<const Bf16> values);
+
+/// amax / 2688, and 1 for amax = 0: the dynamic global scale of a tensor or a token.
+FOURFOLD_HOST_DEVICE constexpr float nvfp4_global_scale(float amax) {
+  return amax == 0.0f ? 1.0f : amax / kNvfp4Range;
+}
+
+/// An owned block-scaled matrix; row-major scales.
+struct BlockScaledMatrix {
+  QuantFormat format = QuantFormat::kNvfp4;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  std::vector<uint8_t> codes;   ///< [rows, cols/2]
+  std::vector<uint8_t> scales;  ///< [rows, cols/block]
+  GlobalScale global;
+
+  BlockScaledView view() const;
+};
+
+/// Quantizes one row of NVFP4: `x` [cols] -> `codes` [cols/2], `scales` [cols/16]. cols % 16 == 0.
+void quantize_row_nvfp4(std::span<const float> x, float global, ScaleFloor floor, uint8_t* codes,
+                        uint8_t* scales);
+
+/// `nvfp4x2`: a second term quantizes what the first one left, x - q1, with the same global scale.
+void quantize_row_nvfp4x2(std::span<const float> x, float global, uint8_t* codes, uint8_t* scales,
+                          uint8_t* residual_codes, uint8_t* residual_scales);
+
+/// Quantizes one row of MXFP4 (OCP MX 1.0): scale 2^(floor(log2 amax) - 2); an all-zero block stores 2^-127.
+/// `x` [cols] -> `codes` [cols/2], `scales` [cols/32]. cols % 32 == 0.
+void quantize_row_mxfp4(std::span<const float> x, uint8_t* codes, uint8_t* scales);
+
+/// Quantizes one row to e4m3 with a scale of its own: `x` [cols] -> `codes` [cols].
+/// g = amax / 448 (1 for amax = 0), r = 1 / g, code = e4m3(x * r). Returns g.
+float quantize_row_fp8(std::span<const float> x, uint8_t* codes);
+
+/// Whole weights. `global` is the decode multiplier; nvfp4_global_scale(absolute_maximum(x)) is the usual
+/// choice. Throws Error unless cols is a multiple of the block.
+BlockScaledMatrix quantize_nvfp4(MatrixView<const float> x, float global,
+                                 ScaleFloor floor = ScaleFloor::kModelOpt);
+BlockScaledMatrix quantize_mxfp4(MatrixView<const float> x);
+
+/// What casting MXFP4 to NVFP4 cost, in blocks of 32. `inexact` of zero means bit-exact values.
+struct CastReport {
+  int64_t blocks = 0;
+  int64_t recoded = 0;  ///< too small for an e4m3 scale with codes unchanged: codes were rescaled
+  int64_t inexact = 0;  ///< of those, blocks where some value changed
+
+  CastReport& operator+=(const CastReport& other);
+};
+
+/// Exponent k (scale = 2^k) of the largest block scale among blocks that hold a nonzero code; nullopt-like
+/// `kNoExponent` where there is none. Throws Error at a scale of 0xFF, naming the row and block.
+inline constexpr int kNoExponent = -1000;
+int largest_mxfp4_exponent(const BlockScaledView& mxfp4);
+
+/// The lossless cast. Global scale 2^(kmax - 8); both halves of a 32-block get 2^(k - kmax + 8); codes
+/// unchanged. Exact if kmax - k <= 17 for every block with a nonzero code; beyond that codes are re-rounded
+/// and counted. `kmax` may be given to make several tensors (gate and up) share a global scale.
+BlockScaledMatrix cast_mxfp4_to_nvfp4(const BlockScaledView& mxfp4, CastReport* report = nullptr);
+BlockScaledMatrix cast_mxfp4_to_nvfp4(const BlockScaledView& mxfp4, int kmax, CastReport* report);
+
+/// Every value of `weight`, dequantized to float32 [rows, cols].
+std::vector<float> dequantize(const WeightView& weight);
+
+}  // namespace fourfold

@@ -1,0 +1,59 @@
+// The expert weights of one MoE layer, exactly as a checkpoint stores them.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "fourfold/block_scaled.h"
+
+namespace fourfold {
+
+/// One expert. Gate and up keep their own global scales. Views may be strided.
+struct Expert {
+  WeightView gate;                              ///< [I, H]
+  WeightView up;                                ///< [I, H]
+  WeightView down;                              ///< [H, I]
+  std::optional<DenseView> gate_bias, up_bias;  ///< [1, I]
+  std::optional<DenseView> down_bias;           ///< [1, H]
+  /// Calibrated activation scales (multipliers, amax/2688); absent where the checkpoint has none.
+  std::optional<float> gate_input_scale, up_input_scale, down_input_scale;
+  std::string name;  ///< e.g. "layers.3.ffn.experts.17", for messages
+};
+
+/// One layer's experts: views into a mapped checkpoint or a framework's tensors. `storage` keeps them alive.
+struct ExpertWeights {
+  int64_t hidden = 0;        ///< H
+  int64_t intermediate = 0;  ///< I
+  std::vector<Expert> experts;
+  std::shared_ptr<const void> storage;
+
+  int64_t count() const { return static_cast<int64_t>(experts.size()); }
+};
+
+/// Throws Error, naming expert and tensor, when a shape disagrees with `hidden` and `intermediate`.
+void validate(const ExpertWeights& weights);
+
+/// An input_scale that staging can use: present, finite, positive.
+bool is_usable_input_scale(std::optional<float> scale);
+
+/// What folding gate's and up's global scales into one changed.
+struct FoldReport {
+  int64_t blocks = 0;       ///< blocks of the rescaled halves
+  int64_t changed = 0;      ///< of those, blocks whose scale x global is not what it was
+  int64_t underflowed = 0;  ///< of those, scales that became zero
+  double largest_relative_change = 0.0;
+};
+
+/// `--gate-up fold`: for kernels that take one alpha an expert. global = max(gate, up); the smaller half's
+/// block scales are multiplied by own/global in float32 and rounded once to e4m3. Weights other than NVFP4
+/// are left alone.
+ExpertWeights fold_gate_up(const ExpertWeights& weights, FoldReport* report = nullptr);
+
+/// `--double-quantize`: what a serving engine does that goes through bf16 and quantizes again with ModelOpt's
+/// rule, gate and up as one tensor. Shows the loss; nobody should want it.
+ExpertWeights quantize_again(const ExpertWeights& weights);
+
+}  // namespace fourfold

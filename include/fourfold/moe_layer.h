@@ -1,0 +1,168 @@
+// One MoE layer on one backend: the interface that every backend implements and every engine calls.
+//
+//   auto choice = choose_backend("", weights, config);
+//   auto layer = choice.backend->make_layer(weights, config, options);
+//   auto plan = layer->plan(max_tokens);
+//   layer->forward(plan, {.x = x, .routing = routing, .y = y, .workspace = workspace});
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "fourfold/activations.h"
+#include "fourfold/expert_weights.h"
+#include "fourfold/gemm.h"
+#include "fourfold/routing.h"
+
+namespace fourfold {
+
+enum class ActivationKind : uint8_t { kSwiglu };
+
+/// The function between the two GEMMs. docs/formats.md, section 4.
+struct ActivationFunction {
+  ActivationKind kind = ActivationKind::kSwiglu;
+  /// DeepSeek-V4: gate = min(gate, limit), up = clamp(up, -limit, limit). Infinity: no clamp.
+  float limit = std::numeric_limits<float>::infinity();
+};
+
+/// What the model is. A backend that does not implement one of these refuses; nothing is ignored.
+struct LayerConfig {
+  int64_t hidden = 0;
+  int64_t intermediate = 0;
+  int64_t experts = 0;  ///< on this rank
+  int64_t top_k = 0;
+  ActivationFunction activation;
+};
+
+/// How the layer is to be computed.
+struct LayerOptions {
+  ActivationFormat activations = ActivationFormat::kNvfp4;
+  ScalePolicy x_scale = ScalePolicy::kStatic;             ///< used by nvfp4 and nvfp4x2 alone
+  ScalePolicy intermediate_scale = ScalePolicy::kStatic;  ///< the same, for the second GEMM's input
+  Accumulation accumulation = Accumulation::kFloat32;
+  /// Multiply by weights dequantized to float32 instead of applying the global scale in the epilogue: the
+  /// "reference in the dequantized weights". Backends other than the reference refuse it.
+  bool dequantize_weights = false;
+};
+
+/// The frozen choice of kernels for up to `max_tokens` tokens, and the workspace they need.
+struct LayerPlan {
+  int64_t max_tokens = 0;
+  size_t workspace_bytes = 0;
+  std::string kernel;                   ///< which kernel will run, for reports
+  std::string reason;                   ///< why that one
+  std::shared_ptr<const void> details;  ///< the backend's own
+};
+
+/// Optional outputs, one a stage; empty ones are not written. Rows are in permuted order, M = T * K at most.
+/// A tapped run equals an untapped one bit for bit.
+struct StageTaps {
+  std::span<int32_t> group_offsets;  ///< [E+1]
+  std::span<int32_t> slot_of_row;    ///< [T*K]
+  std::span<int32_t> row_of_slot;    ///< [T*K]
+  const StagedActivations* staged_x = nullptr;
+  MatrixView<Bf16> h;           ///< [T*K, 2I], gate columns first
+  MatrixView<Bf16> activation;  ///< [T*K, I]
+  const StagedActivations* staged_intermediate = nullptr;
+  MatrixView<Bf16> z;  ///< [T*K, H], before routing weights
+};
+
+struct ForwardArgs {
+  MatrixView<const Bf16> x;  ///< [T, H]
+  Routing routing;
+  OutputView y;  ///< [T, H]; float32 for partial sums that other ranks add to
+  std::span<std::byte> workspace;
+  void* stream = nullptr;     ///< cudaStream_t where the backend has streams
+  int32_t* status = nullptr;  ///< StatusBits, in the backend's memory; may be null
+  StageTaps taps = {};
+};
+
+/// The expert half alone, for callers that permute and combine themselves (expert parallelism).
+struct ExpertsArgs {
+  ActivationView activations;              ///< [M, H], staged in the layer's format
+  std::span<const int32_t> group_offsets;  ///< [E+1]
+  MatrixView<Bf16> z;                      ///< [M, H]
+  std::span<std::byte> workspace;
+  void* stream = nullptr;
+  StageTaps taps = {};
+};
+
+/// Owns its prepared weights. Calls check their arguments, then enqueue; they neither allocate nor
+/// synchronise. One layer may run concurrently with separate workspaces.
+class MoeLayer {
+ public:
+  virtual ~MoeLayer() = default;
+
+  virtual const LayerConfig& config() const = 0;
+  virtual const LayerOptions& options() const = 0;
+  virtual LayerPlan plan(int64_t max_tokens) const = 0;
+  /// permute, stage, experts, combine. Throws Error for arguments that do not fit the plan.
+  virtual void forward(const LayerPlan& plan, const ForwardArgs& args) const = 0;
+  virtual void experts(const LayerPlan& plan, const ExpertsArgs& args) const = 0;
+  /// Replaces the weights in place; shapes and formats must be those of make_layer.
+  virtual void update_weights(const ExpertWeights& weights) = 0;
+};
+
+/// A way to compute layers on some hardware.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual std::string_view name() const = 0;
+  virtual std::string_view description() const = 0;
+  /// Why this machine cannot run it; empty when it can.
+  virtual std::string why_unavailable() const = 0;
+  /// Why it cannot compute this layer this way; empty when it can.
+  virtual std::string why_unsupported(const ExpertWeights& weights, const LayerConfig& config,
+                                      const LayerOptions& options) const = 0;
+  virtual std::unique_ptr<MoeLayer> make_layer(const ExpertWeights& weights, const LayerConfig& config,
+                                               const LayerOptions& options) const = 0;
+  virtual void gemm(const GemmArgs& args) const = 0;
+  virtual void grouped_gemm(const GroupedGemmArgs& args) const = 0;
+};
+
+/// The backend "reference": plain loops (fourfold/reference.h).
+const Backend& reference_backend();
+
+/// Every backend compiled in, best first; the reference is last and can always run.
+std::span<const Backend* const> backends();
+
+/// The backend called `name`; throws Error naming all that are compiled in.
+const Backend& find_backend(std::string_view name);
+
+/// Environment variable that forces a backend where no name is given.
+inline constexpr const char* kBackendVariable = "FOURFOLD_BACKEND";
+
+struct BackendChoice {
+  const Backend* backend = nullptr;
+  std::string reason;  ///< why this one and none of the better ones
+};
+
+/// The best backend that can run this layer. `forced`, or else FOURFOLD_BACKEND, names the only one to
+/// consider; when it can't run, Error says why for every backend compiled in. There is no silent fallback.
+BackendChoice choose_backend(std::string_view forced, const ExpertWeights& weights, const LayerConfig& config,
+                             const LayerOptions& options);
+
+/// The default scale policies: static where every expert has usable input scales, dynamic-token where none
+/// has any. Otherwise throws Error naming the missing ones. Formats other than NVFP4 get dynamic-token, which
+/// they ignore.
+struct DefaultPolicies {
+  ScalePolicy x = ScalePolicy::kDynamicToken;
+  ScalePolicy intermediate = ScalePolicy::kDynamicToken;
+};
+DefaultPolicies default_scale_policies(const ExpertWeights& weights, ActivationFormat format);
+
+/// Throws Error when config, weights and options do not fit each other, or a static policy lacks an input
+/// scale.
+void validate(const ExpertWeights& weights, const LayerConfig& config, const LayerOptions& options);
+/// Throws Error when arguments do not fit layer and plan.
+void validate(const MoeLayer& layer, const LayerPlan& plan, const ForwardArgs& args);
+void validate(const MoeLayer& layer, const LayerPlan& plan, const ExpertsArgs& args);
+
+}  // namespace fourfold

@@ -1,0 +1,138 @@
+// Checks of expert weights, and the two named steps that change them: folding gate and up, quantizing again.
+#include "fourfold/expert_weights.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/fail.h"
+#include "fourfold/quantize.h"
+
+namespace fourfold {
+namespace {
+
+void require_shape(const Expert& expert, const char* which, const WeightView& weight, int64_t rows,
+                   int64_t cols) {
+  if (rows_of(weight) != rows || cols_of(weight) != cols) {
+    reject(expert.name + " " + which, shape_text(rows, cols), shape_text(rows_of(weight), cols_of(weight)));
+  }
+}
+
+void require_bias(const Expert& expert, const char* which, const std::optional<DenseView>& bias,
+                  int64_t cols) {
+  if (bias && (bias->rows != 1 || bias->cols != cols)) {
+    reject(expert.name + " " + which, shape_text(1, cols), shape_text(bias->rows, bias->cols));
+  }
+}
+
+/// `half`'s block scales for the larger global scale of the other one.
+BlockScaledMatrix rescale(const BlockScaledView& half, float global, FoldReport& report) {
+  BlockScaledMatrix folded{half.format, half.rows, half.cols, {}, {}, {global, GlobalScaleKind::kMultiplier}};
+  const int64_t blocks = half.blocks_per_row();
+  const float own = half.global.multiplier(), ratio = own / global;
+  folded.scales.resize(static_cast<size_t>(half.rows * blocks));
+  for (int64_t row = 0; row < half.rows; ++row) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const float scale = decode_e4m3(half.scale_code(row, block));
+      const uint8_t code = encode_e4m3(scale * ratio);
+      folded.scales[static_cast<size_t>(row * blocks + block)] = code;
+      const double before = double{scale} * own, after = double{decode_e4m3(code)} * global;
+      ++report.blocks;
+      if (before == after) continue;
+      ++report.changed;
+      report.underflowed += code == 0;
+      report.largest_relative_change =
+          std::max(report.largest_relative_change, std::abs(after / before - 1.0));
+    }
+  }
+  return folded;
+}
+
+/// The view `half` with scales and global scale of `folded`; codes stay where they are.
+BlockScaledView with_scales(BlockScaledView half, const BlockScaledMatrix& folded) {
+  half.scales = folded.scales.data();
+  half.scale_stride = half.blocks_per_row();
+  half.scale_layout = ScaleLayout::kRowMajor;
+  half.global = folded.global;
+  return half;
+}
+
+/// dequantize -> bf16, as an engine that goes through bf16 holds the weight.
+std::vector<float> through_bf16(const WeightView& weight) {
+  std::vector<float> values = dequantize(weight);
+  for (float& value : values) value = static_cast<float>(encode_bf16(value));
+  return values;
+}
+
+/// Owner of derived tensors beside the storage they were derived from.
+struct DerivedStorage {
+  std::shared_ptr<const void> source;
+  std::vector<std::unique_ptr<BlockScaledMatrix>> matrices;
+
+  const BlockScaledMatrix& add(BlockScaledMatrix matrix) {
+    return *matrices.emplace_back(std::make_unique<BlockScaledMatrix>(std::move(matrix)));
+  }
+};
+
+}  // namespace
+
+void validate(const ExpertWeights& weights) {
+  for (const Expert& expert : weights.experts) {
+    require_shape(expert, "gate", expert.gate, weights.intermediate, weights.hidden);
+    require_shape(expert, "up", expert.up, weights.intermediate, weights.hidden);
+    require_shape(expert, "down", expert.down, weights.hidden, weights.intermediate);
+    require_bias(expert, "gate bias", expert.gate_bias, weights.intermediate);
+    require_bias(expert, "up bias", expert.up_bias, weights.intermediate);
+    require_bias(expert, "down bias", expert.down_bias, weights.hidden);
+  }
+}
+
+bool is_usable_input_scale(std::optional<float> scale) {
+  return scale && std::isfinite(*scale) && *scale > 0.0f;
+}
+
+ExpertWeights fold_gate_up(const ExpertWeights& weights, FoldReport* report) {
+  auto storage = std::make_shared<DerivedStorage>();
+  storage->source = weights.storage;
+  ExpertWeights folded = weights;
+  FoldReport counts;
+  for (Expert& expert : folded.experts) {
+    auto* gate = std::get_if<BlockScaledView>(&expert.gate);
+    auto* up = std::get_if<BlockScaledView>(&expert.up);
+    if (gate == nullptr || up == nullptr || gate->format != QuantFormat::kNvfp4 ||
+        up->format != QuantFormat::kNvfp4) {
+      continue;
+    }
+    const float gate_global = gate->global.multiplier(), up_global = up->global.multiplier();
+    if (gate_global == up_global) continue;
+    BlockScaledView& smaller = gate_global < up_global ? *gate : *up;
+    smaller = with_scales(smaller, storage->add(rescale(smaller, std::max(gate_global, up_global), counts)));
+  }
+  folded.storage = std::move(storage);
+  if (report) *report = counts;
+  return folded;
+}
+
+ExpertWeights quantize_again(const ExpertWeights& weights) {
+  auto storage = std::make_shared<DerivedStorage>();
+  ExpertWeights quantized = weights;
+  const int64_t hidden = weights.hidden, intermediate = weights.intermediate;
+  const auto quantize = [&](const std::vector<float>& values, float global, int64_t rows, int64_t cols) {
+    return storage->add(quantize_nvfp4({values.data(), rows, cols}, global)).view();
+  };
+  for (Expert& expert : quantized.experts) {
+    const std::vector<float> gate = through_bf16(expert.gate), up = through_bf16(expert.up);
+    const float gate_up_global =
+        nvfp4_global_scale(std::max(absolute_maximum({gate.data(), intermediate, hidden}),
+                                    absolute_maximum({up.data(), intermediate, hidden})));
+    expert.gate = quantize(gate, gate_up_global, intermediate, hidden);
+    expert.up = quantize(up, gate_up_global, intermediate, hidden);
+    const std::vector<float> down = through_bf16(expert.down);
+    expert.down = quantize(down, nvfp4_global_scale(absolute_maximum({down.data(), hidden, intermediate})),
+                           hidden, intermediate);
+  }
+  storage->source = weights.storage;  // biases still point there
+  quantized.storage = std::move(storage);
+  return quantized;
+}
+
+}  // namespace fourfold

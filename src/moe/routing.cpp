@@ -1,0 +1,66 @@
+// Permutation by expert: a stable counting sort of slots.
+#include "fourfold/routing.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "base/fail.h"
+
+namespace fourfold {
+
+int64_t Routing::expert(int64_t token, int64_t k) const {
+  return std::visit([&](const auto& ids) { return static_cast<int64_t>(ids(token, k)); }, topk_ids);
+}
+
+int32_t permute_by_expert(const Routing& routing, const PermutationView& out) {
+  const int64_t tokens = routing.tokens(), top_k = routing.top_k();
+  const int64_t experts = static_cast<int64_t>(out.group_offsets.size()) - 1;
+  if (tokens * top_k > std::numeric_limits<int32_t>::max()) {
+    reject("routing", "at most 2^31 - 1 slots", fmt::format("{} tokens x {}", tokens, top_k));
+  }
+  int32_t status = kStatusOk;
+  const auto present = [&](int64_t expert) { return expert >= 0 && expert < experts; };
+
+  std::fill(out.group_offsets.begin(), out.group_offsets.end(), 0);
+  for (int64_t slot = 0; slot < tokens * top_k; ++slot) {
+    const int64_t expert = routing.expert(slot / top_k, slot % top_k);
+    if (present(expert)) {
+      ++out.group_offsets[static_cast<size_t>(expert + 1)];
+    } else if (expert != kAbsentExpert) {
+      status |= kStatusExpertOutOfRange;
+    }
+  }
+  for (size_t e = 1; e < out.group_offsets.size(); ++e) out.group_offsets[e] += out.group_offsets[e - 1];
+
+  // Each group's start walks forward as its rows are placed, so that it ends where the next group starts.
+  for (int64_t slot = 0; slot < tokens * top_k; ++slot) {
+    const int64_t expert = routing.expert(slot / top_k, slot % top_k);
+    const int32_t row = present(expert) ? out.group_offsets[static_cast<size_t>(expert)]++ : -1;
+    out.row_of_slot[static_cast<size_t>(slot)] = row;
+    if (row >= 0) out.slot_of_row[static_cast<size_t>(row)] = static_cast<int32_t>(slot);
+  }
+  std::copy_backward(out.group_offsets.begin(), out.group_offsets.end() - 1, out.group_offsets.end());
+  out.group_offsets.front() = 0;
+  return status;
+}
+
+Permutation permute_by_expert(const Routing& routing, int64_t experts) {
+  const auto slots = static_cast<size_t>(routing.tokens() * routing.top_k());
+  Permutation permutation;
+  permutation.group_offsets.resize(static_cast<size_t>(experts + 1));
+  permutation.slot_of_row.resize(slots);
+  permutation.row_of_slot.resize(slots);
+  permutation.status = permute_by_expert(
+      routing, {permutation.group_offsets, permutation.slot_of_row, permutation.row_of_slot});
+  permutation.slot_of_row.resize(static_cast<size_t>(permutation.rows()));
+  return permutation;
+}
+
+void gather_rows(MatrixView<const Bf16> x, std::span<const int32_t> slot_of_row, int64_t top_k,
+                 MatrixView<Bf16> rows) {
+  for (size_t row = 0; row < slot_of_row.size(); ++row) {
+    std::copy_n(x.row(slot_of_row[row] / top_k), x.cols, rows.row(static_cast<int64_t>(row)));
+  }
+}
+
+}  // namespace fourfold

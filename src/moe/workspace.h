@@ -1,0 +1,68 @@
+// Carving one caller-owned workspace into arrays. The same code, run without memory, gives the size.
+#pragma once
+
+#include <cstddef>
+#include <span>
+
+#include "fourfold/activations.h"
+#include "fourfold/error.h"
+
+namespace fourfold {
+
+class WorkspaceCarver {
+ public:
+  static constexpr size_t kAlignment = 256;
+
+  /// Only counts bytes.
+  WorkspaceCarver() = default;
+  /// Hands out parts of `workspace`; throws Error when it is too small or not aligned to kAlignment.
+  explicit WorkspaceCarver(std::span<std::byte> workspace)
+      : base_(workspace.data()), bytes_(workspace.size()) {
+    if (reinterpret_cast<uintptr_t>(base_) % kAlignment != 0) {
+      throw Error(ErrorCode::kInvalidArgument, "workspace: expected an address that is a multiple of 256");
+    }
+  }
+
+  template <class T>
+  std::span<T> take(int64_t count) {
+    const size_t offset = used_;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    if (base_ == nullptr) return {};
+    if (used_ > bytes_) {
+      throw Error(ErrorCode::kInvalidArgument, "workspace: expected at least " + std::to_string(used_) +
+                                                   " bytes, found " + std::to_string(bytes_));
+    }
+    return {reinterpret_cast<T*>(base_ + offset), static_cast<size_t>(count)};
+  }
+
+  template <class T>
+  MatrixView<T> take(int64_t rows, int64_t cols) {
+    return {take<T>(rows * cols).data(), rows, cols};
+  }
+
+  /// Room for `rows` x `cols` staged activations.
+  StagedActivations take_staged(ActivationFormat format, int64_t rows, int64_t cols) {
+    StagedActivations staged;
+    if (format == ActivationFormat::kBf16) {
+      staged.values = take<Bf16>(rows, cols);
+      return staged;
+    }
+    staged.row_scales = take<float>(rows);
+    staged.codes = take<uint8_t>(rows, format == ActivationFormat::kFp8 ? cols : cols / 2);
+    if (is_nvfp4(format)) staged.scales = take<uint8_t>(rows, cols / 16);
+    if (format == ActivationFormat::kNvfp4x2) {
+      staged.residual_codes = take<uint8_t>(rows, cols / 2);
+      staged.residual_scales = take<uint8_t>(rows, cols / 16);
+    }
+    return staged;
+  }
+
+  size_t used() const { return used_; }
+
+ private:
+  std::byte* base_ = nullptr;
+  size_t bytes_ = 0;
+  size_t used_ = 0;
+};
+
+}  // namespace fourfold

@@ -1,0 +1,45 @@
+// Every stage of the layer as a plain loop: the specification in code, and the oracle of all backends.
+//
+// Rounding points are those of docs/formats.md, section 7. Sums run over k in ascending order, each product
+// and each addition rounded to the accumulator's type, so that results do not depend on threads or blocking.
+// OpenMP inside. Its GEMMs allocate their scratch: of all backends, only this one allocates in a call.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "fourfold/moe_layer.h"
+
+namespace fourfold::reference {
+
+/// Dense scaled GEMM. nvfp4x2 adds both terms of an element before going on to the next k.
+void gemm(const GemmArgs& args);
+/// Grouped scaled GEMM, 2Dx3D.
+void grouped_gemm(const GroupedGemmArgs& args);
+
+/// Global scale of every row by policy. `rows` [M, cols] is what will be staged, `expert_scales` [E] the
+/// checkpoint's (used by the static policies), `global` [M] the result.
+void activation_scales(ScalePolicy policy, MatrixView<const Bf16> rows,
+                       std::span<const int32_t> group_offsets, std::span<const float> expert_scales,
+                       std::span<float> global);
+
+/// Quantizes `rows` [M, cols] into `out`. NVFP4 reads out.row_scales [M]; fp8 writes them; bf16 copies.
+void stage(ActivationFormat format, MatrixView<const Bf16> rows, const StagedActivations& out);
+
+/// First GEMM with both halves: h [M, 2I] = bf16(alpha * acc + bias), gate in columns [0, I), up in [I, 2I).
+void gate_up(const ActivationView& a, std::span<const int32_t> group_offsets, const ExpertWeights& weights,
+             const LayerOptions& options, MatrixView<Bf16> h);
+
+/// h [M, 2I] -> [M, I], computed in float64 from bf16 and rounded through float32 to bf16.
+void activate(const ActivationFunction& function, MatrixView<const Bf16> h, MatrixView<Bf16> activation);
+
+/// Second GEMM: z [M, H] = bf16(alpha * acc + bias).
+void down(const ActivationView& a, std::span<const int32_t> group_offsets, const ExpertWeights& weights,
+          const LayerOptions& options, MatrixView<Bf16> z);
+
+/// y[t] = sum over k, in order, of topk_weights[t,k] * z[row_of_slot[t*K+k]]; float32, rounded once.
+void combine(MatrixView<const Bf16> z, std::span<const int32_t> row_of_slot,
+             MatrixView<const float> topk_weights, const OutputView& y);
+
+}  // namespace fourfold::reference

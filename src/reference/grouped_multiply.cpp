@@ -1,0 +1,185 @@
+// Grouped multiplication, written to be read.
+//
+// Rows of a group are taken a tile at a time, decoded to float32 and transposed; then every output column
+// decodes its weight row once and walks along k. The innermost loop runs over the rows of the tile: each row
+// has an accumulator of its own, so that the compiler can vectorise without changing the order of a single
+// sum.
+#include "reference/grouped_multiply.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "fourfold/scale_layout.h"
+
+namespace fourfold::reference {
+namespace {
+
+constexpr int kWideTile = 32;   // rows; eight SSE registers of float accumulators
+constexpr int kNarrowTile = 4;  // for groups of a few rows
+
+/// Up to kRows rows of activations in float32: values[(k * terms + term) * kRows + row]. Missing rows are
+/// zero.
+struct ActivationTile {
+  int64_t first_row = 0;
+  int64_t rows = 0;
+  int terms = 1;
+  std::vector<float> values;
+};
+
+/// Row `row` of the scales of `a`, as the row of a matrix that starts at the group's first one.
+struct ScaleRows {
+  int64_t group_first_row = 0;    // in `a`
+  int64_t group_first_scale = 0;  // in bytes from `a.scales`
+};
+
+/// One NVFP4 term of `a` as a matrix of the rows of one group, which is what the swizzled layout is defined
+/// on.
+BlockScaledView term_of_group(const ActivationView& a, MatrixView<const uint8_t> codes, const uint8_t* scales,
+                              const ScaleRows& group, int64_t rows) {
+  return {QuantFormat::kNvfp4,
+          rows,
+          a.cols,
+          codes.rows_from(group.group_first_row, rows),
+          scales + group.group_first_scale,
+          a.cols / 16,
+          a.scale_layout,
+          {}};
+}
+
+void decode_activation_row(const ActivationView& a, const ScaleRows& group, int64_t row, int term,
+                           float* out) {
+  switch (a.format) {
+    case ActivationFormat::kBf16:
+      for (int64_t k = 0; k < a.cols; ++k) out[k] = static_cast<float>(a.values(row, k));
+      return;
+    case ActivationFormat::kFp8:
+      for (int64_t k = 0; k < a.cols; ++k) out[k] = decode_e4m3(a.codes(row, k));
+      return;
+    case ActivationFormat::kNvfp4:
+    case ActivationFormat::kNvfp4x2: {
+      const int64_t row_in_group = row - group.group_first_row;
+      const auto& codes = term == 0 ? a.codes : a.residual_codes;
+      const uint8_t* scales = term == 0 ? a.scales : a.residual_scales;
+      decode_row(term_of_group(a, codes, scales, group, row_in_group + 1), row_in_group, out);
+      return;
+    }
+  }
+}
+
+template <int kRows>
+void load_tile(const ActivationView& a, const ScaleRows& group, ActivationTile& tile) {
+  tile.values.assign(static_cast<size_t>(a.cols * tile.terms * kRows), 0.0f);
+#pragma omp parallel
+  {
+    std::vector<float> row(static_cast<size_t>(a.cols));
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      for (int term = 0; term < tile.terms; ++term) {
+        decode_activation_row(a, group, tile.first_row + r, term, row.data());
+        for (int64_t k = 0; k < a.cols; ++k) {
+          tile.values[static_cast<size_t>((k * tile.terms + term) * kRows + r)] = row[static_cast<size_t>(k)];
+        }
+      }
+    }
+  }
+}
+
+/// sums[r] = sum over k and terms of weight[k] * tile(k, term, r), in that order.
+template <class Sum, int kRows>
+void dot_rows(const float* weight, const ActivationTile& tile, int64_t depth, Sum* sums) {
+  Sum accumulators[kRows] = {};
+  const float* values = tile.values.data();
+  for (int64_t k = 0; k < depth; ++k) {
+    const Sum factor = weight[k];
+    for (int term = 0; term < tile.terms; ++term, values += kRows) {
+      for (int r = 0; r < kRows; ++r) accumulators[r] += factor * static_cast<Sum>(values[r]);
+    }
+  }
+  std::copy_n(accumulators, kRows, sums);
+}
+
+float activation_scale(const ActivationView& a, int64_t row, size_t group) {
+  if (!a.row_scales.empty()) return a.row_scales[static_cast<size_t>(row)];
+  return a.group_scales.empty() ? 1.0f : a.group_scales[group];
+}
+
+void store(const OutputView& d, int64_t row, int64_t col, float value) {
+  if (const auto* bf16 = std::get_if<MatrixView<Bf16>>(&d)) {
+    (*bf16)(row, col) = encode_bf16(value);
+  } else {
+    std::get<MatrixView<float>>(d)(row, col) = value;
+  }
+}
+
+template <class Sum, int kRows>
+void multiply_tile(const GroupedMultiply& args, size_t group, const ActivationTile& tile) {
+  const GroupWeight& b = args.weights[group];
+  const int64_t depth = args.a.cols, columns = rows_of(*b.weight);
+  const float weight_global = args.dequantize_weights ? 1.0f : global_multiplier(*b.weight);
+  std::vector<float> bias;
+  if (b.bias) {
+    bias.resize(static_cast<size_t>(columns));
+    decode_row(*b.bias, 0, bias.data());
+  }
+#pragma omp parallel
+  {
+    std::vector<float> weight(static_cast<size_t>(depth));
+    Sum sums[kRows];
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < columns; ++n) {
+      if (args.dequantize_weights) {
+        dequantize_row(*b.weight, n, weight.data());
+      } else {
+        decode_row(*b.weight, n, weight.data());
+      }
+      dot_rows<Sum, kRows>(weight.data(), tile, depth, sums);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const int64_t row = tile.first_row + r;
+        const float alpha = activation_scale(args.a, row, group) * weight_global;
+        const float value = alpha * static_cast<float>(sums[r]);
+        store(args.d, row, n, bias.empty() ? value : value + bias[static_cast<size_t>(n)]);
+      }
+    }
+  }
+}
+
+template <class Sum, int kRows>
+void multiply_next_rows(const GroupedMultiply& args, size_t group, const ScaleRows& scale_rows,
+                        ActivationTile& tile) {
+  load_tile<kRows>(args.a, scale_rows, tile);
+  multiply_tile<Sum, kRows>(args, group, tile);
+}
+
+template <class Sum>
+void multiply_groups(const GroupedMultiply& args) {
+  const std::vector<int64_t> padded_rows = padded_group_rows(args.group_offsets);
+  const int64_t k_sf = args.a.cols / 16;
+  ActivationTile tile;
+  tile.terms = args.a.format == ActivationFormat::kNvfp4x2 ? 2 : 1;
+  for (size_t group = 0; group < args.weights.size(); ++group) {
+    const int64_t begin = args.group_offsets[group], end = args.group_offsets[group + 1];
+    const ScaleRows scale_rows{begin, args.a.scale_layout == ScaleLayout::kRowMajor
+                                          ? begin * k_sf
+                                          : padded_rows[group] * round_up(k_sf, kScaleTileCols)};
+    for (tile.first_row = begin; tile.first_row < end; tile.first_row += tile.rows) {
+      tile.rows = std::min<int64_t>(end - tile.first_row, kWideTile);
+      if (tile.rows > kNarrowTile) {
+        multiply_next_rows<Sum, kWideTile>(args, group, scale_rows, tile);
+      } else {
+        multiply_next_rows<Sum, kNarrowTile>(args, group, scale_rows, tile);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void multiply(const GroupedMultiply& args) {
+  if (args.accumulation == Accumulation::kFloat32) {
+    multiply_groups<float>(args);
+  } else {
+    multiply_groups<double>(args);
+  }
+}
+
+}  // namespace fourfold::reference

@@ -1,0 +1,162 @@
+// The stages of fourfold/reference.h.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <vector>
+
+#include "fourfold/error.h"
+#include "fourfold/quantize.h"
+#include "fourfold/reference.h"
+#include "reference/grouped_multiply.h"
+
+namespace fourfold::reference {
+namespace {
+
+using ExpertHalf = WeightView Expert::*;
+using ExpertBias = std::optional<DenseView> Expert::*;
+
+void multiply_experts(const ActivationView& a, std::span<const int32_t> group_offsets,
+                      const ExpertWeights& weights, const LayerOptions& options, ExpertHalf half,
+                      ExpertBias bias, MatrixView<Bf16> d) {
+  std::vector<GroupWeight> groups;
+  for (const Expert& expert : weights.experts) {
+    groups.push_back({&(expert.*half), (expert.*bias) ? &*(expert.*bias) : nullptr});
+  }
+  multiply({a, group_offsets, groups, d, options.accumulation, options.dequantize_weights});
+}
+
+void widen_row(MatrixView<const Bf16> rows, int64_t row, std::vector<float>& out) {
+  for (int64_t col = 0; col < rows.cols; ++col)
+    out[static_cast<size_t>(col)] = static_cast<float>(rows(row, col));
+}
+
+void stage_row(ActivationFormat format, std::span<const float> x, int64_t row, const StagedActivations& out) {
+  const auto index = static_cast<size_t>(row);
+  switch (format) {
+    case ActivationFormat::kNvfp4:
+      return quantize_row_nvfp4(x, out.row_scales[index], ScaleFloor::kNone, out.codes.row(row),
+                                out.scales.row(row));
+    case ActivationFormat::kNvfp4x2:
+      return quantize_row_nvfp4x2(x, out.row_scales[index], out.codes.row(row), out.scales.row(row),
+                                  out.residual_codes.row(row), out.residual_scales.row(row));
+    case ActivationFormat::kFp8:
+      out.row_scales[index] = quantize_row_fp8(x, out.codes.row(row));
+      return;
+    case ActivationFormat::kBf16:
+      for (size_t col = 0; col < x.size(); ++col)
+        out.values(row, static_cast<int64_t>(col)) = encode_bf16(x[col]);
+      return;
+  }
+}
+
+double silu(double g) {
+  return g / (1.0 + std::exp(-g));
+}
+
+/// min and max of C++ and of most kernels would hide a NaN on one side; here it goes through.
+double clamp_keeping_nan(double value, double low, double high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+}  // namespace
+
+void gemm(const GemmArgs& args) {
+  validate(args);
+  const std::array<int32_t, 2> one_group = {0, static_cast<int32_t>(args.a.rows)};
+  const std::array<GroupWeight, 1> weight = {GroupWeight{&args.b, nullptr}};
+  multiply({args.a, one_group, weight, args.d, args.accumulation, false});
+}
+
+void grouped_gemm(const GroupedGemmArgs& args) {
+  validate(args);
+  std::vector<GroupWeight> groups;
+  for (const WeightView& weight : args.b) groups.push_back({&weight, nullptr});
+  multiply({args.a, args.group_offsets, groups, args.d, args.accumulation, false});
+}
+
+void activation_scales(ScalePolicy policy, MatrixView<const Bf16> rows,
+                       std::span<const int32_t> group_offsets, std::span<const float> expert_scales,
+                       std::span<float> global) {
+  switch (policy) {
+    case ScalePolicy::kStatic:
+      for (size_t e = 0; e < expert_scales.size(); ++e) {
+        std::fill(global.begin() + group_offsets[e], global.begin() + group_offsets[e + 1], expert_scales[e]);
+      }
+      return;
+    case ScalePolicy::kMaxOverExperts:
+      if (!global.empty()) {
+        std::fill(global.begin(), global.end(),
+                  *std::max_element(expert_scales.begin(), expert_scales.end()));
+      }
+      return;
+    case ScalePolicy::kDynamicTensor:
+      std::fill(global.begin(), global.end(), nvfp4_global_scale(absolute_maximum(rows)));
+      return;
+    case ScalePolicy::kDynamicToken:
+      for (int64_t row = 0; row < rows.rows; ++row) {
+        global[static_cast<size_t>(row)] = nvfp4_global_scale(absolute_maximum(rows.rows_from(row, 1)));
+      }
+      return;
+  }
+}
+
+void stage(ActivationFormat format, MatrixView<const Bf16> rows, const StagedActivations& out) {
+#pragma omp parallel
+  {
+    std::vector<float> x(static_cast<size_t>(rows.cols));
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows.rows; ++row) {
+      widen_row(rows, row, x);
+      stage_row(format, x, row, out);
+    }
+  }
+}
+
+void gate_up(const ActivationView& a, std::span<const int32_t> group_offsets, const ExpertWeights& weights,
+             const LayerOptions& options, MatrixView<Bf16> h) {
+  const int64_t half = weights.intermediate;
+  multiply_experts(a, group_offsets, weights, options, &Expert::gate, &Expert::gate_bias,
+                   h.cols_from(0, half));
+  multiply_experts(a, group_offsets, weights, options, &Expert::up, &Expert::up_bias,
+                   h.cols_from(half, half));
+}
+
+void activate(const ActivationFunction& function, MatrixView<const Bf16> h, MatrixView<Bf16> activation) {
+  const int64_t half = activation.cols;
+  const double limit = function.limit;
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < h.rows; ++row) {
+    for (int64_t col = 0; col < half; ++col) {
+      const double gate = clamp_keeping_nan(static_cast<float>(h(row, col)), -INFINITY, limit);
+      const double up = clamp_keeping_nan(static_cast<float>(h(row, half + col)), -limit, limit);
+      activation(row, col) = encode_bf16(static_cast<float>(silu(gate) * up));
+    }
+  }
+}
+
+void down(const ActivationView& a, std::span<const int32_t> group_offsets, const ExpertWeights& weights,
+          const LayerOptions& options, MatrixView<Bf16> z) {
+  multiply_experts(a, group_offsets, weights, options, &Expert::down, &Expert::down_bias, z);
+}
+
+void combine(MatrixView<const Bf16> z, std::span<const int32_t> row_of_slot,
+             MatrixView<const float> topk_weights, const OutputView& y) {
+  const int64_t top_k = topk_weights.cols;
+#pragma omp parallel for schedule(static)
+  for (int64_t token = 0; token < topk_weights.rows; ++token) {
+    for (int64_t col = 0; col < z.cols; ++col) {
+      float sum = 0.0f;
+      for (int64_t k = 0; k < top_k; ++k) {
+        const int32_t row = row_of_slot[static_cast<size_t>(token * top_k + k)];
+        if (row >= 0) sum += topk_weights(token, k) * static_cast<float>(z(row, col));
+      }
+      if (const auto* bf16 = std::get_if<MatrixView<Bf16>>(&y)) {
+        (*bf16)(token, col) = encode_bf16(sum);
+      } else {
+        std::get<MatrixView<float>>(y)(token, col) = sum;
+      }
+    }
+  }
+}
+
+}  // namespace fourfold::reference

@@ -1,0 +1,71 @@
+// Checkpoints: a model directory, and the expert weights of one of its layers.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "fourfold/expert_weights.h"
+#include "fourfold/safetensors.h"
+
+namespace fourfold {
+
+/// What `config.json` says of the layer; absent members are unknown. Tensors are the truth, this is compared.
+struct ModelConfig {
+  std::string model_type;
+  std::string architecture;
+  std::optional<int64_t> hidden, intermediate, experts, top_k, layers;
+  std::optional<float> swiglu_limit;  ///< DeepSeek-V4's clamp
+  std::string quantization;           ///< e.g. "modelopt NVFP4"; empty when it claims none
+};
+
+/// An opened model directory: `config.json`, and `model.safetensors` or shards with an index. Mapped, not
+/// copied.
+class Checkpoint {
+ public:
+  /// Throws Error naming the file and what is wrong with it. `path` may also be one .safetensors file.
+  static std::shared_ptr<const Checkpoint> open(const std::filesystem::path& path);
+
+  const std::filesystem::path& path() const { return path_; }
+  const ModelConfig& config() const { return config_; }
+  const Tensor* find(std::string_view name) const;
+  /// All tensors by name.
+  const std::map<std::string, const Tensor*, std::less<>>& tensors() const { return tensors_; }
+
+ private:
+  Checkpoint() = default;
+  void open_shards(const std::filesystem::path& index_path);
+  void add_file(const std::filesystem::path& path);
+  void read_config();
+
+  std::filesystem::path path_;
+  ModelConfig config_;
+  std::vector<std::shared_ptr<const SafetensorsFile>> files_;
+  std::map<std::string, const Tensor*, std::less<>> tensors_;
+};
+
+/// The experts of one layer, and how they were found.
+struct ExpertLayer {
+  ExpertWeights weights;            ///< keeps the checkpoint mapped
+  std::vector<int64_t> expert_ids;  ///< number of each expert in the checkpoint
+  int64_t experts_in_checkpoint = 0;
+  std::string scheme;              ///< "nvfp4 (ModelOpt)", "mxfp4 (DeepSeek-V4)", "bf16", "mixed: ..."
+  std::string naming;              ///< e.g. "layers.3.ffn.experts.E.{w1,w3,w2}"
+  std::vector<std::string> notes;  ///< disagreements between config and tensors
+};
+
+/// Reads the experts of `layer`: all of them, or those in `experts` (ascending, unique). The scheme follows
+/// from tensor names and dtypes: ModelOpt NVFP4, DeepSeek-V4 NVFP4 and MXFP4, and bf16/f16/f32 per expert or
+/// fused (E, 2I, H). Throws Error naming file, tensor, expected and found.
+ExpertLayer load_experts(std::shared_ptr<const Checkpoint> checkpoint, int64_t layer,
+                         const std::vector<int64_t>& experts = {});
+
+/// Layers that hold experts, ascending.
+std::vector<int64_t> layers_with_experts(const Checkpoint& checkpoint);
+
+}  // namespace fourfold

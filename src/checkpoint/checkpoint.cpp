@@ -1,0 +1,175 @@
+// Opening a model directory: index, shards, config.
+#include "fourfold/checkpoint.h"
+
+#include <cmath>
+#include <set>
+#include <system_error>
+
+#include "base/fail.h"
+#include "base/files.h"
+#include "checkpoint/strict_json.h"
+
+namespace fourfold {
+namespace {
+
+constexpr int64_t kMaxJsonBytes = 100'000'000;
+constexpr const char* kIndexName = "model.safetensors.index.json";
+constexpr const char* kSingleName = "model.safetensors";
+
+bool file_exists(const std::filesystem::path& path) {
+  std::error_code error;
+  return std::filesystem::exists(path, error);
+}
+
+nlohmann::json read_json_object(const std::filesystem::path& path) {
+  nlohmann::json json = parse_strict_json(read_file(path, kMaxJsonBytes), path.string());
+  if (!json.is_object()) {
+    fail(ErrorCode::kBadFile, "{}: expected a JSON object, found {}", path.string(), json.type_name());
+  }
+  return json;
+}
+
+/// First of `keys` that is a whole number from 1; other types are an error, absence is not.
+std::optional<int64_t> count_in(const nlohmann::json& config, const std::string& file,
+                                std::initializer_list<const char*> keys) {
+  for (const char* key : keys) {
+    const auto it = config.find(key);
+    if (it == config.end() || it->is_null()) continue;
+    if (!it->is_number_unsigned() || it->get<uint64_t>() > INT32_MAX) {
+      fail(ErrorCode::kBadFile, "{}: {}: expected a whole number below 2^31, found {}", file, key,
+           it->dump().substr(0, 80));
+    }
+    return it->get<int64_t>();
+  }
+  return std::nullopt;
+}
+
+std::string string_in(const nlohmann::json& object, const char* key) {
+  const auto it = object.find(key);
+  return it != object.end() && it->is_string() ? it->get<std::string>() : "";
+}
+
+/// "modelopt NVFP4" from a quantization_config or hf_quant_config object, as far as it says.
+std::string quantization_in(const nlohmann::json& object) {
+  std::string text = string_in(object, "quant_method");
+  for (const char* key : {"quant_algo", "moe_quant_algo", "format"}) {
+    const std::string value = string_in(object, key);
+    if (!value.empty()) text += (text.empty() ? "" : " ") + value;
+  }
+  return text;
+}
+
+}  // namespace
+
+std::shared_ptr<const Checkpoint> Checkpoint::open(const std::filesystem::path& path) {
+  std::shared_ptr<Checkpoint> checkpoint(new Checkpoint);
+  checkpoint->path_ = path;
+  std::error_code error;
+  if (path.extension() == ".safetensors") {
+    checkpoint->add_file(path);
+  } else if (!std::filesystem::is_directory(path, error)) {
+    fail(ErrorCode::kNotFound, "{}: expected a model directory or a .safetensors file, found {}",
+         path.string(), file_exists(path) ? "another kind of file" : "nothing of that name");
+  } else if (file_exists(path / kIndexName)) {
+    checkpoint->open_shards(path / kIndexName);
+  } else if (file_exists(path / kSingleName)) {
+    checkpoint->add_file(path / kSingleName);
+  } else {
+    fail(ErrorCode::kNotFound, "{}: expected {} or {}, found neither", path.string(), kIndexName,
+         kSingleName);
+  }
+  checkpoint->read_config();
+  return checkpoint;
+}
+
+void Checkpoint::add_file(const std::filesystem::path& path) {
+  const auto& file = files_.emplace_back(SafetensorsFile::open(path));
+  for (const auto& [name, tensor] : file->tensors()) {
+    const auto [it, inserted] = tensors_.emplace(name, &tensor);
+    if (!inserted) {
+      fail(ErrorCode::kBadFile, "{}: tensor '{}': expected it once, found it in {} too", path.string(), name,
+           it->second->file);
+    }
+  }
+}
+
+void Checkpoint::open_shards(const std::filesystem::path& index_path) {
+  const std::string file = index_path.string();
+  const nlohmann::json index = read_json_object(index_path);
+  const auto map = index.find("weight_map");
+  if (map == index.end() || !map->is_object()) {
+    fail(ErrorCode::kBadFile, "{}: expected an object 'weight_map' (tensor name -> file), found {}", file,
+         map == index.end() ? "none" : map->type_name());
+  }
+  std::set<std::string> shards;
+  for (const auto& [name, shard] : map->items()) {
+    if (!shard.is_string()) {
+      fail(ErrorCode::kBadFile, "{}: weight_map '{}': expected a file name, found {}", file, name,
+           shard.type_name());
+    }
+    const std::filesystem::path shard_path = shard.get<std::string>();
+    if (shard_path.empty() || shard_path != shard_path.filename() || shard_path == "..") {
+      fail(ErrorCode::kBadFile,
+           "{}: weight_map '{}': expected the name of a file beside the index, found '{}'", file, name,
+           shard_path.string());
+    }
+    shards.insert(shard_path.string());
+  }
+  for (const std::string& shard : shards) {
+    if (!file_exists(path_ / shard)) {
+      fail(ErrorCode::kNotFound, "{}: expected the shard {}, found no such file; is the download complete?",
+           file, (path_ / shard).string());
+    }
+    add_file(path_ / shard);
+  }
+  for (const auto& [name, shard] : map->items()) {
+    const Tensor* tensor = find(name);
+    const std::string expected = (path_ / shard.get<std::string>()).string();
+    if (tensor == nullptr || tensor->file != expected) {
+      fail(ErrorCode::kBadFile, "{}: weight_map '{}': expected the tensor in {}, found it in {}", file, name,
+           expected, tensor ? tensor->file : "no shard");
+    }
+  }
+}
+
+void Checkpoint::read_config() {
+  const std::filesystem::path directory = path_.extension() == ".safetensors" ? path_.parent_path() : path_;
+  if (file_exists(directory / "config.json")) {
+    const std::string file = (directory / "config.json").string();
+    const nlohmann::json root = read_json_object(directory / "config.json");
+    const auto text = root.find("text_config");  // multimodal models nest their language model's
+    const nlohmann::json& config = text != root.end() && text->is_object() ? *text : root;
+    config_.model_type = string_in(config, "model_type");
+    if (const auto it = root.find("architectures");
+        it != root.end() && it->is_array() && !it->empty() && it->front().is_string()) {
+      config_.architecture = it->front().get<std::string>();
+    }
+    config_.hidden = count_in(config, file, {"hidden_size"});
+    config_.intermediate = count_in(config, file, {"moe_intermediate_size", "intermediate_size"});
+    config_.experts = count_in(config, file, {"n_routed_experts", "num_local_experts", "num_experts"});
+    config_.top_k = count_in(config, file, {"num_experts_per_tok", "experts_per_token"});
+    config_.layers = count_in(config, file, {"num_hidden_layers"});
+    if (const auto it = config.find("swiglu_limit"); it != config.end() && !it->is_null()) {
+      if (!it->is_number() || !(it->get<float>() > 0.0f)) {
+        fail(ErrorCode::kBadFile, "{}: swiglu_limit: expected a positive number, found {}", file, it->dump());
+      }
+      config_.swiglu_limit = it->get<float>();
+    }
+    if (const auto it = root.find("quantization_config"); it != root.end() && it->is_object()) {
+      config_.quantization = quantization_in(*it);
+    }
+  }
+  if (config_.quantization.empty() && file_exists(directory / "hf_quant_config.json")) {
+    const nlohmann::json root = read_json_object(directory / "hf_quant_config.json");
+    if (const auto it = root.find("quantization"); it != root.end() && it->is_object()) {
+      config_.quantization = quantization_in(*it);
+    }
+  }
+}
+
+const Tensor* Checkpoint::find(std::string_view name) const {
+  const auto it = tensors_.find(name);
+  return it == tensors_.end() ? nullptr : it->second;
+}
+
+}  // namespace fourfold

@@ -21,6 +21,10 @@ add_library(fourfold_options INTERFACE)
 # Rounding points are specified: the compiler must not fuse a multiplication with an addition.
 target_compile_options(fourfold_options INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror -ffp-contract=off>)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  target_compile_options(fourfold_options INTERFACE
+    $<$<COMPILE_LANGUAGE:CXX>:-Wno-restrict>)  # false alarms on std::string, GCC bug 105329
+endif()
 if(FOURFOLD_SANITIZE)
   target_compile_options(fourfold_options INTERFACE
     $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${FOURFOLD_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer>)

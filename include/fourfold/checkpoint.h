@@ -54,7 +54,7 @@ struct ExpertLayer {
   ExpertWeights weights;            ///< keeps the checkpoint mapped
   std::vector<int64_t> expert_ids;  ///< number of each expert in the checkpoint
   int64_t experts_in_checkpoint = 0;
-  std::string scheme;              ///< "nvfp4 (ModelOpt)", "mxfp4 (DeepSeek-V4)", "bf16", "mixed: ..."
+  std::string scheme;              ///< "nvfp4", "mxfp4", "bf16", "bf16 (fused)", "mixed: ..."
   std::string naming;              ///< e.g. "layers.3.ffn.experts.E.{w1,w3,w2}"
   std::vector<std::string> notes;  ///< disagreements between config and tensors
 };

@@ -60,17 +60,18 @@ struct LayerPlan {
   std::shared_ptr<const void> details;  ///< the backend's own
 };
 
-/// Optional outputs, one a stage; empty ones are not written. Rows are in permuted order, M = T * K at most.
+/// Optional outputs, one a stage; empty ones are not written. Rows are in permuted order;
+/// M <= T * K of them exist, and larger outputs are left alone beyond that.
 /// A tapped run equals an untapped one bit for bit.
 struct StageTaps {
   std::span<int32_t> group_offsets;  ///< [E+1]
   std::span<int32_t> slot_of_row;    ///< [T*K]
   std::span<int32_t> row_of_slot;    ///< [T*K]
   const StagedActivations* staged_x = nullptr;
-  MatrixView<Bf16> h;           ///< [T*K, 2I], gate columns first
-  MatrixView<Bf16> activation;  ///< [T*K, I]
+  MatrixView<Bf16> h;           ///< [M, 2I], gate columns first
+  MatrixView<Bf16> activation;  ///< [M, I]
   const StagedActivations* staged_intermediate = nullptr;
-  MatrixView<Bf16> z;  ///< [T*K, H], before routing weights
+  MatrixView<Bf16> z;  ///< [M, H], before routing weights
 };
 
 struct ForwardArgs {

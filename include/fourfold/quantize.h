@@ -24,10 +24,18 @@ enum class ScaleFloor : uint8_t {
 float absolute_maximum(MatrixView<const float> values);
 float absolute_maximum(MatrixView<const Bf16> values);
 
-/// amax / 2688, and 1 for amax = 0: the dynamic global scale of a tensor or a token.
-FOURFOLD_HOST_DEVICE constexpr float nvfp4_global_scale(float amax) {
-  return amax == 0.0f ? 1.0f : amax / kNvfp4Range;
+/// Dynamic scales are at least 2^-100, so that the reciprocals of the quantizers stay finite: without a floor, zeros
+/// of a token of subnormals would become 0 * inf. Values below about 2^-110 become zero.
+inline constexpr float kSmallestDynamicScale = 0x1p-100f;
+
+FOURFOLD_HOST_DEVICE constexpr float dynamic_scale(float amax, float range) {
+  if (amax == 0.0f) return 1.0f;
+  const float scale = amax / range;
+  return scale < kSmallestDynamicScale ? kSmallestDynamicScale : scale;  // NaN goes through
 }
+
+/// amax / 2688, and 1 for amax = 0: the dynamic global scale of a tensor or a token.
+FOURFOLD_HOST_DEVICE constexpr float nvfp4_global_scale(float amax) { return dynamic_scale(amax, kNvfp4Range); }
 
 /// An owned block-scaled matrix; row-major scales.
 struct BlockScaledMatrix {
@@ -54,7 +62,7 @@ void quantize_row_nvfp4x2(std::span<const float> x, float global, uint8_t* codes
 void quantize_row_mxfp4(std::span<const float> x, uint8_t* codes, uint8_t* scales);
 
 /// Quantizes one row to e4m3 with a scale of its own: `x` [cols] -> `codes` [cols].
-/// g = amax / 448 (1 for amax = 0), r = 1 / g, code = e4m3(x * r). Returns g.
+/// g = dynamic_scale(amax, 448), r = 1 / g, code = e4m3(x * r). Returns g.
 float quantize_row_fp8(std::span<const float> x, uint8_t* codes);
 
 /// Whole weights. `global` is the decode multiplier; nvfp4_global_scale(absolute_maximum(x)) is the usual

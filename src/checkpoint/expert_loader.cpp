@@ -151,7 +151,7 @@ class LinearReader {
   }
 
   WeightView nvfp4(const Tensor& weight, std::set<std::string>& schemes) const {
-    schemes.insert("nvfp4 (ModelOpt)");
+    schemes.insert("nvfp4");
     BlockScaledView view = block_scaled(weight, QuantFormat::kNvfp4, ".weight_scale", DType::kF8E4m3);
     const Tensor& global = required(".weight_scale_2");
     view.global.value = scalar(global);
@@ -163,7 +163,7 @@ class LinearReader {
   }
 
   WeightView mxfp4(const Tensor& weight, std::set<std::string>& schemes) const {
-    schemes.insert("mxfp4 (DeepSeek-V4)");
+    schemes.insert("mxfp4");
     return block_scaled(weight, QuantFormat::kMxfp4, ".scale", DType::kF8E8m0);
   }
 

@@ -65,7 +65,7 @@ ErrorSums& ErrorSums::operator+=(const ErrorSums& other) {
 double ErrorSums::cosine() const {
   if (!std::isfinite(reference_squared) || !std::isfinite(candidate_squared)) return kNan;
   if (reference_squared == 0.0 || candidate_squared == 0.0) return reference_squared == candidate_squared;
-  return product / (std::sqrt(reference_squared) * std::sqrt(candidate_squared));
+  return product / std::sqrt(reference_squared * candidate_squared);  // exactly 1 for equal tensors
 }
 
 double ErrorSums::norm_ratio() const {

@@ -133,7 +133,7 @@ void quantize_row_mxfp4(std::span<const float> x, uint8_t* codes, uint8_t* scale
 
 float quantize_row_fp8(std::span<const float> x, uint8_t* codes) {
   const float amax = absolute_maximum({x.data(), 1, static_cast<int64_t>(x.size())});
-  const float scale = amax == 0.0f ? 1.0f : amax / kE4m3Max;
+  const float scale = dynamic_scale(amax, kE4m3Max);
   const float reciprocal = 1.0f / scale;
   for (size_t i = 0; i < x.size(); ++i) codes[i] = encode_e4m3(x[i] * reciprocal);
   return scale;

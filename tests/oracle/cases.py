@@ -24,7 +24,7 @@ def random_nvfp4(rng: np.random.Generator, *shape: int) -> tuple[np.ndarray, np.
 
 
 def loud_bf16(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """Normal activations but for a first and a last channel that are equal and LOUD, as bfloat16 (rows, columns).
+    """bfloat16 (rows, columns): normal, but the first and the last channel are equal and LOUD.
 
     With weights that cancel the two, partial sums are large and the result small: the order in which float32
     accumulates shows even after rounding to bf16.

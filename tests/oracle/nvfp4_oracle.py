@@ -31,6 +31,7 @@ E4M3_LARGEST_EXPONENT = 8
 E8M0_NAN = 0xFF
 E8M0_BIAS = 127
 NVFP4_MAX = np.float32(6 * 448)
+SMALLEST_DYNAMIC_SCALE = np.float32(2.0**-100)
 
 # Overflow to inf, 0 * inf and 1 / 0 are part of the specified sequences; the results are what is compared.
 np.seterr(all="ignore")
@@ -120,7 +121,7 @@ def largest_magnitude(values: Array, axis: int | None = None) -> Array:
 
 def dynamic_global(amax: Array, largest_code: np.float32) -> Array:
     """amax -> decode multiplier: amax / largest representable, 1 where there is nothing but zeros."""
-    return np.where(amax == 0, np.float32(1), amax / largest_code)
+    return np.where(amax == 0, np.float32(1), np.maximum(amax / largest_code, SMALLEST_DYNAMIC_SCALE))
 
 
 def nvfp4_global_of_tensor(x: Array) -> Array:
@@ -301,7 +302,7 @@ def swizzle_experts(scales: Array) -> Array:
 
 @dataclass
 class Permutation:
-    """Rows sorted by expert: each expert's first row (E+1,), slot and token of each row (M,), and back (T*K,)."""
+    """Rows sorted by expert: first row by expert (E+1,), slot and token by row (M,), row by slot (T*K,)."""
 
     group_offsets: Array
     slot_of_row: Array

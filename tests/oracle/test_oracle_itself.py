@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import nvfp4_oracle as oracle
+from cases import quantized_linear
 from tensor_file import NAME_OF_DTYPE, read_tensors, write_tensors
 
 F32 = np.float32
@@ -254,11 +255,12 @@ def test_quantizer_agrees_with_one_written_element_by_element() -> None:
     """The same sequence in scalars, from the text once more: 0.7% of scales would differ in another order."""
     rng = np.random.default_rng(5)
     x = (rng.standard_normal((40, 64)) * 2.0 ** rng.integers(-20, 20, (40, 1))).astype(np.float32)
-    quantized = oracle.quantize_nvfp4(x, oracle.nvfp4_global_of_rows(x))
+    row_globals = oracle.nvfp4_global_of_rows(x)
+    quantized = oracle.quantize_nvfp4(x, row_globals)
     codes = oracle.unpack(quantized.codes)
     for row in range(40):
         g = max(abs(value) for value in x[row]) / F32(2688)
-        assert quantized.global_scale[row] == g
+        assert row_globals[row] == g
         for first in range(0, 64, 16):
             t = max(abs(value) for value in x[row, first : first + 16]) / F32(6)
             (s,) = oracle.decode_e4m3(oracle.encode_e4m3(np.array([t / g])))
@@ -429,7 +431,7 @@ def test_groups_and_experts_are_padded_each() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_permutation_by_hand(dtype: type) -> None:
+def test_permutation_by_hand(dtype: type[np.integer]) -> None:
     """Slots 0-7: experts 2, 0, 2, -1, 0, 0, 5 (there is none), 2. Expert 0 gets slots 1, 4, 5; 2 gets 0, 2,
     7.
     """
@@ -497,8 +499,7 @@ def random_layer(
 
     def linear(n: int, k: int, input_scale: float) -> oracle.Linear:
         weights = F32(0.1) * rng.standard_normal((n, k), np.float32)
-        w = oracle.quantize_nvfp4(weights, oracle.nvfp4_global_of_tensor(weights), modelopt_floor=True)
-        return oracle.Linear(w.codes, w.scales, w.global_scale[()], F32(input_scale))
+        return quantized_linear(weights, input_scale)
 
     experts = [
         oracle.Expert(linear(64, 96, 3e-3), linear(64, 96, 1e-3), linear(96, 64, 2e-3)) for _ in range(3)
@@ -561,7 +562,7 @@ def test_tensor_file_round_trip(tmp_path: Path) -> None:
         dtype_name.lower(): np.arange(6).reshape(2, 3).astype(dtype)
         for dtype, dtype_name in NAME_OF_DTYPE.items()
     }
-    tensors |= {"empty": np.empty((0, 4), np.float32), "scalar": np.float32(7).reshape(())}
+    tensors |= {"empty": np.empty((0, 4), np.float32), "scalar": np.array(7, np.float32)}
     write_tensors(tmp_path / "file", tensors)
     result = read_tensors(tmp_path / "file")
     assert sorted(result) == sorted(tensors)

@@ -28,20 +28,20 @@ def check_permute(topk_ids: np.ndarray, experts: int) -> oracle.Permutation:
 @pytest.mark.parametrize(
     "tokens, choices, experts", [(1, 1, 1), (7, 2, 8), (64, 8, 256), (500, 6, 5), (33, 4, 1000)]
 )
-def test_random_ids(tokens: int, choices: int, experts: int, dtype: type) -> None:
+def test_random_ids(tokens: int, choices: int, experts: int, dtype: type[np.integer]) -> None:
     ids = np.random.default_rng(tokens).integers(0, experts, (tokens, choices)).astype(dtype)
     assert not check_permute(ids, experts).out_of_range
 
 
 @BOTH_TYPES
-def test_dropped_slots_are_no_error(dtype: type) -> None:
+def test_dropped_slots_are_no_error(dtype: type[np.integer]) -> None:
     ids = np.random.default_rng(1).integers(-1, 6, (50, 3)).astype(dtype)
     assert not check_permute(ids, 6).out_of_range
 
 
 @BOTH_TYPES
 @pytest.mark.parametrize("stranger", [6, 7, -2, 2**31 - 1, -(2**31)])
-def test_ids_out_of_range_are_dropped_and_reported(stranger: int, dtype: type) -> None:
+def test_ids_out_of_range_are_dropped_and_reported(stranger: int, dtype: type[np.integer]) -> None:
     ids = np.random.default_rng(2).integers(-1, 6, (50, 3)).astype(dtype)
     ids[17, 1] = ids[49, 2] = stranger
     assert check_permute(ids, 6).out_of_range
@@ -55,14 +55,14 @@ def test_wide_ids_are_not_truncated(stranger: int) -> None:
 
 
 @BOTH_TYPES
-def test_all_alike(dtype: type) -> None:
+def test_all_alike(dtype: type[np.integer]) -> None:
     """Duplicates within a token keep their order; everything may go to one expert, or nowhere."""
     check_permute(np.full((9, 4), 3, dtype), 5)
     check_permute(np.full((9, 4), -1, dtype), 5)
 
 
 @BOTH_TYPES
-def test_no_tokens(dtype: type) -> None:
+def test_no_tokens(dtype: type[np.integer]) -> None:
     check_permute(np.empty((0, 4), dtype), 5)
 
 

@@ -114,7 +114,9 @@ INPUTS = {
 TERMS = {"none": 2, "modelopt": 1}  # a second term is for activations, ModelOpt's floor for weights
 
 
-def check_nvfp4(x: np.ndarray, policy: str, floor: str, terms: int, static: np.float32 | None = None) -> None:
+def check_nvfp4(
+    x: np.ndarray, policy: str, floor: str, terms: int, static: float | np.floating = 1.0
+) -> None:
     """Run the driver under a policy and compare all that it returns."""
     if policy == "static":
         global_scale = scalar(static)

@@ -1,0 +1,147 @@
+#include "tools/layer_inputs.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "base/fail.h"
+#include "fourfold/safetensors.h"
+#include "tools/random.h"
+
+namespace fourfold {
+namespace {
+
+constexpr uint64_t kTokenStreams = uint64_t{1} << 40, kChannelStream = uint64_t{2} << 40,
+                   kRoutingStreams = uint64_t{3} << 40;
+
+[[noreturn]] void bad_input(const Tensor& tensor, const std::string& expected) {
+  fail(ErrorCode::kBadFile, "{}: tensor '{}': expected {}, found {}", tensor.file, tensor.name, expected,
+       tensor.describe());
+}
+
+template <class T>
+T element(const Tensor& tensor, int64_t index) {
+  T value;
+  std::memcpy(&value, tensor.data + index * static_cast<int64_t>(sizeof(T)), sizeof(T));
+  return value;
+}
+
+void read_x(const Tensor& tensor, LayerInputs& inputs) {
+  ElementType type = ElementType::kBf16;
+  if (tensor.dtype == DType::kF16) type = ElementType::kF16;
+  if (tensor.dtype == DType::kF32) type = ElementType::kF32;
+  const DenseView rows{
+      type, tensor.data, inputs.tokens, inputs.hidden, inputs.hidden * bits_of(tensor.dtype) / 8, {}};
+  std::vector<float> row(static_cast<size_t>(inputs.hidden));
+  for (int64_t token = 0; token < inputs.tokens; ++token) {
+    decode_row(rows, token, row.data());
+    std::transform(row.begin(), row.end(), inputs.x.begin() + token * inputs.hidden, encode_bf16);
+  }
+}
+
+void read_routing(const Tensor& ids, const Tensor& weights, int64_t tokens_in_file, LayerInputs& inputs) {
+  const bool wide = ids.dtype == DType::kI64;
+  if ((!wide && ids.dtype != DType::kI32) || ids.shape.size() != 2 || ids.shape[0] != tokens_in_file ||
+      ids.shape[1] < 1) {
+    bad_input(ids, fmt::format("I32 or I64 [{}, K]", tokens_in_file));
+  }
+  if (weights.dtype != DType::kF32 || weights.shape != ids.shape) {
+    bad_input(weights, fmt::format("F32 {}", shape_text(ids.shape[0], ids.shape[1])));
+  }
+  inputs.top_k = ids.shape[1];
+  for (int64_t slot = 0; slot < inputs.tokens * inputs.top_k; ++slot) {
+    const int64_t id = wide ? element<int64_t>(ids, slot) : element<int32_t>(ids, slot);
+    if (id < kAbsentExpert || id > INT32_MAX) {
+      fail(ErrorCode::kBadFile, "{}: tensor 'topk_ids': expected expert numbers (or -1), found {}", ids.file,
+           id);
+    }
+    inputs.topk_ids.push_back(static_cast<int32_t>(id));
+    inputs.topk_weights.push_back(element<float>(weights, slot));
+  }
+  inputs.routing_origin = ids.file;
+}
+
+}  // namespace
+
+Routing LayerInputs::routing() const {
+  return {MatrixView<const int32_t>(topk_ids.data(), tokens, top_k), {topk_weights.data(), tokens, top_k}};
+}
+
+LayerInputs make_inputs(int64_t tokens, int64_t hidden, uint64_t seed, bool outliers) {
+  LayerInputs inputs;
+  inputs.tokens = tokens;
+  inputs.hidden = hidden;
+  inputs.x.resize(static_cast<size_t>(tokens * hidden));
+  inputs.x_origin = fmt::format("{} x, seed {}", outliers ? "heavy-tailed" : "Gaussian", seed);
+  std::vector<double> channel_scale(static_cast<size_t>(hidden), 1.0);
+  if (outliers) {
+    Random channels(seed, kChannelStream);
+    for (int64_t i = 0; i < std::max<int64_t>(1, hidden / 64); ++i) {
+      channel_scale[static_cast<size_t>(channels.below(hidden))] = 10.0 + 20.0 * channels.uniform();
+    }
+  }
+  for (int64_t token = 0; token < tokens; ++token) {
+    Random random(seed, kTokenStreams + static_cast<uint64_t>(token));
+    for (int64_t channel = 0; channel < hidden; ++channel) {
+      const double value = outliers ? random.student_t(5) : random.normal();
+      inputs.x[static_cast<size_t>(token * hidden + channel)] =
+          encode_bf16(static_cast<float>(value * channel_scale[static_cast<size_t>(channel)]));
+    }
+  }
+  return inputs;
+}
+
+void route_at_random(LayerInputs& inputs, int64_t experts, int64_t top_k, uint64_t seed) {
+  inputs.top_k = top_k;
+  inputs.topk_ids.clear();
+  inputs.topk_weights.clear();
+  inputs.routing_origin = fmt::format("uniform top-{} of {} experts, seed {}", top_k, experts, seed);
+  std::vector<int32_t> ids(static_cast<size_t>(experts));
+  for (int64_t token = 0; token < inputs.tokens; ++token) {
+    Random random(seed, kRoutingStreams + static_cast<uint64_t>(token));
+    std::iota(ids.begin(), ids.end(), 0);
+    std::vector<double> weights;
+    for (int64_t k = 0; k < top_k; ++k) {
+      std::swap(ids[static_cast<size_t>(k)], ids[static_cast<size_t>(k + random.below(experts - k))]);
+      inputs.topk_ids.push_back(ids[static_cast<size_t>(k)]);
+      weights.push_back(0.05 + random.uniform());
+    }
+    const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
+    for (const double weight : weights) inputs.topk_weights.push_back(static_cast<float>(weight / sum));
+  }
+}
+
+LayerInputs read_inputs(const std::filesystem::path& path, int64_t hidden, int64_t max_tokens) {
+  const auto file = SafetensorsFile::open(path);
+  const Tensor& x = file->at("x");
+  if ((x.dtype != DType::kBf16 && x.dtype != DType::kF16 && x.dtype != DType::kF32) || x.shape.size() != 2 ||
+      x.shape[1] != hidden) {
+    bad_input(x, fmt::format("BF16, F16 or F32 [T, {}]", hidden));
+  }
+  LayerInputs inputs;
+  inputs.tokens = max_tokens > 0 ? std::min(max_tokens, x.shape[0]) : x.shape[0];
+  inputs.hidden = hidden;
+  inputs.x.resize(static_cast<size_t>(inputs.tokens * hidden));
+  inputs.x_origin = path.string();
+  read_x(x, inputs);
+  const Tensor* ids = file->find("topk_ids");
+  const Tensor* weights = file->find("topk_weights");
+  if ((ids == nullptr) != (weights == nullptr)) {
+    fail(ErrorCode::kBadFile, "{}: expected topk_ids and topk_weights together, found {} alone",
+         path.string(), ids ? "topk_ids" : "topk_weights");
+  }
+  if (ids) read_routing(*ids, *weights, x.shape[0], inputs);
+  return inputs;
+}
+
+void write_inputs(const std::filesystem::path& path, const LayerInputs& inputs) {
+  const TensorData tensors[] = {
+      {{"x", DType::kBf16, {inputs.tokens, inputs.hidden}}, std::as_bytes(std::span(inputs.x))},
+      {{"topk_ids", DType::kI32, {inputs.tokens, inputs.top_k}}, std::as_bytes(std::span(inputs.topk_ids))},
+      {{"topk_weights", DType::kF32, {inputs.tokens, inputs.top_k}},
+       std::as_bytes(std::span(inputs.topk_weights))},
+  };
+  write_safetensors(path, tensors);
+}
+
+}  // namespace fourfold

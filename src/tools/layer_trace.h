@@ -1,0 +1,53 @@
+// One run of a layer with every stage tapped.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "fourfold/moe_layer.h"
+#include "tools/layer_inputs.h"
+
+namespace fourfold {
+
+/// Owned staged activations.
+struct StagedBuffers {
+  std::vector<Bf16> values;
+  std::vector<uint8_t> codes, scales, residual_codes, residual_scales;
+  std::vector<float> row_scales;
+  StagedActivations views;
+
+  StagedBuffers() = default;
+  StagedBuffers(ActivationFormat format, int64_t rows, int64_t cols);
+  StagedBuffers(StagedBuffers&&) = default;
+  StagedBuffers& operator=(StagedBuffers&&) = default;
+};
+
+/// Outputs of all stages, rows in permuted order.
+struct LayerTrace {
+  int64_t rows = 0, tokens = 0, hidden = 0, intermediate = 0;
+  Permutation permutation;
+  StagedBuffers staged_x, staged_intermediate;
+  std::vector<Bf16> h, activation, z, y;
+
+  MatrixView<const Bf16> h_view() const { return {h.data(), rows, 2 * intermediate}; }
+  MatrixView<const Bf16> activation_view() const { return {activation.data(), rows, intermediate}; }
+  MatrixView<const Bf16> z_view() const { return {z.data(), rows, hidden}; }
+  MatrixView<const Bf16> y_view() const { return {y.data(), tokens, hidden}; }
+};
+
+/// Runs `layer` on `inputs`.
+LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs);
+
+/// A workspace for `plan`, aligned as layers want it.
+class AlignedWorkspace {
+ public:
+  explicit AlignedWorkspace(size_t bytes);
+  std::span<std::byte> span() const { return span_; }
+
+ private:
+  Buffer buffer_;
+  std::span<std::byte> span_;
+};
+
+}  // namespace fourfold

@@ -1,0 +1,343 @@
+#include "tools/layertest.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+#include "base/fail.h"
+#include "fourfold/reference.h"
+#include "tools/layer_trace.h"
+#include "tools/weight_comparison.h"
+
+namespace fourfold {
+namespace {
+
+// Limits of the kernel comparison, on relative L2. Both sides compute the same real number and round it to
+// bf16; where their sums differ in the last bits of float32, a result may fall to the neighbouring bf16. If
+// every element did, the error would be one ulp each: 2^-8 of the element at most, 2.8e-3 in the mean over
+// mantissas. Measured on kernels that are right: 1e-4. A single token has few elements and may cancel: 2^-7
+// for the worst one.
+constexpr double kKernelLimit = 3e-3;
+constexpr double kKernelWorstTokenLimit = 0x1p-7;
+
+// Static activation scales may cost this much of what per-token scales cost on the same data. Block scales
+// follow the data either way, so a calibrated scale costs the same within a few percent; 1.5 times the error
+// is more than twice the noise power, which only saturation or underflow of block scales explains.
+constexpr double kStaticScaleSlack = 1.5;
+
+constexpr size_t kShownFindings = 8;
+
+/// Everything but `stage` filled in; rows are slots of `permutation` unless `by_token`.
+StageReport stage_report(Stage stage, const Comparison& comparison, const Permutation& permutation,
+                         const LayertestRequest& request, bool by_token) {
+  StageReport report{stage, comparison.cosine, comparison.norm_ratio, comparison.rel_l2, -1,
+                     -1,    std::nullopt};
+  if (comparison.worst_row >= 0) {
+    report.worst_token =
+        by_token ? comparison.worst_row
+                 : permutation.slot_of_row[static_cast<size_t>(comparison.worst_row)] / request.inputs->top_k;
+  }
+  if (comparison.worst_group >= 0) {
+    report.worst_expert = request.expert_ids[static_cast<size_t>(comparison.worst_group)];
+  }
+  return report;
+}
+
+/// l1, activation, l2 and out of two runs with the same routing.
+std::vector<StageReport> compare_traces(const LayerTrace& reference, const LayerTrace& candidate,
+                                        const LayertestRequest& request) {
+  const Permutation& permutation = reference.permutation;
+  const auto slots = [&](Stage stage, MatrixView<const Bf16> a, MatrixView<const Bf16> b) {
+    return stage_report(stage, compare(a, b, permutation.group_offsets), permutation, request, false);
+  };
+  return {
+      slots(Stage::kL1, reference.h_view(), candidate.h_view()),
+      slots(Stage::kActivation, reference.activation_view(), candidate.activation_view()),
+      slots(Stage::kL2, reference.z_view(), candidate.z_view()),
+      stage_report(Stage::kOut, compare(reference.y_view(), candidate.y_view()), permutation, request, true),
+  };
+}
+
+bool exceeds(const StageReport& stage) {
+  return stage.limit && !(stage.rel_l2 <= *stage.limit);
+}
+
+class Layertest {
+ public:
+  explicit Layertest(const LayertestRequest& request) : request_(request) {}
+
+  LayertestReport run() {
+    report_.backend = request_.backend->name();
+    LayerOptions dequantized = request_.options;
+    dequantized.activations = ActivationFormat::kBf16;
+    dequantized.dequantize_weights = true;
+    dequantized_ =
+        run_reference("the reference in the dequantized NVFP4 weights", *request_.nvfp4, dequantized);
+    emulation_ = run_reference("the emulation", *request_.nvfp4, request_.options);
+    compare_checkpoint(dequantized);
+    compare_activations();
+    compare_kernel();
+    report_.verdict = report_.findings.empty() ? "fine" : first_culprit_;
+    return std::move(report_);
+  }
+
+ private:
+  LayerTrace run_reference(const std::string& what, const ExpertWeights& weights,
+                           const LayerOptions& options) const {
+    request_.progress(what);
+    return trace(*reference_backend().make_layer(weights, request_.config, options), *request_.inputs);
+  }
+
+  /// Kernel findings come first in the verdict: they hold whatever the checkpoint is like.
+  void add_finding(const std::string& culprit, const std::string& text) {
+    if (report_.findings.empty() || culprit == "kernel") first_culprit_ = culprit;
+    report_.findings.push_back(fmt::format("{}: {}", culprit, text));
+  }
+
+  /// Findings of stages over their limit, or not finite.
+  void judge(const std::string& culprit, const std::vector<StageReport>& stages) {
+    for (const StageReport& stage : stages) {
+      const std::string_view name = kStageNames[static_cast<size_t>(stage.stage)];
+      const std::string where = fmt::format(
+          "{}{}", stage.worst_token >= 0 ? fmt::format(", worst token {}", stage.worst_token) : "",
+          stage.worst_expert >= 0 ? fmt::format(", worst expert {}", stage.worst_expert) : "");
+      if (exceeds(stage)) {
+        add_finding(culprit, fmt::format("{}: relative L2 {:.3g} above {:.3g} (norm ratio {:.4g}{})", name,
+                                         stage.rel_l2, *stage.limit, stage.norm_ratio, where));
+      } else if (!std::isfinite(stage.rel_l2)) {
+        add_finding(culprit, fmt::format("{}: NaN or infinity{}", name, where));
+      }
+    }
+  }
+
+  void compare_checkpoint(const LayerOptions& dequantized) {
+    ComparisonReport& checkpoint = report_.checkpoint;
+    if (request_.original == nullptr) {
+      checkpoint.left_out = "no --original: what the checkpoint lost is not known";
+      judge_finite(dequantized_);
+      return;
+    }
+    request_.progress("the weights against the original");
+    const WeightComparison weights = compare_weights(*request_.original, *request_.nvfp4);
+    checkpoint.limit_origin =
+        "1.1 x what our own conversion of this original loses (from MXFP4: the exact cast), for all and each "
+        "matrix";
+    checkpoint.stages.push_back(weights_stage(weights));
+    if (weights.has_blocks) report_.exact_blocks = weights.blocks;
+    judge_matrices(weights);
+
+    const LayerTrace original =
+        run_reference("the reference in the original weights", *request_.original, dequantized);
+    const std::vector<StageReport> stages = compare_traces(original, dequantized_, request_);
+    judge("checkpoint", stages);
+    checkpoint.stages.insert(checkpoint.stages.end(), stages.begin(), stages.end());
+  }
+
+  StageReport weights_stage(const WeightComparison& weights) const {
+    std::map<int64_t, ErrorSums> by_expert;
+    for (const MatrixLoss& matrix : weights.matrices) by_expert[matrix.expert] += matrix.sums;
+    WorstPart worst;
+    for (const auto& [expert, sums] : by_expert) worst.offer(expert, sums.relative_l2());
+    const ErrorSums& total = weights.total;
+    return {Stage::kWeights,
+            total.cosine(),
+            total.norm_ratio(),
+            total.relative_l2(),
+            -1,
+            worst.index < 0 ? -1 : request_.expert_ids[static_cast<size_t>(worst.index)],
+            weights.limit};
+  }
+
+  void judge_matrices(const WeightComparison& weights) {
+    size_t bad = 0;
+    for (const MatrixLoss& matrix : weights.matrices) {
+      const double loss = matrix.sums.relative_l2();
+      if (loss <= matrix.limit) continue;
+      if (++bad > kShownFindings) continue;
+      add_finding(
+          "checkpoint",
+          fmt::format("weights: {}: relative L2 {:.3g} above {:.3g} (cosine {:.5f}, norm ratio {:.4g})",
+                      matrix.name, loss, matrix.limit, matrix.sums.cosine(), matrix.sums.norm_ratio()));
+    }
+    if (bad > kShownFindings) {
+      add_finding("checkpoint", fmt::format("weights: and {} more matrices", bad - kShownFindings));
+    }
+  }
+
+  /// Without an original, NaN in the dequantized layer is all that can be said of the weights.
+  void judge_finite(const LayerTrace& run) {
+    const Comparison self = compare(run.y_view(), run.y_view());
+    if (!std::isfinite(self.rel_l2)) {
+      add_finding("checkpoint",
+                  fmt::format("out: NaN or infinity in the dequantized layer, token {}", self.worst_row));
+    }
+  }
+
+  void compare_activations() {
+    ComparisonReport& activations = report_.activations;
+    activations.stages = compare_traces(dequantized_, emulation_, request_);
+    const LayerOptions& options = request_.options;
+    const bool per_token = options.x_scale == ScalePolicy::kDynamicToken &&
+                           options.intermediate_scale == ScalePolicy::kDynamicToken;
+    if (!is_nvfp4(options.activations) || per_token) {
+      activations.limit_origin = "none: nothing of the checkpoint enters";
+    } else {
+      LayerOptions yardstick = options;
+      yardstick.x_scale = yardstick.intermediate_scale = ScalePolicy::kDynamicToken;
+      const LayerTrace best = run_reference("the yardstick: scales by token", *request_.nvfp4, yardstick);
+      const std::vector<StageReport> due = compare_traces(dequantized_, best, request_);
+      activations.limit_origin =
+          fmt::format("{} x what dynamic-token scales cost on the same data", kStaticScaleSlack);
+      for (size_t i = 0; i < due.size(); ++i) {
+        activations.stages[i].limit = kStaticScaleSlack * due[i].rel_l2 + kKernelLimit;
+      }
+    }
+    judge("activations", activations.stages);
+  }
+
+  void compare_kernel() {
+    ComparisonReport& kernel = report_.kernel_stages;
+    const auto layer = request_.backend->make_layer(*request_.nvfp4, request_.config, request_.options);
+    report_.kernel = layer->plan(request_.inputs->tokens).kernel;
+    if (request_.backend == &reference_backend()) {
+      kernel.left_out = "not applicable: the backend is the reference, which is the emulation";
+      return;
+    }
+    request_.progress(fmt::format("the backend {}", request_.backend->name()));
+    const LayerTrace run = trace(*layer, *request_.inputs);
+    report_.kernel_end_to_end = compare_traces(emulation_, run, request_);
+    kernel.limit_origin = "one bf16 ulp an element; each stage fed with the backend's own previous output";
+    if (!judge_permutation(run)) return;
+    request_.progress("the emulation, fed with the backend's stages");
+    kernel.stages = teacher_forced(run);
+    judge("kernel", kernel.stages);
+  }
+
+  /// Stages can be compared only if rows mean the same on both sides.
+  bool judge_permutation(const LayerTrace& run) {
+    const Permutation &expected = emulation_.permutation, &found = run.permutation;
+    if (expected.group_offsets == found.group_offsets && expected.slot_of_row == found.slot_of_row &&
+        expected.row_of_slot == found.row_of_slot) {
+      return true;
+    }
+    report_.kernel_stages.left_out = "the backend permutes rows differently: stages can't be paired";
+    add_finding("kernel", "permutation: group offsets or the order of rows differ from the specification");
+    return false;
+  }
+
+  std::vector<StageReport> teacher_forced(const LayerTrace& run) {
+    const LayerOptions& options = request_.options;
+    const ExpertWeights& weights = *request_.nvfp4;
+    const std::span<const int32_t> offsets = run.permutation.group_offsets;
+    LayerTrace expected = trace_like(run);
+    const auto matrix = [](std::vector<Bf16>& values, MatrixView<const Bf16> like) {
+      return MatrixView<Bf16>(values.data(), like.rows, like.cols);
+    };
+
+    reference::gate_up(run.staged_x.views.view(options.activations, run.rows, run.hidden), offsets, weights,
+                       options, matrix(expected.h, run.h_view()));
+    reference::activate(request_.config.activation, run.h_view(),
+                        matrix(expected.activation, run.activation_view()));
+    reference::down(run.staged_intermediate.views.view(options.activations, run.rows, run.intermediate),
+                    offsets, weights, options, matrix(expected.z, run.z_view()));
+    reference::combine(run.z_view(), run.permutation.row_of_slot, request_.inputs->routing().topk_weights,
+                       matrix(expected.y, run.y_view()));
+    judge_staging(run);
+
+    std::vector<StageReport> stages = compare_traces(expected, run, request_);
+    for (StageReport& stage : stages) stage.limit = kKernelLimit;
+    judge_worst_tokens(expected, run);
+    return stages;
+  }
+
+  /// Buffers of the same sizes, and the same permutation.
+  static LayerTrace trace_like(const LayerTrace& run) {
+    LayerTrace expected;
+    expected.rows = run.rows;
+    expected.tokens = run.tokens;
+    expected.hidden = run.hidden;
+    expected.intermediate = run.intermediate;
+    expected.permutation = run.permutation;
+    expected.h.resize(run.h.size());
+    expected.activation.resize(run.activation.size());
+    expected.z.resize(run.z.size());
+    expected.y.resize(run.y.size());
+    return expected;
+  }
+
+  /// Staging is specified bit for bit: x from the input, the intermediate from the backend's own activation.
+  void judge_staging(const LayerTrace& run) {
+    StagingReport staging;
+    const auto count = [](const StagedBuffers& expected, const StagedBuffers& found, int64_t& values,
+                          int64_t& different) {
+      const auto add = [&](const auto& a, const auto& b) {
+        values += static_cast<int64_t>(a.size());
+        for (size_t i = 0; i < a.size(); ++i) different += !(a[i] == b[i]);
+      };
+      add(expected.values, found.values);
+      add(expected.codes, found.codes);
+      add(expected.scales, found.scales);
+      add(expected.residual_codes, found.residual_codes);
+      add(expected.residual_scales, found.residual_scales);
+      add(expected.row_scales, found.row_scales);
+    };
+    count(emulation_.staged_x, run.staged_x, staging.x_values, staging.x_different);
+    const StagedBuffers intermediate = restage(run);
+    count(intermediate, run.staged_intermediate, staging.intermediate_values, staging.intermediate_different);
+    report_.staging = staging;
+    const auto judge_one = [&](const char* what, int64_t different, int64_t values) {
+      if (different > 0) {
+        add_finding(
+            "kernel",
+            fmt::format("staging of {}: {} of {} codes and scales differ from the specification, which "
+                        "is bit for bit",
+                        what, different, values));
+      }
+    };
+    judge_one("x", staging.x_different, staging.x_values);
+    judge_one("the intermediate", staging.intermediate_different, staging.intermediate_values);
+  }
+
+  /// The specification's staging of the backend's activation output.
+  StagedBuffers restage(const LayerTrace& run) const {
+    const ActivationFormat format = request_.options.activations;
+    StagedBuffers staged(format, run.rows, run.intermediate);
+    if (is_nvfp4(format)) {
+      std::vector<float> scales;
+      for (const Expert& expert : request_.nvfp4->experts)
+        scales.push_back(expert.down_input_scale.value_or(0.0f));
+      reference::activation_scales(request_.options.intermediate_scale, run.activation_view(),
+                                   run.permutation.group_offsets, scales, staged.views.row_scales);
+    }
+    reference::stage(format, run.activation_view(), staged.views);
+    return staged;
+  }
+
+  void judge_worst_tokens(const LayerTrace& expected, const LayerTrace& run) {
+    const auto judge_one = [&](Stage stage, MatrixView<const Bf16> a, MatrixView<const Bf16> b) {
+      const Comparison comparison = compare(a, b);
+      if (comparison.rel_l2 <= kKernelLimit && !(comparison.worst_row_rel_l2 <= kKernelWorstTokenLimit)) {
+        add_finding("kernel", fmt::format("{}: row {} alone has relative L2 {:.3g}, above {:.3g}",
+                                          kStageNames[static_cast<size_t>(stage)], comparison.worst_row,
+                                          comparison.worst_row_rel_l2, kKernelWorstTokenLimit));
+      }
+    };
+    judge_one(Stage::kL1, expected.h_view(), run.h_view());
+    judge_one(Stage::kActivation, expected.activation_view(), run.activation_view());
+    judge_one(Stage::kL2, expected.z_view(), run.z_view());
+    judge_one(Stage::kOut, expected.y_view(), run.y_view());
+  }
+
+  const LayertestRequest& request_;
+  LayertestReport report_;
+  LayerTrace dequantized_, emulation_;
+  std::string first_culprit_;
+};
+
+}  // namespace
+
+LayertestReport run_layertest(const LayertestRequest& request) {
+  return Layertest(request).run();
+}
+
+}  // namespace fourfold

@@ -1,0 +1,80 @@
+// layertest: where do a layer's numbers go wrong, in the checkpoint, in the activation quantization or in the
+// kernel?
+//
+// Three comparisons, each stage by stage:
+//   checkpoint    the layer in the original weights against the layer in the dequantized NVFP4 weights
+//   activations   the dequantized layer against the emulation: activations quantized by specification
+//   kernel        the emulation against a backend, every stage fed with the backend's own previous output
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "fourfold/comparison.h"
+#include "fourfold/moe_layer.h"
+#include "tools/layer_inputs.h"
+
+namespace fourfold {
+
+struct LayertestRequest {
+  const ExpertWeights* original = nullptr;  ///< null: the checkpoint comparison is left out
+  const ExpertWeights* nvfp4 = nullptr;     ///< what backends run: as stored, or after a named step
+  std::vector<int64_t> expert_ids;          ///< number of each expert in the checkpoint, for reports
+  LayerConfig config;
+  LayerOptions options;
+  const Backend* backend = nullptr;
+  const LayerInputs* inputs = nullptr;
+  std::function<void(std::string_view)> progress = [](std::string_view) {};
+};
+
+/// Stages in the order of the forward pass.
+enum class Stage : uint8_t { kWeights, kL1, kActivation, kL2, kOut };
+inline constexpr std::array<std::string_view, 5> kStageNames = {"weights", "l1", "activation", "l2", "out"};
+
+/// One row of the table.
+struct StageReport {
+  Stage stage = Stage::kL1;
+  double cosine = 1.0, norm_ratio = 1.0, rel_l2 = 0.0;
+  int64_t worst_token = -1;     ///< -1: the stage has none
+  int64_t worst_expert = -1;    ///< number in the checkpoint; -1: the stage has none
+  std::optional<double> limit;  ///< on rel_l2; a finding above it
+};
+
+struct ComparisonReport {
+  std::string left_out;      ///< why there are no stages; empty when there are
+  std::string limit_origin;  ///< what the limits are and where they come from
+  std::vector<StageReport> stages;
+};
+
+/// Blocks of the weights that do not dequantize to the original's values. MXFP4 originals alone, blocks
+/// of 32.
+struct ExactBlocks {
+  int64_t blocks = 0;
+  int64_t inexact = 0;
+};
+
+/// Bit-for-bit comparison of what a backend staged with the specification.
+struct StagingReport {
+  int64_t x_values = 0, x_different = 0;
+  int64_t intermediate_values = 0, intermediate_different = 0;
+};
+
+struct LayertestReport {
+  std::string verdict;  ///< "fine", or the first of "kernel", "checkpoint", "activations" with a finding
+  std::vector<std::string> findings;
+  std::string backend, kernel;
+  ComparisonReport checkpoint, activations, kernel_stages;
+  std::vector<StageReport> kernel_end_to_end;
+  std::optional<ExactBlocks> exact_blocks;
+  std::optional<StagingReport> staging;
+};
+
+/// Runs everything. Throws Error when the pieces do not fit each other.
+LayertestReport run_layertest(const LayertestRequest& request);
+
+}  // namespace fourfold

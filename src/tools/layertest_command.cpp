@@ -1,0 +1,285 @@
+// `fourfold layertest`: opens checkpoints and inputs, runs the test, prints the report.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <charconv>
+#include <filesystem>
+#include <memory>
+#include <set>
+
+#include "base/fail.h"
+#include "base/files.h"
+#include "fourfold/checkpoint.h"
+#include "tools/commands.h"
+#include "tools/layertest.h"
+#include "tools/layertest_report.h"
+#include "tools/terminal.h"
+
+namespace fourfold {
+namespace {
+
+struct Arguments {
+  std::string original, nvfp4;
+  int64_t layer = 0;
+  std::string experts, input;
+  int64_t tokens = 0;
+  uint64_t seed = 0;
+  std::string activations = "nvfp4", activation_scale, gate_up = "exact", backend, accumulate = "f32", json;
+  bool double_quantize = false;
+};
+
+constexpr int64_t kDefaultTokens = 64;
+
+int64_t parse_index(std::string_view text, const std::string& option) {
+  int64_t value = -1;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < 0) {
+    throw CLI::ValidationError(option,
+                               fmt::format("expected numbers and ranges such as 0,3,8-11, found '{}'", text));
+  }
+  return value;
+}
+
+/// "0,3,8-11" -> ascending numbers, each once.
+std::vector<int64_t> parse_list(const std::string& text, const std::string& option) {
+  constexpr int64_t kMost = 1 << 20;
+  std::set<int64_t> numbers;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    const std::string_view part = std::string_view(text).substr(begin, end - begin);
+    const size_t dash = part.find('-');
+    const int64_t first = parse_index(part.substr(0, dash), option);
+    const int64_t last = dash == std::string_view::npos ? first : parse_index(part.substr(dash + 1), option);
+    if (last < first || last > kMost) {
+      throw CLI::ValidationError(option,
+                                 fmt::format("expected ascending ranges below {}, found '{}'", kMost, part));
+    }
+    for (int64_t number = first; number <= last; ++number) numbers.insert(number);
+    begin = end + 1;
+  }
+  return {numbers.begin(), numbers.end()};
+}
+
+ScalePolicy parse_policy(const std::string& name) {
+  if (const auto policy = parse_scale_policy(name)) return *policy;
+  throw CLI::ValidationError(
+      "--activation-scale",
+      fmt::format("expected static, max-over-experts, dynamic-tensor or dynamic-token, found '{}'", name));
+}
+
+/// Policies for x and for the intermediate: given ("P" or "P,P"), or the default.
+DefaultPolicies policies_for(const Arguments& arguments, const ExpertWeights& weights,
+                             ActivationFormat format) {
+  if (arguments.activation_scale.empty()) return default_scale_policies(weights, format);
+  if (!is_nvfp4(format)) {
+    throw CLI::ValidationError(
+        "--activation-scale",
+        fmt::format("expected --activations nvfp4 or nvfp4x2 beside it, found {}, which has {}",
+                    to_string(format), format == ActivationFormat::kFp8 ? "one scale a token" : "no scales"));
+  }
+  const size_t comma = arguments.activation_scale.find(',');
+  const ScalePolicy x = parse_policy(arguments.activation_scale.substr(0, comma));
+  return {x, comma == std::string::npos ? x : parse_policy(arguments.activation_scale.substr(comma + 1))};
+}
+
+/// One run of the command; members in the order in which they come to be known.
+class Run {
+ public:
+  explicit Run(const Arguments& arguments) : arguments_(arguments) {}
+
+  int execute() {
+    load_checkpoints();
+    apply_named_steps();
+    configure();
+    load_inputs();
+    choose();
+    const Progress progress;
+    LayertestRequest request;
+    request.original = original_ ? &original_->weights : nullptr;
+    request.nvfp4 = &weights_;
+    request.expert_ids = nvfp4_.expert_ids;
+    request.config = config_;
+    request.options = options_;
+    request.backend = choice_.backend;
+    request.inputs = &inputs_;
+    request.progress = [&](std::string_view what) { progress.show(what); };
+    const LayertestReport report = run_layertest(request);
+    progress.clear();
+
+    fact("backend", fmt::format("{} ({}); kernel: {}", report.backend, choice_.reason, report.kernel));
+    if (!arguments_.json.empty()) write_file(arguments_.json, format_json(subject_, report));
+    fmt::print("{}", format_table(subject_, report));
+    return report.verdict == "fine" ? kExitFine : kExitFinding;
+  }
+
+ private:
+  void fact(const std::string& label, const std::string& text) { subject_.facts.emplace_back(label, text); }
+
+  void load_checkpoints() {
+    const std::vector<int64_t> experts = parse_list(arguments_.experts, "--experts");
+    checkpoint_ = Checkpoint::open(arguments_.nvfp4);
+    nvfp4_ = load_experts(checkpoint_, arguments_.layer, experts);
+    if (nvfp4_.scheme.find("nvfp4") == std::string::npos) {
+      reject(fmt::format("--nvfp4 {}", arguments_.nvfp4), "NVFP4 experts",
+             fmt::format("{}; is it the original? pass it as --original", nvfp4_.scheme));
+    }
+    weights_ = nvfp4_.weights;
+    const ModelConfig& config = checkpoint_->config();
+    subject_.model = config.model_type.empty() ? "unknown" : config.model_type;
+    subject_.layer = arguments_.layer;
+    subject_.notes = nvfp4_.notes;
+    fact("model", fmt::format("{}, layer {}: {} of {} experts, hidden {}, intermediate {}", subject_.model,
+                              arguments_.layer, nvfp4_.weights.count(), nvfp4_.experts_in_checkpoint,
+                              weights_.hidden, weights_.intermediate));
+    fact("nvfp4", fmt::format("{}: {}, {}", arguments_.nvfp4, nvfp4_.scheme, nvfp4_.naming));
+    if (arguments_.original.empty()) return;
+
+    const auto original = Checkpoint::open(arguments_.original);
+    original_ = load_experts(original, arguments_.layer, experts);
+    fact("original", fmt::format("{}: {}, {}", arguments_.original, original_->scheme, original_->naming));
+    for (const std::string& note : original_->notes) subject_.notes.push_back("original: " + note);
+  }
+
+  void apply_named_steps() {
+    if (arguments_.double_quantize) {
+      weights_ = quantize_again(weights_);
+      fact("weights", "quantized again through bf16, gate and up as one tensor (--double-quantize)");
+    }
+    if (arguments_.gate_up == "fold") {
+      FoldReport fold;
+      weights_ = fold_gate_up(weights_, &fold);
+      fact("gate/up",
+           fmt::format("folded into one global scale: {} of {} rescaled blocks changed, by up to {:.2f}%, {} "
+                       "became zero",
+                       fold.changed, fold.blocks, 100.0 * fold.largest_relative_change, fold.underflowed));
+    } else {
+      fact("gate/up", "exact: a global scale each");
+    }
+  }
+
+  void configure() {
+    config_.hidden = weights_.hidden;
+    config_.intermediate = weights_.intermediate;
+    config_.experts = weights_.count();
+    if (const auto limit = checkpoint_->config().swiglu_limit) {
+      config_.activation.limit = *limit;
+      fact("activation",
+           fmt::format("silu(min(gate, {0})) * clamp(up, -{0}, {0}), from config.json", *limit));
+    } else {
+      fact("activation", "silu(gate) * up");
+    }
+    options_.activations = *parse_activation_format(arguments_.activations);
+    const DefaultPolicies policies = policies_for(arguments_, weights_, options_.activations);
+    options_.x_scale = policies.x;
+    options_.intermediate_scale = policies.intermediate;
+    options_.accumulation = arguments_.accumulate == "f64" ? Accumulation::kFloat64 : Accumulation::kFloat32;
+    const std::string origin = arguments_.activation_scale.empty() ? "default" : "--activation-scale";
+    fact("staging",
+         is_nvfp4(options_.activations)
+             ? fmt::format("{}, scale of x {}, of the intermediate {} ({})", arguments_.activations,
+                           to_string(policies.x), to_string(policies.intermediate), origin)
+             : arguments_.activations);
+  }
+
+  void load_inputs() {
+    const int64_t tokens = arguments_.tokens;
+    inputs_ = arguments_.input.empty()
+                  ? make_inputs(tokens > 0 ? tokens : kDefaultTokens, config_.hidden, arguments_.seed, false)
+                  : read_inputs(arguments_.input, config_.hidden, tokens);
+    if (inputs_.topk_ids.empty()) {
+      const auto top_k = checkpoint_->config().top_k;
+      if (!top_k || *top_k < 1) {
+        fail(ErrorCode::kInvalidArgument,
+             "{}: expected num_experts_per_tok in config.json, found none; give topk_ids and "
+             "topk_weights in --input",
+             arguments_.nvfp4);
+      }
+      route_at_random(inputs_, config_.experts, std::min(*top_k, config_.experts), arguments_.seed);
+    } else {
+      map_expert_ids();
+    }
+    config_.top_k = inputs_.top_k;
+    fact("input", fmt::format("{} tokens, x: {}; routing: {}", inputs_.tokens, inputs_.x_origin,
+                              inputs_.routing_origin));
+  }
+
+  /// Expert numbers of the input -> positions among the experts under test; -1 for the others.
+  void map_expert_ids() {
+    int64_t left_out = 0;
+    for (int32_t& id : inputs_.topk_ids) {
+      if (id >= nvfp4_.experts_in_checkpoint) {
+        reject(fmt::format("{}: topk_ids", arguments_.input),
+               fmt::format("expert numbers below {}", nvfp4_.experts_in_checkpoint), id);
+      }
+      const auto position = std::lower_bound(nvfp4_.expert_ids.begin(), nvfp4_.expert_ids.end(), id);
+      const bool present = position != nvfp4_.expert_ids.end() && *position == id;
+      left_out += !present;
+      id = present ? static_cast<int32_t>(position - nvfp4_.expert_ids.begin()) : int32_t{kAbsentExpert};
+    }
+    if (left_out > 0)
+      subject_.notes.push_back(fmt::format("{} slots go to experts that are not under test", left_out));
+  }
+
+  void choose() { choice_ = choose_backend(arguments_.backend, weights_, config_, options_); }
+
+  const Arguments& arguments_;
+  LayertestSubject subject_;
+  std::shared_ptr<const Checkpoint> checkpoint_;
+  ExpertLayer nvfp4_;
+  std::optional<ExpertLayer> original_;
+  ExpertWeights weights_;
+  LayerConfig config_;
+  LayerOptions options_;
+  LayerInputs inputs_;
+  BackendChoice choice_;
+};
+
+}  // namespace
+
+void add_layertest(CLI::App& app, int& exit_code) {
+  auto arguments = std::make_shared<Arguments>();
+  CLI::App* command = app.add_subcommand(
+      "layertest", "Run one MoE layer stage by stage against a bf16 reference, and say what is at fault");
+  command->add_option("--nvfp4", arguments->nvfp4, "NVFP4 checkpoint: a model directory")->required();
+  command->add_option(
+      "--original", arguments->original,
+      "the checkpoint it was made from (MXFP4 or bf16); without it, what the checkpoint lost is not told");
+  command->add_option("--layer", arguments->layer, "layer number")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
+  command->add_option("--experts", arguments->experts, "experts to test, e.g. 0,3,8-11 (default: all)");
+  command
+      ->add_option("--tokens", arguments->tokens,
+                   fmt::format("number of tokens (default: {}, or all of --input)", kDefaultTokens))
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
+  command->add_option("--input", arguments->input,
+                      "safetensors with x [T, H], and optionally topk_ids and topk_weights [T, K]");
+  command->add_option("--seed", arguments->seed, "seed of generated inputs and routing")
+      ->capture_default_str();
+  command->add_option("--activations", arguments->activations, "what activations become before a GEMM")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"nvfp4", "nvfp4x2", "fp8", "bf16"}));
+  command->add_option(
+      "--activation-scale", arguments->activation_scale,
+      "global scale of NVFP4 activations: static, max-over-experts, dynamic-tensor or dynamic-token; two, "
+      "with a comma, for x and the intermediate (default: static where every expert has input_scale, "
+      "dynamic-token where none has)");
+  command
+      ->add_option("--gate-up", arguments->gate_up,
+                   "global scales of gate and up: one each, or folded into one")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"exact", "fold"}));
+  command->add_option("--accumulate", arguments->accumulate, "sums of the reference")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"f32", "f64"}));
+  command->add_option(
+      "--backend", arguments->backend,
+      fmt::format("backend to test (default: the best that can run the layer, or {})", kBackendVariable));
+  command->add_flag("--double-quantize", arguments->double_quantize,
+                    "dequantize to bf16 and quantize again, gate and up as one tensor, to see the loss");
+  command->add_option("--json", arguments->json, "write the report as JSON too (docs/layertest.md)");
+  command->footer("Exit code: 0 fine, 1 error, 2 usage, 3 a finding.");
+  command->callback([arguments, &exit_code] { exit_code = Run(*arguments).execute(); });
+}
+
+}  // namespace fourfold

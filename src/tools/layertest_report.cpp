@@ -1,0 +1,158 @@
+#include "tools/layertest_report.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "tools/terminal.h"
+
+namespace fourfold {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+/// JSON has no NaN and no infinity: they are the strings "nan", "inf" and "-inf".
+Json number(double value) {
+  if (std::isnan(value)) return "nan";
+  if (std::isinf(value)) return value > 0 ? "inf" : "-inf";
+  return value;
+}
+
+Json index_or_null(int64_t index) {
+  return index < 0 ? Json(nullptr) : Json(index);
+}
+
+std::string_view name_of(const StageReport& stage) {
+  return kStageNames[static_cast<size_t>(stage.stage)];
+}
+
+Json stages_json(const std::vector<StageReport>& stages) {
+  Json json = Json::object();
+  for (const StageReport& stage : stages) {
+    json[std::string(name_of(stage))] = {
+        {"cosine", number(stage.cosine)},
+        {"norm_ratio", number(stage.norm_ratio)},
+        {"rel_l2", number(stage.rel_l2)},
+        {"worst_token", index_or_null(stage.worst_token)},
+        {"worst_expert", index_or_null(stage.worst_expert)},
+        {"limit", stage.limit ? number(*stage.limit) : Json(nullptr)},
+    };
+  }
+  return json;
+}
+
+/// Enough digits to see how far from 1 a cosine is.
+std::string cosine_text(double cosine) {
+  const double distance = std::abs(1.0 - cosine);
+  if (cosine == 1.0) return "1";
+  if (distance < 1e-12) return "1 - <1e-12";
+  return distance < 1e-5 ? fmt::format("1 - {:.1e}", distance) : fmt::format("{:.6f}", cosine);
+}
+
+std::string table_rows(const std::string& comparison, const std::vector<StageReport>& stages) {
+  std::string text;
+  for (const StageReport& stage : stages) {
+    const bool over = stage.limit && !(stage.rel_l2 <= *stage.limit);
+    const auto index = [](int64_t value) { return value < 0 ? std::string("-") : std::to_string(value); };
+    const std::string row =
+        fmt::format("  {:<12} {:<11} {:>12} {:>11.6f} {:>10.3e} {:>10} {:>7} {:>7}",
+                    &stage == &stages.front() ? comparison : "", name_of(stage), cosine_text(stage.cosine),
+                    stage.norm_ratio, stage.rel_l2, stage.limit ? fmt::format("{:.1e}", *stage.limit) : "-",
+                    index(stage.worst_token), index(stage.worst_expert));
+    text += (over ? red(row + "  <-") : row) + "\n";
+  }
+  return text;
+}
+
+std::string comparison_rows(const std::string& name, const ComparisonReport& comparison) {
+  if (comparison.stages.empty()) return fmt::format("  {:<12} {}\n", name, comparison.left_out);
+  return table_rows(name, comparison.stages);
+}
+
+std::string percentage(int64_t part, int64_t whole) {
+  return whole == 0 ? "0%"
+                    : fmt::format("{:.4g}%", 100.0 * static_cast<double>(part) / static_cast<double>(whole));
+}
+
+std::string counts_text(const LayertestReport& report) {
+  std::string text;
+  if (report.exact_blocks) {
+    text += fmt::format("  MXFP4 blocks that are not exact: {} of {} ({})\n", report.exact_blocks->inexact,
+                        report.exact_blocks->blocks,
+                        percentage(report.exact_blocks->inexact, report.exact_blocks->blocks));
+  }
+  if (report.staging) {
+    text +=
+        fmt::format("  staged bytes that differ from the specification: x {} of {}, intermediate {} of {}\n",
+                    report.staging->x_different, report.staging->x_values,
+                    report.staging->intermediate_different, report.staging->intermediate_values);
+  }
+  return text;
+}
+
+std::string limits_text(const LayertestReport& report) {
+  std::string text = "limits on relative L2\n";
+  for (const auto& [name, comparison] :
+       {std::pair("checkpoint", &report.checkpoint), std::pair("activations", &report.activations),
+        std::pair("kernel", &report.kernel_stages)}) {
+    if (!comparison->stages.empty()) text += fmt::format("  {:<12} {}\n", name, comparison->limit_origin);
+  }
+  return text;
+}
+
+}  // namespace
+
+std::string format_table(const LayertestSubject& subject, const LayertestReport& report) {
+  std::string text;
+  for (const auto& [label, fact] : subject.facts) text += fmt::format("{:<12} {}\n", label, fact);
+  for (const std::string& note : subject.notes) text += fmt::format("{:<12} {}\n", "note", note);
+  text += "\n" +
+          bold(fmt::format("  {:<12} {:<11} {:>12} {:>11} {:>10} {:>10} {:>7} {:>7}", "comparison", "stage",
+                           "cosine", "norm ratio", "rel L2", "limit", "token", "expert")) +
+          "\n";
+  text += comparison_rows("checkpoint", report.checkpoint);
+  text += comparison_rows("activations", report.activations);
+  text += comparison_rows("kernel", report.kernel_stages);
+  if (!report.kernel_end_to_end.empty()) text += table_rows("  end to end", report.kernel_end_to_end);
+  text += counts_text(report) + "\n" + limits_text(report) + "\n";
+  for (const std::string& finding : report.findings) text += red("finding") + "  " + finding + "\n";
+  if (report.verdict == "fine")
+    return text + bold(green("verdict: fine")) + ": every stage is within its limit\n";
+  return text + bold(red("verdict: " + report.verdict)) +
+         fmt::format(": {} finding{}, the first of them above\n", report.findings.size(),
+                     report.findings.size() == 1 ? "" : "s");
+}
+
+std::string format_json(const LayertestSubject& subject, const LayertestReport& report) {
+  Json json = {
+      {"verdict", report.verdict},
+      {"backend", report.backend},
+      {"kernel", report.kernel},
+      {"model", subject.model},
+      {"layer", subject.layer},
+      {"comparisons",
+       {{"checkpoint", stages_json(report.checkpoint.stages)},
+        {"activations", stages_json(report.activations.stages)},
+        {"kernel", stages_json(report.kernel_stages.stages)}}},
+      {"kernel_end_to_end", stages_json(report.kernel_end_to_end)},
+      {"left_out", {{"checkpoint", report.checkpoint.left_out}, {"kernel", report.kernel_stages.left_out}}},
+      {"findings", report.findings},
+      {"notes", subject.notes},
+  };
+  if (report.exact_blocks) {
+    json["mxfp4_blocks"] = {{"total", report.exact_blocks->blocks},
+                            {"inexact", report.exact_blocks->inexact}};
+  }
+  if (report.staging) {
+    json["staging"] = {
+        {"x", {{"values", report.staging->x_values}, {"different", report.staging->x_different}}},
+        {"intermediate",
+         {{"values", report.staging->intermediate_values},
+          {"different", report.staging->intermediate_different}}}};
+  }
+  for (const auto& [label, fact] : subject.facts) json["facts"][label] = fact;
+  return json.dump(2) + "\n";
+}
+
+}  // namespace fourfold

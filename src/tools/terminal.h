@@ -1,0 +1,22 @@
+// Colour and progress, on a terminal alone.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+namespace fourfold {
+
+/// Text in colour where stdout is a terminal that wants it (NO_COLOR unset), else as it is.
+std::string red(std::string_view text);
+std::string green(std::string_view text);
+std::string bold(std::string_view text);
+
+/// One line on stderr that says what is being done; nothing where stderr is no terminal.
+class Progress {
+ public:
+  ~Progress() { clear(); }
+  void show(std::string_view what) const;
+  void clear() const;
+};
+
+}  // namespace fourfold

@@ -1,0 +1,98 @@
+#include "tools/weight_comparison.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/fail.h"
+#include "fourfold/quantize.h"
+
+namespace fourfold {
+namespace {
+
+constexpr double kSlack = 1.1;  // of the loss that a sound converter has
+constexpr double kRounding =
+    1e-6;  // float32 dequantization: 2^-24 a value, and room for a global scale's last bit
+
+struct Loss {
+  ErrorSums sums;
+  ExactBlocks blocks;
+};
+
+/// Sums over all values of two matrices of the same shape; blocks of 32 are counted where `count_blocks`.
+Loss measure(const WeightView& original, const WeightView& quantized, bool count_blocks) {
+  constexpr int64_t kBlock = 32;
+  const int64_t rows = rows_of(original), cols = cols_of(original);
+  std::vector<Loss> by_row(static_cast<size_t>(rows));  // summed in order: independent of threads
+#pragma omp parallel
+  {
+    std::vector<float> reference(static_cast<size_t>(cols)), candidate(static_cast<size_t>(cols));
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      dequantize_row(original, row, reference.data());
+      dequantize_row(quantized, row, candidate.data());
+      Loss& loss = by_row[static_cast<size_t>(row)];
+      for (size_t i = 0; i < reference.size(); ++i) loss.sums.add(reference[i], candidate[i]);
+      for (int64_t begin = 0; count_blocks && begin < cols; begin += kBlock) {
+        ++loss.blocks.blocks;
+        loss.blocks.inexact += !std::equal(reference.begin() + begin, reference.begin() + begin + kBlock,
+                                           candidate.begin() + begin);
+      }
+    }
+  }
+  Loss total;
+  for (const Loss& loss : by_row) {
+    total.sums += loss.sums;
+    total.blocks.blocks += loss.blocks.blocks;
+    total.blocks.inexact += loss.blocks.inexact;
+  }
+  return total;
+}
+
+bool is_mxfp4(const WeightView& weight) {
+  const auto* blocks = std::get_if<BlockScaledView>(&weight);
+  return blocks && blocks->format == QuantFormat::kMxfp4;
+}
+
+/// What this library makes of the original.
+BlockScaledMatrix quantize_soundly(const WeightView& original) {
+  if (is_mxfp4(original)) return cast_mxfp4_to_nvfp4(std::get<BlockScaledView>(original));
+  const std::vector<float> values = dequantize(original);
+  const MatrixView<const float> matrix(values.data(), rows_of(original), cols_of(original));
+  return quantize_nvfp4(matrix, nvfp4_global_scale(absolute_maximum(matrix)));
+}
+
+}  // namespace
+
+WeightComparison compare_weights(const ExpertWeights& original, const ExpertWeights& nvfp4) {
+  if (original.count() != nvfp4.count() || original.hidden != nvfp4.hidden ||
+      original.intermediate != nvfp4.intermediate) {
+    reject("original and NVFP4 layer",
+           fmt::format("the same shape: E {}, H {}, I {}", nvfp4.count(), nvfp4.hidden, nvfp4.intermediate),
+           fmt::format("E {}, H {}, I {} in the original", original.count(), original.hidden,
+                       original.intermediate));
+  }
+  WeightComparison comparison;
+  ErrorSums sound_total;
+  for (int64_t e = 0; e < original.count(); ++e) {
+    const Expert &before = original.experts[static_cast<size_t>(e)],
+                 &after = nvfp4.experts[static_cast<size_t>(e)];
+    const std::array<std::pair<const char*, WeightView Expert::*>, 3> matrices = {
+        {{"gate", &Expert::gate}, {"up", &Expert::up}, {"down", &Expert::down}}};
+    for (const auto& [which, member] : matrices) {
+      const bool count_blocks = is_mxfp4(before.*member);
+      const Loss loss = measure(before.*member, after.*member, count_blocks);
+      const ErrorSums sound = measure(before.*member, quantize_soundly(before.*member).view(), false).sums;
+      comparison.matrices.push_back({fmt::format("{} {}", after.name, which), e, loss.sums,
+                                     kSlack * sound.relative_l2() + kRounding, loss.blocks});
+      comparison.total += loss.sums;
+      sound_total += sound;
+      comparison.blocks.blocks += loss.blocks.blocks;
+      comparison.blocks.inexact += loss.blocks.inexact;
+      comparison.has_blocks |= count_blocks;
+    }
+  }
+  comparison.limit = kSlack * sound_total.relative_l2() + kRounding;
+  return comparison;
+}
+
+}  // namespace fourfold

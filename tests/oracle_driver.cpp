@@ -20,6 +20,7 @@
 #include "fourfold/reference.h"
 #include "fourfold/safetensors.h"
 #include "fourfold/scale_layout.h"
+#include "tools/layer_trace.h"
 
 namespace fourfold {
 namespace {
@@ -337,23 +338,20 @@ void grouped_gemm(Job& job, bool grouped) {
   }
 }
 
-/// Staged activations as results of the job.
-StagedActivations staged_results(Job& job, const std::string& name, ActivationFormat format, int64_t rows,
-                                 int64_t cols) {
-  StagedActivations staged;
-  const auto bytes = [&](const std::string& suffix, int64_t width) {
-    return MatrixView<uint8_t>(job.result<uint8_t>(name + suffix, DType::kU8, {rows, width}), rows, width);
+/// What was staged, as results of the job; bf16 activations are not.
+void save_staged(Job& job, const std::string& name, const StagedBuffers& staged) {
+  const StagedActivations& views = staged.views;
+  const auto save = [&](const std::string& suffix, const MatrixView<uint8_t>& view,
+                        const std::vector<uint8_t>& bytes) {
+    if (view.cols > 0) job.result(name + suffix, DType::kU8, {view.rows, view.cols}, bytes);
   };
-  if (format == ActivationFormat::kBf16) return staged;  // nothing is staged: no tap
-  staged.codes = bytes("_codes", format == ActivationFormat::kFp8 ? cols : cols / 2);
-  staged.row_scales = {job.result<float>(name + "_row_scales", DType::kF32, {rows}),
-                       static_cast<size_t>(rows)};
-  if (is_nvfp4(format)) staged.scales = bytes("_scales", cols / 16);
-  if (format == ActivationFormat::kNvfp4x2) {
-    staged.residual_codes = bytes("_residual_codes", cols / 2);
-    staged.residual_scales = bytes("_residual_scales", cols / 16);
+  save("_codes", views.codes, staged.codes);
+  save("_scales", views.scales, staged.scales);
+  save("_residual_codes", views.residual_codes, staged.residual_codes);
+  save("_residual_scales", views.residual_scales, staged.residual_scales);
+  if (views.codes.cols > 0) {
+    job.result(name + "_row_scales", DType::kF32, {ssize_of(staged.row_scales)}, staged.row_scales);
   }
-  return staged;
 }
 
 ExpertWeights experts_of(Job& job) {
@@ -389,7 +387,6 @@ void layer(Job& job) {
   const ExpertWeights weights = experts_of(job);
   const auto x = job.matrix<Bf16>("x");
   const auto ids = job.matrix<int32_t>("topk_ids");
-  const Routing routing{ids, job.matrix<float>("topk_weights")};
   const LayerConfig config{weights.hidden, weights.intermediate, weights.count(), ids.cols,
                            activation_of(job)};
   LayerOptions options;
@@ -398,38 +395,23 @@ void layer(Job& job) {
       parse_scale_policy(job.option("policy", "dynamic-token")).value();
   options.accumulation = accumulation_of(job);
 
-  const int64_t rows = permute_by_expert(routing, weights.count()).rows(), slots = x.rows * ids.cols;
-  const auto bf16 = [&](const std::string& name, int64_t count, int64_t cols) {
-    return MatrixView<Bf16>(job.result<Bf16>(name, DType::kBf16, {count, cols}), count, cols);
-  };
-  const auto staged_x = staged_results(job, "staged_x", options.activations, rows, config.hidden);
-  const auto staged_a = staged_results(job, "staged_a", options.activations, rows, config.intermediate);
-  const std::span<int32_t> offsets(job.result<int32_t>("group_offsets", DType::kI32, {config.experts + 1}),
-                                   static_cast<size_t>(config.experts + 1));
-  const std::span<int32_t> slot_of_row(job.result<int32_t>("slot_of_row", DType::kI32, {rows}),
-                                       static_cast<size_t>(rows));
-  std::vector<int32_t> row_of_slot(static_cast<size_t>(slots));
-  const bool staged = options.activations != ActivationFormat::kBf16;
-  const StageTaps taps{offsets,
-                       slot_of_row,
-                       row_of_slot,
-                       staged ? &staged_x : nullptr,
-                       bf16("h", rows, 2 * config.intermediate),
-                       bf16("a", rows, config.intermediate),
-                       staged ? &staged_a : nullptr,
-                       bf16("z", rows, config.hidden)};
+  LayerInputs inputs;
+  inputs.tokens = x.rows;
+  inputs.hidden = x.cols;
+  inputs.top_k = ids.cols;
+  inputs.x.assign(x.data, x.data + x.rows * x.cols);
+  inputs.topk_ids = job.values<int32_t>("topk_ids");
+  inputs.topk_weights = job.values<float>("topk_weights");
 
-  const auto moe = reference_backend().make_layer(weights, config, options);
-  const LayerPlan plan = moe->plan(x.rows);
-  const Buffer workspace((plan.workspace_bytes + 255) / 256 * 256 + 256);
-  std::byte* aligned = workspace.data() + (256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256) % 256;
-  moe->forward(plan, {x,
-                      routing,
-                      bf16("y", x.rows, config.hidden),
-                      {aligned, plan.workspace_bytes},
-                      nullptr,
-                      nullptr,
-                      taps});
+  const LayerTrace run = trace(*reference_backend().make_layer(weights, config, options), inputs);
+  job.result("group_offsets", DType::kI32, {config.experts + 1}, run.permutation.group_offsets);
+  job.result("slot_of_row", DType::kI32, {run.rows}, run.permutation.slot_of_row);
+  save_staged(job, "staged_x", run.staged_x);
+  save_staged(job, "staged_a", run.staged_intermediate);
+  job.result("h", DType::kBf16, {run.rows, 2 * config.intermediate}, run.h);
+  job.result("a", DType::kBf16, {run.rows, config.intermediate}, run.activation);
+  job.result("z", DType::kBf16, {run.rows, config.hidden}, run.z);
+  job.result("y", DType::kBf16, {run.tokens, config.hidden}, run.y);
 }
 
 int run(int argc, char** argv) {

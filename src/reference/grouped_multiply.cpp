@@ -17,6 +17,9 @@ namespace {
 constexpr int kWideTile = 32;   // rows; eight SSE registers of float accumulators
 constexpr int kNarrowTile = 4;  // for groups of a few rows
 
+/// Work below this many multiplications stays on one thread: waking the others would take longer.
+constexpr int64_t kWorthThreads = 100'000;
+
 /// Up to kRows rows of activations in float32: values[(k * terms + term) * kRows + row]. Missing rows are
 /// zero.
 struct ActivationTile {
@@ -69,7 +72,7 @@ void decode_activation_row(const ActivationView& a, const ScaleRows& group, int6
 template <int kRows>
 void load_tile(const ActivationView& a, const ScaleRows& group, ActivationTile& tile) {
   tile.values.assign(static_cast<size_t>(a.cols * tile.terms * kRows), 0.0f);
-#pragma omp parallel
+#pragma omp parallel if (tile.rows * a.cols > kWorthThreads)
   {
     std::vector<float> row(static_cast<size_t>(a.cols));
 #pragma omp for schedule(static)
@@ -121,7 +124,7 @@ void multiply_tile(const GroupedMultiply& args, size_t group, const ActivationTi
     bias.resize(static_cast<size_t>(columns));
     decode_row(*b.bias, 0, bias.data());
   }
-#pragma omp parallel
+#pragma omp parallel if (tile.rows * columns * depth > kWorthThreads)
   {
     std::vector<float> weight(static_cast<size_t>(depth));
     Sum sums[kRows];

@@ -3,14 +3,9 @@
 
 #include <CLI/CLI.hpp>
 
-namespace fourfold {
+#include "tools/exit_codes.h"
 
-enum ExitCode : int {
-  kExitFine = 0,
-  kExitError = 1,    ///< bad input, or the system refused
-  kExitUsage = 2,    ///< the command line makes no sense
-  kExitFinding = 3,  ///< it ran, and the numbers disagree
-};
+namespace fourfold {
 
 void add_synthesize(CLI::App& app, int& exit_code);
 void add_layertest(CLI::App& app, int& exit_code);

@@ -6,6 +6,7 @@
 
 #include "base/fail.h"
 #include "fourfold/reference.h"
+#include "tools/exit_codes.h"
 #include "tools/layer_trace.h"
 #include "tools/weight_comparison.h"
 
@@ -335,6 +336,10 @@ class Layertest {
 };
 
 }  // namespace
+
+int exit_code_of(const LayertestReport& report) {
+  return report.verdict == "fine" ? kExitFine : kExitFinding;
+}
 
 LayertestReport run_layertest(const LayertestRequest& request) {
   return Layertest(request).run();

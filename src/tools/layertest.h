@@ -74,6 +74,9 @@ struct LayertestReport {
   std::optional<StagingReport> staging;
 };
 
+/// 0 for "fine", else 3.
+int exit_code_of(const LayertestReport& report);
+
 /// Runs everything. Throws Error when the pieces do not fit each other.
 LayertestReport run_layertest(const LayertestRequest& request);
 

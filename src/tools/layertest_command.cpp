@@ -109,7 +109,7 @@ class Run {
     fact("backend", fmt::format("{} ({}); kernel: {}", report.backend, choice_.reason, report.kernel));
     if (!arguments_.json.empty()) write_file(arguments_.json, format_json(subject_, report));
     fmt::print("{}", format_table(subject_, report));
-    return report.verdict == "fine" ? kExitFine : kExitFinding;
+    return exit_code_of(report);
   }
 
  private:

@@ -1,0 +1,121 @@
+// layertest names a planted bug and stays silent on a sound layer.
+#include "tools/layertest.h"
+
+#include <gtest/gtest.h>
+
+#include <unistd.h>
+
+#include <filesystem>
+
+#include "fourfold/checkpoint.h"
+#include "planted_faults.h"
+#include "tools/synthesize.h"
+
+namespace fourfold {
+namespace {
+
+/// A synthesized checkpoint pair in a folder of its own.
+class SyntheticPair {
+ public:
+  SyntheticPair(OriginalFormat original, uint64_t seed, WeightProfile profile = WeightProfile::kGaussian)
+      : directory_(std::filesystem::path(testing::TempDir()) /
+                   ("fourfold-" + std::to_string(getpid()) + "-" +
+                    std::to_string(static_cast<int>(original)) + "-" + std::to_string(seed))) {
+    SynthesizeRequest request;
+    request.directory = directory_;
+    request.experts = 6;
+    request.hidden = 128;
+    request.intermediate = 96;
+    request.top_k = 2;
+    request.original = original;
+    request.profile = profile;
+    request.seed = seed;
+    request.force = true;
+    synthesize(request);
+    original_ = load_experts(Checkpoint::open(directory_ / "original"), 0);
+    nvfp4_ = load_experts(Checkpoint::open(directory_ / "nvfp4"), 0);
+  }
+  ~SyntheticPair() { std::filesystem::remove_all(directory_); }
+
+  /// layertest with `backend`, on inputs that the calibration has not seen.
+  LayertestReport test(const Backend& backend, uint64_t seed) const {
+    LayerInputs inputs = make_inputs(48, nvfp4_.weights.hidden, seed + 1000, false);
+    route_at_random(inputs, nvfp4_.weights.count(), 2, seed + 1000);
+    LayertestRequest request;
+    request.original = &original_.weights;
+    request.nvfp4 = &nvfp4_.weights;
+    request.expert_ids = nvfp4_.expert_ids;
+    request.config = {nvfp4_.weights.hidden, nvfp4_.weights.intermediate, nvfp4_.weights.count(), 2, {}};
+    request.backend = &backend;
+    request.inputs = &inputs;
+    return run_layertest(request);
+  }
+
+ private:
+  std::filesystem::path directory_;
+  ExpertLayer original_, nvfp4_;
+};
+
+class PlantedFault : public testing::TestWithParam<Fault> {};
+
+TEST_P(PlantedFault, IsAFindingInTheKernelOfAnMxfp4BornCheckpoint) {
+  const SyntheticPair pair(OriginalFormat::kMxfp4, 1);
+  const LayertestReport report = pair.test(*make_faulty_backend(GetParam()), 1);
+  EXPECT_EQ(report.verdict, "kernel");
+  EXPECT_EQ(exit_code_of(report), 3);
+}
+
+TEST_P(PlantedFault, IsAFindingInTheKernelOfABf16BornCheckpoint) {
+  const SyntheticPair pair(OriginalFormat::kBf16, 1);
+  const LayertestReport report = pair.test(*make_faulty_backend(GetParam()), 1);
+  EXPECT_EQ(report.verdict, "kernel");
+  EXPECT_EQ(exit_code_of(report), 3);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, PlantedFault, testing::ValuesIn(kPlantedFaults),
+                         [](const auto& fault) { return name_of(fault.param); });
+
+TEST(Layertest, IsSilentOnASoundLayerOverTwentySeeds) {
+  const auto sound = make_faulty_backend(Fault::kNone);
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    const auto original = seed % 2 == 0 ? OriginalFormat::kMxfp4 : OriginalFormat::kBf16;
+    const auto profile = seed % 4 < 2 ? WeightProfile::kGaussian : WeightProfile::kRealistic;
+    const SyntheticPair pair(original, seed, profile);
+    for (const Backend* backend : {&reference_backend(), static_cast<const Backend*>(sound.get())}) {
+      const LayertestReport report = pair.test(*backend, seed);
+      EXPECT_EQ(exit_code_of(report), 0) << "seed " << seed << ", " << backend->name() << ": "
+                                         << (report.findings.empty() ? "" : report.findings.front());
+    }
+  }
+}
+
+TEST(Layertest, ComparesASoundBackendStageByStage) {
+  const SyntheticPair pair(OriginalFormat::kMxfp4, 3);
+  const LayertestReport report = pair.test(*make_faulty_backend(Fault::kNone), 3);
+  ASSERT_EQ(report.kernel_stages.stages.size(), 4u);
+  for (const StageReport& stage : report.kernel_stages.stages) EXPECT_EQ(stage.rel_l2, 0.0);
+  ASSERT_TRUE(report.staging);
+  EXPECT_GT(report.staging->x_values, 0);
+  EXPECT_EQ(report.staging->x_different, 0);
+  EXPECT_EQ(report.staging->intermediate_different, 0);
+}
+
+TEST(Layertest, LeavesTheKernelOutWhereTheBackendIsTheReference) {
+  const SyntheticPair pair(OriginalFormat::kBf16, 4);
+  const LayertestReport report = pair.test(reference_backend(), 4);
+  EXPECT_TRUE(report.kernel_stages.stages.empty());
+  EXPECT_NE(report.kernel_stages.left_out.find("not applicable"), std::string::npos);
+}
+
+TEST(Layertest, NamesTheStageOfTheFault) {
+  const SyntheticPair pair(OriginalFormat::kMxfp4, 5);
+  const LayertestReport combine = pair.test(*make_faulty_backend(Fault::kMissingRoutingWeight), 5);
+  ASSERT_EQ(combine.findings.size(), 1u);  // every stage before is right, fed with its own input
+  EXPECT_EQ(combine.findings[0].rfind("kernel: out:", 0), 0u) << combine.findings[0];
+  const LayertestReport ties = pair.test(*make_faulty_backend(Fault::kWrongTieRule), 5);
+  for (const std::string& finding : ties.findings)
+    EXPECT_EQ(finding.rfind("kernel: staging", 0), 0u) << finding;
+}
+
+}  // namespace
+}  // namespace fourfold

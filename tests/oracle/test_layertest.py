@@ -1,0 +1,396 @@
+"""Every figure of `fourfold layertest --json` against the oracle, which reads the same files on its own.
+
+Four layers: two that `fourfold synthesize` makes (MXFP4 under DeepSeek-V4's names and clamp, bf16 under
+Qwen3-MoE's) and two with trained weights and real hidden states, of scripts/real_checkpoint.py. FOURFOLD_COMMAND
+names the command. Files are read by the safetensors package, which has no line in common with the C++ reader.
+
+Names in shapes: as in nvfp4_oracle.py; P is parts of a comparison, rows or experts.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+
+import nvfp4_oracle as oracle
+from nvfp4_oracle import Array
+
+COMMAND_VARIABLE = "FOURFOLD_COMMAND"
+REAL_CHECKPOINT = Path(__file__).parents[2] / "scripts" / "real_checkpoint.py"
+TIME_LIMIT_S = 120
+FINE, FINDING = 0, 3  # exit statuses of layertest
+
+# Both sides take the same float32 steps, but for the fusing of multiply and add in the dequantized weights
+# (whose products with x are not exact) and another libm's exp. Each may move a bf16 by one ulp here and there,
+# 2^-8 of an element; one in a thousand of them moves a relative L2 by less than this.
+TOLERANCE = 1e-5
+
+HALVES = ("gate", "up", "down")
+STAGES = ("l1", "activation", "l2", "out")
+
+# Tensors of quantized weights stay codes, for the oracle to decode.
+DTYPE_OF_NAME = {
+    "I8": np.dtype(np.uint8),
+    "U8": np.dtype(np.uint8),
+    "F8_E4M3": np.dtype(np.uint8),
+    "F8_E8M0": np.dtype(np.uint8),
+    "I32": np.dtype(np.int32),
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+# ---- commands and files ------------------------------------------------------------------------------------
+
+
+def run_command(command: list[object], expected: tuple[int, ...] = (0,)) -> int:
+    """Run a command to its end; its exit status, which has to be one of `expected`."""
+    words = [str(word) for word in command]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=TIME_LIMIT_S)
+    if process.returncode not in expected:
+        raise RuntimeError(f"{' '.join(words)}: status {process.returncode}\n{process.stdout}{process.stderr}")
+    return process.returncode
+
+
+def fourfold() -> str:
+    """The command under test."""
+    if COMMAND_VARIABLE not in os.environ:
+        raise RuntimeError(f"{COMMAND_VARIABLE} must name the fourfold command")
+    return os.environ[COMMAND_VARIABLE]
+
+
+def read_tensors(path: Path) -> dict[str, Array]:
+    """All tensors of one safetensors file."""
+    return {
+        name: np.frombuffer(entry["data"], DTYPE_OF_NAME[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in safetensors.deserialize(path.read_bytes())
+    }
+
+
+def read_shards(directory: Path) -> dict[str, Array]:
+    """All tensors of a checkpoint, each from the file that the index names."""
+    weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = {file_name: read_tensors(directory / file_name) for file_name in sorted(set(weight_map.values()))}
+    return {name: shards[file_name][name] for name, file_name in weight_map.items()}
+
+
+# ---- weights -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DecodedLinear:
+    """A projection as oracle.Layer multiplies by it: values (N, K) without the global scale.
+
+    Column-major, because the oracle's multiplication walks along K: four times as fast.
+    """
+
+    values: Array
+    global_scale: np.float32 = np.float32(1)
+    input_scale: np.float32 = np.float32(1)
+
+    def __post_init__(self) -> None:
+        self.values = np.asfortranarray(self.values)
+
+    def operand(self) -> Array:
+        return self.values
+
+
+def map_linears(convert: Callable, experts: list[oracle.Expert]) -> list[oracle.Expert]:
+    """The experts with each of their projections converted."""
+    return [oracle.Expert(*(convert(getattr(expert, half)) for half in HALVES)) for expert in experts]
+
+
+def dequantize(linear: oracle.Linear) -> DecodedLinear:
+    """Codes x block scale x global scale in float32: the reference in the dequantized weights."""
+    return DecodedLinear(linear.operand() * linear.global_scale)
+
+
+def decode(linear: oracle.Linear) -> DecodedLinear:
+    """Codes x block scale, the global scale left to the epilogue: the emulation."""
+    return DecodedLinear(linear.operand(), linear.global_scale, linear.input_scale)
+
+
+def fold_gate_up(experts: list[oracle.Expert]) -> list[oracle.Expert]:
+    """`--gate-up fold`: one global scale for gate and up."""
+    folded = []
+    for expert in experts:
+        gate, up = expert.gate, expert.up
+        fold = oracle.fold(gate.scales, up.scales, gate.global_scale, up.global_scale)
+        gate = replace(gate, scales=fold.gate_scales, global_scale=fold.global_scale)
+        up = replace(up, scales=fold.up_scales, global_scale=fold.global_scale)
+        folded.append(oracle.Expert(gate, up, expert.down))
+    return folded
+
+
+def quantize_again(experts: list[oracle.Expert]) -> list[oracle.Expert]:
+    """`--double-quantize`: through bf16, then by ModelOpt's rule, gate and up as one tensor (2I, H)."""
+
+    def through_bf16(linear: oracle.Linear) -> Array:
+        return oracle.encode_bf16(linear.operand() * linear.global_scale).astype(np.float32)
+
+    def quantize(linear: oracle.Linear, global_scale: Array) -> oracle.Linear:
+        quantized = oracle.quantize_nvfp4(through_bf16(linear), global_scale, modelopt_floor=True)
+        return oracle.Linear(quantized.codes, quantized.scales, np.float32(global_scale), linear.input_scale)
+
+    again = []
+    for expert in experts:
+        gate_up = np.concatenate([through_bf16(expert.gate), through_bf16(expert.up)])
+        gate_up_global = oracle.nvfp4_global_of_tensor(gate_up)
+        down_global = oracle.nvfp4_global_of_tensor(through_bf16(expert.down))
+        again.append(
+            oracle.Expert(
+                quantize(expert.gate, gate_up_global),
+                quantize(expert.up, gate_up_global),
+                quantize(expert.down, down_global),
+            )
+        )
+    return again
+
+
+STEPS: dict[str, Callable[[list[oracle.Expert]], list[oracle.Expert]]] = {
+    "exact": lambda experts: experts,
+    "fold": fold_gate_up,
+    "double-quantize": quantize_again,
+}
+
+
+# ---- comparisons -------------------------------------------------------------------------------------------
+
+
+def error_sums(reference: Array, candidate: Array) -> Array:
+    """(P, n) twice -> (P, 4): |reference|^2, |candidate|^2, their product, |difference|^2, in float64.
+
+    Such rows add up: the sum over parts is the row of the whole.
+    """
+    r, c = reference.astype(np.float64), candidate.astype(np.float64)
+    return np.stack([np.einsum("pn,pn->p", a, b) for a, b in ((r, r), (c, c), (r, c), (c - r, c - r))], axis=1)
+
+
+def relative_l2(sums: Array) -> Array:
+    """(P, 4) -> (P,)."""
+    return np.sqrt(sums[:, 3] / sums[:, 0])
+
+
+def worst(sums: Array, labels: Array) -> set[int]:
+    """Labels (P,) of the parts (P, 4) with the largest relative L2; several where they can't be told apart."""
+    errors = relative_l2(sums)
+    return set(labels[errors >= errors.max() - TOLERANCE].tolist())
+
+
+def check_figures(name: str, found: dict, sums: Array) -> None:
+    """Cosine, norm ratio and relative L2 of a stage in the report, against sums over its parts (P, 4)."""
+    reference, candidate, product, difference = sums.sum(axis=0)
+    expected = {
+        "cosine": product / np.sqrt(reference * candidate),
+        "norm_ratio": np.sqrt(candidate / reference),
+        "rel_l2": np.sqrt(difference / reference),
+    }
+    figures = {figure: found[figure] for figure in expected}
+    assert figures == pytest.approx(expected, rel=0, abs=TOLERANCE), name
+
+
+# ---- the layer ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Options of layertest that change what it computes."""
+
+    activations: str = "nvfp4"
+    activation_scale: str | None = None
+    step: str = "exact"
+
+    def arguments(self) -> list[str]:
+        scale = ["--activation-scale", self.activation_scale] if self.activation_scale else []
+        step = {"exact": [], "fold": ["--gate-up", "fold"], "double-quantize": ["--double-quantize"]}
+        return ["--activations", self.activations, *scale, *step[self.step]]
+
+    def policies(self) -> tuple[str, str]:
+        """Of x and of the intermediate. All four layers are calibrated, which makes static the default."""
+        x, _, intermediate = (self.activation_scale or "static").partition(",")
+        return x, intermediate or x
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.activations, self.activation_scale, self.step)))
+
+
+class LayerUnderTest:
+    """One layer of a pair of checkpoints: what layertest reports of it, and what the oracle makes of it."""
+
+    def __init__(self, folder: Path, inputs: Path, layer: int = 0) -> None:
+        self.folder, self.inputs_path, self.layer = folder, inputs, layer
+        self.config = json.loads((folder / "nvfp4" / "config.json").read_text())
+        self.is_mxfp4 = self.config["model_type"] == "deepseek_v4"
+        self.nvfp4 = self.read_experts("nvfp4", self.read_nvfp4)
+        self.original = self.read_experts("original", self.read_mxfp4 if self.is_mxfp4 else self.read_bf16)
+        self.inputs = read_tensors(inputs)
+        self.permutation = oracle.permute(self.inputs["topk_ids"], len(self.nvfp4))
+        self.dequantized_by_step: dict[str, tuple[list[oracle.Expert], dict[str, Array]]] = {}
+        self.expert_of_row = np.repeat(np.arange(len(self.nvfp4)), np.diff(self.permutation.group_offsets))
+
+    def read_experts(self, checkpoint: str, read: Callable) -> list[oracle.Expert]:
+        """All experts of the layer, `read` applied to the tensors of a projection, by name without prefix."""
+        tensors = read_shards(self.folder / checkpoint)
+        if self.is_mxfp4:
+            experts, prefix, halves = "n_routed_experts", f"layers.{self.layer}.ffn", ("w1", "w3", "w2")
+        else:
+            experts, prefix = "num_experts", f"model.layers.{self.layer}.mlp"
+            halves = ("gate_proj", "up_proj", "down_proj")
+
+        def linear(expert: int, half: str) -> oracle.Linear | DecodedLinear:
+            start = f"{prefix}.experts.{expert}.{half}."
+            return read({name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)})
+
+        return [oracle.Expert(*(linear(e, half) for half in halves)) for e in range(self.config[experts])]
+
+    @staticmethod
+    def read_nvfp4(tensors: dict[str, Array]) -> oracle.Linear:
+        global_scale, input_scale = (np.float32(tensors[n].item()) for n in ("weight_scale_2", "input_scale"))
+        return oracle.Linear(tensors["weight"], tensors["weight_scale"], global_scale, input_scale)
+
+    @staticmethod
+    def read_mxfp4(tensors: dict[str, Array]) -> DecodedLinear:
+        return DecodedLinear(oracle.decode_mxfp4(tensors["weight"], tensors["scale"]))
+
+    @staticmethod
+    def read_bf16(tensors: dict[str, Array]) -> DecodedLinear:
+        return DecodedLinear(tensors["weight"].astype(np.float32))
+
+    def report(self, variant: Variant) -> dict:
+        """What layertest writes. The comparisons of interest are between runs of the reference alone."""
+        path = self.folder / "report.json"
+        checkpoints = ["--original", self.folder / "original", "--nvfp4", self.folder / "nvfp4"]
+        inputs = ["--layer", self.layer, "--input", self.inputs_path]
+        options = ["--backend", "reference", "--json", path, *variant.arguments()]
+        status = run_command([fourfold(), "layertest", *checkpoints, *inputs, *options], (FINE, FINDING))
+        report = json.loads(path.read_text())
+        assert (status == FINE) == (report["verdict"] == "fine") == (report["findings"] == [])
+        return report
+
+    def run(self, experts: list[oracle.Expert], variant: Variant) -> dict[str, Array]:
+        """Outputs by stage: l1 (M, 2I), activation (M, I), l2 (M, H), out (T, H), all bf16."""
+        limit = self.config.get("swiglu_limit")
+        first, second = (
+            oracle.Layer(experts, variant.activations, policy, limit) for policy in variant.policies()
+        )
+        _, h, a = first.up_to_a(self.inputs["x"], self.permutation)
+        _, z, y = second.from_a(a, self.permutation, self.inputs["topk_weights"])
+        return dict(zip(STAGES, (h, a, z, y), strict=True))
+
+    @functools.cached_property
+    def original_run(self) -> dict[str, Array]:
+        return self.run(self.original, Variant("bf16"))
+
+    def dequantized(self, step: str) -> tuple[list[oracle.Expert], dict[str, Array]]:
+        """The experts after a step in dequantized weights, and their run; computed once."""
+        if step not in self.dequantized_by_step:
+            experts = map_linears(dequantize, STEPS[step](self.nvfp4))
+            self.dequantized_by_step[step] = experts, self.run(experts, Variant("bf16"))
+        return self.dequantized_by_step[step]
+
+    def emulation_run(self, variant: Variant) -> dict[str, Array]:
+        return self.run(map_linears(decode, STEPS[variant.step](self.nvfp4)), variant)
+
+    def check_weights(self, found: dict, mxfp4_blocks: dict | None, step: str) -> None:
+        """The weights as a whole, the worst expert, and for MXFP4 the blocks of 32 with a changed value."""
+        by_expert, blocks, inexact = [], 0, 0
+        for before, after in zip(self.original, self.dequantized(step)[0], strict=True):
+            sums = np.zeros((1, 4))
+            for half in HALVES:
+                reference, candidate = getattr(before, half).values, getattr(after, half).values
+                sums += error_sums(reference, candidate).sum(axis=0)
+                changed = oracle.blocked(reference != candidate, oracle.MXFP4_BLOCK).any(axis=-1)
+                blocks, inexact = blocks + changed.size, inexact + int(changed.sum())
+            by_expert.append(sums)
+        all_sums = np.concatenate(by_expert)
+        check_figures("weights", found, all_sums)
+        assert found["worst_token"] is None
+        assert found["worst_expert"] in worst(all_sums, np.arange(len(all_sums)))
+        assert mxfp4_blocks == ({"total": blocks, "inexact": inexact} if self.is_mxfp4 else None)
+
+    def check_stages(self, found: dict, reference: dict[str, Array], candidate: dict[str, Array]) -> None:
+        """l1, activation, l2 and out of two runs; rows are slots, but tokens in out."""
+        for stage in STAGES:
+            by_row = error_sums(reference[stage], candidate[stage])
+            check_figures(stage, found[stage], by_row)
+            if stage == "out":
+                assert found[stage]["worst_token"] in worst(by_row, np.arange(len(by_row)))
+                assert found[stage]["worst_expert"] is None
+                continue
+            experts = np.unique(self.expert_of_row)
+            by_expert = np.array([by_row[self.expert_of_row == expert].sum(axis=0) for expert in experts])
+            assert found[stage]["worst_token"] in worst(by_row, self.permutation.token_of_row), stage
+            assert found[stage]["worst_expert"] in worst(by_expert, experts), stage
+
+
+@pytest.fixture(scope="module")
+def real_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's layers 0 and 15 as experts, with hidden states of English text."""
+    folder = tmp_path_factory.mktemp("real")
+    run_command([sys.executable, REAL_CHECKPOINT, folder, "--layers", "0,15"])
+    return folder
+
+
+@pytest.fixture(scope="module", params=["mxfp4", "bf16", "real-00", "real-15"])
+def layer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LayerUnderTest:
+    kind, _, number = request.param.partition("-")
+    if kind == "real":
+        folder = request.getfixturevalue("real_folder")
+        return LayerUnderTest(folder, folder / "inputs" / f"layer-{number}.safetensors", int(number))
+    folder = tmp_path_factory.mktemp(kind)
+    profile = {"mxfp4": "gaussian", "bf16": "realistic"}[kind]
+    options = ["--shape", "16,1024,512,4", "--original", kind, "--profile", profile, "--seed", 1]
+    run_command([fourfold(), "synthesize", folder, *options])
+    return LayerUnderTest(folder, folder / "inputs.safetensors")
+
+
+VARIANTS = [
+    Variant(),
+    Variant("nvfp4x2"),
+    Variant("fp8"),
+    Variant("bf16"),
+    Variant(activation_scale="dynamic-token"),
+    Variant(activation_scale="max-over-experts"),
+    Variant(activation_scale="dynamic-tensor,static"),
+    Variant(step="fold"),
+    Variant(step="double-quantize"),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_figures(layer: LayerUnderTest, variant: Variant) -> None:
+    report = layer.report(variant)
+    checkpoint, activations = (report["comparisons"][name] for name in ("checkpoint", "activations"))
+    _, dequantized_run = layer.dequantized(variant.step)
+    layer.check_weights(checkpoint["weights"], report.get("mxfp4_blocks"), variant.step)
+    layer.check_stages(checkpoint, layer.original_run, dequantized_run)
+    layer.check_stages(activations, dequantized_run, layer.emulation_run(variant))
+
+
+# Cosines of the Gaussian profile, lowest and highest: published simulations of numerics.md, at other shapes.
+WINDOWS = {
+    "nvfp4": {"l1": (0.994, 0.9965), "out": (0.983, 0.992)},
+    "nvfp4x2": {"out": (0.9995, 1)},
+    "bf16": {"out": (0.99999, 1)},
+}
+
+
+@pytest.mark.parametrize("activations", WINDOWS)
+@pytest.mark.parametrize("layer", ["mxfp4"], indirect=True)
+def test_windows(layer: LayerUnderTest, activations: str) -> None:
+    """An exact cast loses nothing, and activations cost what they are known to cost."""
+    report = layer.report(Variant(activations))
+    assert report["verdict"] == "fine"
+    assert report["comparisons"]["checkpoint"]["weights"]["cosine"] == 1
+    assert report["mxfp4_blocks"]["inexact"] == 0
+    for stage, (lowest, highest) in WINDOWS[activations].items():
+        assert lowest <= report["comparisons"]["activations"][stage]["cosine"] <= highest

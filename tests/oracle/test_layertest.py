@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -234,8 +234,8 @@ class LayerUnderTest:
         self.original = self.read_experts("original", self.read_mxfp4 if self.is_mxfp4 else self.read_bf16)
         self.inputs = read_tensors(inputs)
         self.permutation = oracle.permute(self.inputs["topk_ids"], len(self.nvfp4))
-        self.dequantized_by_step: dict[str, tuple[list[oracle.Expert], dict[str, Array]]] = {}
         self.expert_of_row = np.repeat(np.arange(len(self.nvfp4)), np.diff(self.permutation.group_offsets))
+        self.weights = {step: WeightsUnderTest(self, convert) for step, convert in STEPS.items()}
 
     def read_experts(self, checkpoint: str, read: Callable) -> list[oracle.Expert]:
         """All experts of the layer, `read` applied to the tensors of a projection, by name without prefix."""
@@ -290,33 +290,6 @@ class LayerUnderTest:
     def original_run(self) -> dict[str, Array]:
         return self.run(self.original, Variant("bf16"))
 
-    def dequantized(self, step: str) -> tuple[list[oracle.Expert], dict[str, Array]]:
-        """The experts after a step in dequantized weights, and their run; computed once."""
-        if step not in self.dequantized_by_step:
-            experts = map_linears(dequantize, STEPS[step](self.nvfp4))
-            self.dequantized_by_step[step] = experts, self.run(experts, Variant("bf16"))
-        return self.dequantized_by_step[step]
-
-    def emulation_run(self, variant: Variant) -> dict[str, Array]:
-        return self.run(map_linears(decode, STEPS[variant.step](self.nvfp4)), variant)
-
-    def check_weights(self, found: dict, mxfp4_blocks: dict | None, step: str) -> None:
-        """The weights as a whole, the worst expert, and for MXFP4 the blocks of 32 with a changed value."""
-        by_expert, blocks, inexact = [], 0, 0
-        for before, after in zip(self.original, self.dequantized(step)[0], strict=True):
-            sums = np.zeros((1, 4))
-            for half in HALVES:
-                reference, candidate = getattr(before, half).values, getattr(after, half).values
-                sums += error_sums(reference, candidate).sum(axis=0)
-                changed = oracle.blocked(reference != candidate, oracle.MXFP4_BLOCK).any(axis=-1)
-                blocks, inexact = blocks + changed.size, inexact + int(changed.sum())
-            by_expert.append(sums)
-        all_sums = np.concatenate(by_expert)
-        check_figures("weights", found, all_sums)
-        assert found["worst_token"] is None
-        assert found["worst_expert"] in worst(all_sums, np.arange(len(all_sums)))
-        assert mxfp4_blocks == ({"total": blocks, "inexact": inexact} if self.is_mxfp4 else None)
-
     def check_stages(self, found: dict, reference: dict[str, Array], candidate: dict[str, Array]) -> None:
         """l1, activation, l2 and out of two runs; rows are slots, but tokens in out."""
         for stage in STAGES:
@@ -330,6 +303,45 @@ class LayerUnderTest:
             by_expert = np.array([by_row[self.expert_of_row == expert].sum(axis=0) for expert in experts])
             assert found[stage]["worst_token"] in worst(by_row, self.permutation.token_of_row), stage
             assert found[stage]["worst_expert"] in worst(by_expert, experts), stage
+
+
+class WeightsUnderTest:
+    """The NVFP4 weights of a layer after a step, and what variants share; each made once, when asked for."""
+
+    def __init__(self, layer: LayerUnderTest, step: Callable) -> None:
+        self.layer, self.step = layer, step
+
+    @functools.cached_property
+    def experts(self) -> list[oracle.Expert]:
+        return self.step(self.layer.nvfp4)
+
+    @functools.cached_property
+    def decoded(self) -> list[oracle.Expert]:
+        return map_linears(decode, self.experts)
+
+    @functools.cached_property
+    def dequantized(self) -> list[oracle.Expert]:
+        return map_linears(dequantize, self.experts)
+
+    @functools.cached_property
+    def dequantized_run(self) -> dict[str, Array]:
+        return self.layer.run(self.dequantized, Variant("bf16"))
+
+    @functools.cached_property
+    def error_sums(self) -> Array:
+        """(E, 4) between the original weights and the dequantized ones."""
+        return np.array([sum(error_sums(*pair).sum(axis=0) for pair in expert) for expert in self.pairs()])
+
+    def changed_blocks(self) -> dict[str, int]:
+        """Blocks of 32 values, and those of them with a value that is not the original's."""
+        pairs = [pair for expert in self.pairs() for pair in expert]
+        changed = [oracle.blocked(before != after, oracle.MXFP4_BLOCK).any(axis=-1) for before, after in pairs]
+        return {"total": sum(c.size for c in changed), "inexact": sum(int(c.sum()) for c in changed)}
+
+    def pairs(self) -> Iterator[list[tuple[Array, Array]]]:
+        """Of every expert, original and dequantized values (N, K) of gate, up and down."""
+        for before, after in zip(self.layer.original, self.dequantized, strict=True):
+            yield [(getattr(before, half).values, getattr(after, half).values) for half in HALVES]
 
 
 @pytest.fixture(scope="module")
@@ -370,10 +382,13 @@ VARIANTS = [
 def test_figures(layer: LayerUnderTest, variant: Variant) -> None:
     report = layer.report(variant)
     checkpoint, activations = (report["comparisons"][name] for name in ("checkpoint", "activations"))
-    _, dequantized_run = layer.dequantized(variant.step)
-    layer.check_weights(checkpoint["weights"], report.get("mxfp4_blocks"), variant.step)
-    layer.check_stages(checkpoint, layer.original_run, dequantized_run)
-    layer.check_stages(activations, dequantized_run, layer.emulation_run(variant))
+    weights = layer.weights[variant.step]
+    check_figures("weights", checkpoint["weights"], weights.error_sums)
+    assert checkpoint["weights"]["worst_token"] is None
+    assert checkpoint["weights"]["worst_expert"] in worst(weights.error_sums, np.arange(len(layer.nvfp4)))
+    assert report.get("mxfp4_blocks") == (weights.changed_blocks() if layer.is_mxfp4 else None)
+    layer.check_stages(checkpoint, layer.original_run, weights.dequantized_run)
+    layer.check_stages(activations, weights.dequantized_run, layer.run(weights.decoded, variant))
 
 
 # Cosines of the Gaussian profile, lowest and highest: published simulations of numerics.md, at other shapes.

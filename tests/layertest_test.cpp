@@ -37,6 +37,8 @@ class SyntheticPair {
   }
   ~SyntheticPair() { std::filesystem::remove_all(directory_); }
 
+  Expert& nvfp4_expert(size_t expert) { return nvfp4_.weights.experts[expert]; }
+
   /// layertest with `backend`, on inputs that the calibration has not seen.
   LayertestReport test(const Backend& backend, uint64_t seed) const {
     LayerInputs inputs = make_inputs(48, nvfp4_.weights.hidden, seed + 1000, false);
@@ -106,6 +108,23 @@ TEST(Layertest, LeavesTheKernelOutWhereTheBackendIsTheReference) {
   EXPECT_TRUE(report.kernel_stages.stages.empty());
   EXPECT_NE(report.kernel_stages.left_out.find("not applicable"), std::string::npos);
 }
+
+class WrongInputScale : public testing::TestWithParam<float> {};
+
+TEST_P(WrongInputScale, IsAFindingThatNamesTheExpert) {
+  SyntheticPair pair(OriginalFormat::kBf16, 6);
+  EXPECT_EQ(pair.test(reference_backend(), 6).verdict, "fine");
+  float& scale = *pair.nvfp4_expert(2).down_input_scale;
+  scale = GetParam() > 0.0f ? scale * GetParam() : 1.0f / scale;
+  const LayertestReport report = pair.test(reference_backend(), 6);
+  EXPECT_EQ(report.verdict, "activations");
+  ASSERT_FALSE(report.findings.empty());
+  EXPECT_NE(report.findings[0].find("the intermediate (down's): expert 2"), std::string::npos)
+      << report.findings[0];
+}
+
+// Too small saturates, too large underflows; 0 stands for the reciprocal.
+INSTANTIATE_TEST_SUITE_P(Factors, WrongInputScale, testing::Values(0.1f, 1e5f, 0.0f));
 
 TEST(Layertest, NamesTheStageOfTheFault) {
   const SyntheticPair pair(OriginalFormat::kMxfp4, 5);

@@ -7,6 +7,7 @@
 #include "base/fail.h"
 #include "fourfold/reference.h"
 #include "tools/exit_codes.h"
+#include "tools/input_scale_check.h"
 #include "tools/layer_trace.h"
 #include "tools/weight_comparison.h"
 
@@ -21,10 +22,11 @@ namespace {
 constexpr double kKernelLimit = 3e-3;
 constexpr double kKernelWorstTokenLimit = 0x1p-7;
 
-// Static activation scales may cost this much of what per-token scales cost on the same data. Block scales
-// follow the data either way, so a calibrated scale costs the same within a few percent; 1.5 times the error
-// is more than twice the noise power, which only saturation or underflow of block scales explains.
-constexpr double kStaticScaleSlack = 1.5;
+// Staging with a scale of the checkpoint may lose this much of what staging by token loses on the same rows.
+// Block scales follow the data either way, so a calibrated scale loses the same within a few percent; 1.5
+// times the error is more than twice the noise power, which only saturation or underflow of block scales
+// explains.
+constexpr double kInputScaleLimit = 1.5;
 
 constexpr size_t kShownFindings = 8;
 
@@ -177,23 +179,34 @@ class Layertest {
   void compare_activations() {
     ComparisonReport& activations = report_.activations;
     activations.stages = compare_traces(dequantized_, emulation_, request_);
-    const LayerOptions& options = request_.options;
-    const bool per_token = options.x_scale == ScalePolicy::kDynamicToken &&
-                           options.intermediate_scale == ScalePolicy::kDynamicToken;
-    if (!is_nvfp4(options.activations) || per_token) {
-      activations.limit_origin = "none: nothing of the checkpoint enters";
-    } else {
-      LayerOptions yardstick = options;
-      yardstick.x_scale = yardstick.intermediate_scale = ScalePolicy::kDynamicToken;
-      const LayerTrace best = run_reference("the yardstick: scales by token", *request_.nvfp4, yardstick);
-      const std::vector<StageReport> due = compare_traces(dequantized_, best, request_);
-      activations.limit_origin =
-          fmt::format("{} x what dynamic-token scales cost on the same data", kStaticScaleSlack);
-      for (size_t i = 0; i < due.size(); ++i) {
-        activations.stages[i].limit = kStaticScaleSlack * due[i].rel_l2 + kKernelLimit;
-      }
-    }
     judge("activations", activations.stages);
+    const LayerOptions& options = request_.options;
+    if (!is_nvfp4(options.activations)) return;
+    if (options.x_scale != ScalePolicy::kDynamicToken) {
+      std::vector<Bf16> x(static_cast<size_t>(emulation_.rows * emulation_.hidden));
+      const MatrixView<Bf16> rows(x.data(), emulation_.rows, emulation_.hidden);
+      gather_rows(request_.inputs->x_view(), emulation_.permutation.slot_of_row, request_.inputs->top_k,
+                  rows);
+      report_.x_scale = judge_input_scale("x (gate's and up's)", rows, emulation_.staged_x);
+    }
+    if (options.intermediate_scale != ScalePolicy::kDynamicToken) {
+      report_.intermediate_scale = judge_input_scale(
+          "the intermediate (down's)", emulation_.activation_view(), emulation_.staged_intermediate);
+    }
+  }
+
+  InputScaleReport judge_input_scale(const std::string& what, MatrixView<const Bf16> rows,
+                                     const StagedBuffers& staged) {
+    const ScaleLoss loss =
+        worst_scale_loss(rows, staged, request_.options.activations, emulation_.permutation.group_offsets);
+    const int64_t expert = loss.expert < 0 ? -1 : request_.expert_ids[static_cast<size_t>(loss.expert)];
+    if (!(loss.ratio() <= kInputScaleLimit)) {
+      add_finding("activations",
+                  fmt::format("input_scale of {}: expert {} loses {:.3g} a row where a scale by token loses "
+                              "{:.3g}: is it too small, too large or a reciprocal?",
+                              what, expert, loss.with_scale, loss.with_token_scale));
+    }
+    return {expert, loss.ratio(), kInputScaleLimit};
   }
 
   void compare_kernel() {

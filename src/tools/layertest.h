@@ -64,6 +64,13 @@ struct StagingReport {
   int64_t intermediate_values = 0, intermediate_different = 0;
 };
 
+/// What staging with the checkpoint's input scales loses in the worst expert, beside a scale a token.
+struct InputScaleReport {
+  int64_t worst_expert = -1;  ///< number in the checkpoint; -1 where no expert has rows
+  double ratio = 1.0;         ///< of the medians over rows of their relative L2
+  double limit = 0.0;
+};
+
 struct LayertestReport {
   std::string verdict;  ///< "fine", or the first of "kernel", "checkpoint", "activations" with a finding
   std::vector<std::string> findings;
@@ -72,6 +79,7 @@ struct LayertestReport {
   std::vector<StageReport> kernel_end_to_end;
   std::optional<ExactBlocks> exact_blocks;
   std::optional<StagingReport> staging;
+  std::optional<InputScaleReport> x_scale, intermediate_scale;  ///< where a scale is not by token
 };
 
 /// 0 for "fine", else 3.

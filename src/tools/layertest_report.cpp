@@ -59,7 +59,8 @@ std::string table_rows(const std::string& comparison, const std::vector<StageRep
         fmt::format("  {:<12} {:<11} {:>12} {:>11.6f} {:>10.3e} {:>10} {:>7} {:>7}",
                     &stage == &stages.front() ? comparison : "", name_of(stage), cosine_text(stage.cosine),
                     stage.norm_ratio, stage.rel_l2, stage.limit ? fmt::format("{:.1e}", *stage.limit) : "-",
-                    index(stage.worst_token), index(stage.worst_expert));
+                    index(stage.rel_l2 == 0.0 ? -1 : stage.worst_token),
+                    index(stage.rel_l2 == 0.0 ? -1 : stage.worst_expert));
     text += (over ? red(row + "  <-") : row) + "\n";
   }
   return text;
@@ -75,6 +76,15 @@ std::string percentage(int64_t part, int64_t whole) {
                     : fmt::format("{:.4g}%", 100.0 * static_cast<double>(part) / static_cast<double>(whole));
 }
 
+/// Those that were checked and have rows.
+std::vector<std::pair<std::string, InputScaleReport>> input_scales_of(const LayertestReport& report) {
+  std::vector<std::pair<std::string, InputScaleReport>> scales;
+  if (report.x_scale) scales.emplace_back("x", *report.x_scale);
+  if (report.intermediate_scale) scales.emplace_back("intermediate", *report.intermediate_scale);
+  std::erase_if(scales, [](const auto& scale) { return scale.second.worst_expert < 0; });
+  return scales;
+}
+
 std::string counts_text(const LayertestReport& report) {
   std::string text;
   if (report.exact_blocks) {
@@ -88,15 +98,25 @@ std::string counts_text(const LayertestReport& report) {
                     report.staging->x_different, report.staging->x_values,
                     report.staging->intermediate_different, report.staging->intermediate_values);
   }
+  for (const auto& [what, scale] : input_scales_of(report)) {
+    const std::string line = fmt::format(
+        "  input scales of {}: expert {} loses most, {:.3g} x what a scale by token loses (limit {})", what,
+        scale.worst_expert, scale.ratio, scale.limit);
+    text += (scale.ratio <= scale.limit ? line : red(line + "  <-")) + "\n";
+  }
   return text;
 }
 
+/// Where the limits come from; nothing where there are none.
 std::string limits_text(const LayertestReport& report) {
-  std::string text = "limits on relative L2\n";
+  std::string text;
   for (const auto& [name, comparison] :
-       {std::pair("checkpoint", &report.checkpoint), std::pair("activations", &report.activations),
-        std::pair("kernel", &report.kernel_stages)}) {
+       {std::pair("checkpoint", &report.checkpoint), std::pair("kernel", &report.kernel_stages)}) {
     if (!comparison->stages.empty()) text += fmt::format("  {:<12} {}\n", name, comparison->limit_origin);
+  }
+  if (!input_scales_of(report).empty()) {
+    text +=
+        "  input scales 1.5 x a scale by token, median over an expert's rows: block scales follow the data\n";
   }
   return text;
 }
@@ -115,7 +135,8 @@ std::string format_table(const LayertestSubject& subject, const LayertestReport&
   text += comparison_rows("activations", report.activations);
   text += comparison_rows("kernel", report.kernel_stages);
   if (!report.kernel_end_to_end.empty()) text += table_rows("  end to end", report.kernel_end_to_end);
-  text += counts_text(report) + "\n" + limits_text(report) + "\n";
+  const std::string limits = limits_text(report);
+  text += counts_text(report) + "\n" + (limits.empty() ? "" : "limits on relative L2\n" + limits + "\n");
   for (const std::string& finding : report.findings) text += red("finding") + "  " + finding + "\n";
   if (report.verdict == "fine")
     return text + bold(green("verdict: fine")) + ": every stage is within its limit\n";
@@ -143,6 +164,11 @@ std::string format_json(const LayertestSubject& subject, const LayertestReport& 
   if (report.exact_blocks) {
     json["mxfp4_blocks"] = {{"total", report.exact_blocks->blocks},
                             {"inexact", report.exact_blocks->inexact}};
+  }
+  for (const auto& [what, scale] : input_scales_of(report)) {
+    json["input_scales"][what] = {{"worst_expert", index_or_null(scale.worst_expert)},
+                                  {"ratio", number(scale.ratio)},
+                                  {"limit", scale.limit}};
   }
   if (report.staging) {
     json["staging"] = {

@@ -9,6 +9,7 @@ if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "" FORCE)
 endif()
 
+option(FOURFOLD_WERROR "Warnings are errors" ON)
 set(FOURFOLD_SANITIZE "" CACHE STRING "Sanitizers, e.g. address,undefined")
 
 find_program(FOURFOLD_CCACHE ccache)
@@ -20,7 +21,8 @@ endif()
 add_library(fourfold_options INTERFACE)
 # Rounding points are specified: the compiler must not fuse a multiplication with an addition.
 target_compile_options(fourfold_options INTERFACE
-  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror -ffp-contract=off>)
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow -Wconversion -ffp-contract=off>
+  $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${FOURFOLD_WERROR}>>:-Werror>)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
   target_compile_options(fourfold_options INTERFACE
     $<$<COMPILE_LANGUAGE:CXX>:-Wno-restrict>)  # false alarms on std::string, GCC bug 105329

@@ -34,6 +34,7 @@ PUBLIC_HEADERS = {
     "expert_weights.h": "moe",
     "gemm.h": "moe",
     "moe_layer.h": "moe",
+    "router.h": "moe",
     "routing.h": "moe",
     "safetensors.h": "checkpoint",
     "checkpoint.h": "checkpoint",

@@ -278,10 +278,11 @@ void combine(Job& job) {
   const auto z = job.matrix<Bf16>("z");
   const auto rows = job.values<int32_t>("row_of_slot");
   const auto weights = job.matrix<float>("topk_weights");
+  const LayerConfig config;
   const std::vector<int64_t> shape = {weights.rows, z.cols};
-  reference::combine(z, rows, weights,
+  reference::combine(z, rows, weights, config,
                      MatrixView<Bf16>(job.result<Bf16>("y", DType::kBf16, shape), shape[0], shape[1]));
-  reference::combine(z, rows, weights,
+  reference::combine(z, rows, weights, config,
                      MatrixView<float>(job.result<float>("y32", DType::kF32, shape), shape[0], shape[1]));
 }
 

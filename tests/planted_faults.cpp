@@ -129,10 +129,8 @@ class FaultyLayer final : public MoeLayer {
   FaultyLayer(Fault fault, const ExpertWeights& weights, const LayerConfig& config,
               const LayerOptions& options)
       : fault_(fault), weights_(break_weights(fault, weights)), config_(config), options_(options) {
-    for (const Expert& expert : weights.experts) {
-      x_scales_.push_back(std::max(expert.gate_input_scale.value_or(0), expert.up_input_scale.value_or(0)));
-      intermediate_scales_.push_back(expert.down_input_scale.value_or(0));
-    }
+    x_scales_ = x_input_scales(weights);
+    intermediate_scales_ = intermediate_input_scales(weights);
   }
 
   const LayerConfig& config() const override { return config_; }
@@ -193,7 +191,7 @@ class FaultyLayer final : public MoeLayer {
                        fault_ == Fault::kMissingRoutingWeight
                            ? MatrixView<const float>(ones.data(), weights.rows, weights.cols)
                            : weights,
-                       args.y);
+                       config_, args.y);
   }
 
   Fault fault_;

@@ -13,13 +13,16 @@ namespace fourfold {
 
 /// One expert. Gate and up keep their own global scales. Views may be strided.
 struct Expert {
-  WeightView gate;                              ///< [I, H]
+  WeightView gate;                              ///< [I, H]; no rows where the activation has no gate
   WeightView up;                                ///< [I, H]
   WeightView down;                              ///< [H, I]
   std::optional<DenseView> gate_bias, up_bias;  ///< [1, I]
   std::optional<DenseView> down_bias;           ///< [1, H]
   /// Calibrated activation scales (multipliers, amax/2688); absent where the checkpoint has none.
   std::optional<float> gate_input_scale, up_input_scale, down_input_scale;
+
+  bool has_gate() const { return rows_of(gate) > 0; }
+
   std::string name;  ///< e.g. "layers.3.ffn.experts.17", for messages
 };
 
@@ -36,8 +39,13 @@ struct ExpertWeights {
 /// Throws Error, naming expert and tensor, when a shape disagrees with `hidden` and `intermediate`.
 void validate(const ExpertWeights& weights);
 
-/// An input_scale that staging can use: present, finite, positive.
+/// An input_scale that staging can use: present, finite, at least kSmallestDynamicScale.
 bool is_usable_input_scale(std::optional<float> scale);
+
+/// Static scale of x for every expert [E]: the larger of gate's and up's; 0 where there is none.
+std::vector<float> x_input_scales(const ExpertWeights& weights);
+/// Static scale of the intermediate for every expert [E]: down's; 0 where there is none.
+std::vector<float> intermediate_input_scales(const ExpertWeights& weights);
 
 /// What folding gate's and up's global scales into one changed.
 struct FoldReport {

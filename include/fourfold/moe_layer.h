@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -22,14 +23,36 @@
 
 namespace fourfold {
 
-enum class ActivationKind : uint8_t { kSwiglu };
+/// The function between the two GEMMs, on g = gate and u = up; docs/formats.md, section 4.
+enum class ActivationKind : uint8_t {
+  /// g' * sigmoid(alpha g') * (u' + beta), g' = min(g, limit), u' = clamp(u, -limit, limit). Mixtral, Qwen
+  /// and DeepSeek
+  /// with alpha 1 and beta 0 (silu(g) * u; DeepSeek-V4 with limit 10), gpt-oss with alpha 1.702, beta 1 and
+  /// limit 7.
+  kSwiglu,
+  kSwigluStep,   ///< min(silu(g), limit) * clamp(u, -limit, limit)
+  kGeglu,        ///< gelu(g) * u, gelu(x) = x/2 (1 + erf(x / sqrt 2))
+  kGegluTanh,    ///< the same with gelu's tanh approximation
+  kReluSquared,  ///< relu(u)^2, no gate: Nemotron
+  kSilu,         ///< silu(u), no gate
+  kGelu,         ///< gelu(u), no gate
+};
 
-/// The function between the two GEMMs. docs/formats.md, section 4.
+/// Without a gate an expert has up and down alone, and h is [M, I].
+constexpr bool is_gated(ActivationKind kind) {
+  return kind < ActivationKind::kReluSquared;
+}
+
+/// Parameters are in real units: the values that the formulas above name.
 struct ActivationFunction {
   ActivationKind kind = ActivationKind::kSwiglu;
-  /// DeepSeek-V4: gate = min(gate, limit), up = clamp(up, -limit, limit). Infinity: no clamp.
-  float limit = std::numeric_limits<float>::infinity();
+  float alpha = 1.0f;                                    ///< kSwiglu
+  float beta = 0.0f;                                     ///< kSwiglu
+  float limit = std::numeric_limits<float>::infinity();  ///< kSwiglu, kSwigluStep; infinity: no clamp
 };
+
+/// As reports print it, e.g. "silu(min(g, 10)) * clamp(u, -10, 10)".
+std::string describe(const ActivationFunction& function);
 
 /// What the model is. A backend that does not implement one of these refuses; nothing is ignored.
 struct LayerConfig {
@@ -38,6 +61,11 @@ struct LayerConfig {
   int64_t experts = 0;  ///< on this rank
   int64_t top_k = 0;
   ActivationFunction activation;
+  /// The routing weight multiplies the expert's input, rounded to bf16, instead of its output: Llama-4.
+  bool weight_on_input = false;
+
+  /// Columns of h: gate and up, or up alone.
+  int64_t h_columns() const { return is_gated(activation.kind) ? 2 * intermediate : intermediate; }
 };
 
 /// How the layer is to be computed.
@@ -46,32 +74,42 @@ struct LayerOptions {
   ScalePolicy x_scale = ScalePolicy::kStatic;             ///< used by nvfp4 and nvfp4x2 alone
   ScalePolicy intermediate_scale = ScalePolicy::kStatic;  ///< the same, for the second GEMM's input
   Accumulation accumulation = Accumulation::kFloat32;
+  /// For max-over-experts: the largest input scales over all ranks, where this layer holds a part of the
+  /// experts. Absent: the largest of this layer.
+  std::optional<float> x_max_scale, intermediate_max_scale;
   /// Multiply by weights dequantized to float32 instead of applying the global scale in the epilogue: the
   /// "reference in the dequantized weights". Backends other than the reference refuse it.
   bool dequantize_weights = false;
 };
 
+/// Why a backend other than the reference has to refuse these options (float64 sums, dequantized weights);
+/// empty when it need not. Fast backends call it in why_unsupported.
+std::string why_reference_only(const LayerOptions& options);
+
+/// Workspaces start at a multiple of this many bytes.
+inline constexpr size_t kWorkspaceAlignment = 256;
+
 /// The frozen choice of kernels for up to `max_tokens` tokens, and the workspace they need.
 struct LayerPlan {
   int64_t max_tokens = 0;
-  size_t workspace_bytes = 0;
+  size_t workspace_bytes = 0;           ///< aligned to kWorkspaceAlignment
   std::string kernel;                   ///< which kernel will run, for reports
   std::string reason;                   ///< why that one
   std::shared_ptr<const void> details;  ///< the backend's own
 };
 
-/// Optional outputs, one a stage; empty ones are not written. Rows are in permuted order;
-/// M <= T * K of them exist, and larger outputs are left alone beyond that.
+/// Optional outputs, one a stage; empty ones are not written. Rows are in permuted order.
+/// Taps have room for T * K rows, of which the M that have an expert are written.
 /// A tapped run equals an untapped one bit for bit.
 struct StageTaps {
   std::span<int32_t> group_offsets;  ///< [E+1]
   std::span<int32_t> slot_of_row;    ///< [T*K]
   std::span<int32_t> row_of_slot;    ///< [T*K]
   const StagedActivations* staged_x = nullptr;
-  MatrixView<Bf16> h;           ///< [M, 2I], gate columns first
-  MatrixView<Bf16> activation;  ///< [M, I]
+  MatrixView<Bf16> h;           ///< [T*K, 2I], gate columns first; [T*K, I] without a gate
+  MatrixView<Bf16> activation;  ///< [T*K, I]
   const StagedActivations* staged_intermediate = nullptr;
-  MatrixView<Bf16> z;  ///< [M, H], before routing weights
+  MatrixView<Bf16> z;  ///< [T*K, H], before routing weights
 };
 
 struct ForwardArgs {
@@ -102,6 +140,8 @@ class MoeLayer {
 
   virtual const LayerConfig& config() const = 0;
   virtual const LayerOptions& options() const = 0;
+  /// Throws Error unless max_tokens * top_k lies between 0 and 2^31 - 1. experts() then takes up to that many
+  /// rows.
   virtual LayerPlan plan(int64_t max_tokens) const = 0;
   /// permute, stage, experts, combine. Throws Error for arguments that do not fit the plan.
   virtual void forward(const LayerPlan& plan, const ForwardArgs& args) const = 0;
@@ -124,6 +164,8 @@ class Backend {
                                       const LayerOptions& options) const = 0;
   virtual std::unique_ptr<MoeLayer> make_layer(const ExpertWeights& weights, const LayerConfig& config,
                                                const LayerOptions& options) const = 0;
+  /// Workspace that gemm and grouped_gemm need for these shapes.
+  virtual size_t gemm_workspace_bytes(const GroupedGemmArgs& /*args*/) const { return 0; }
   virtual void gemm(const GemmArgs& args) const = 0;
   virtual void grouped_gemm(const GroupedGemmArgs& args) const = 0;
 };
@@ -145,6 +187,10 @@ struct BackendChoice {
   std::string reason;  ///< why this one and none of the better ones
 };
 
+/// The best backend that this machine can run, for operations that belong to no layer; forced like
+/// choose_backend.
+BackendChoice choose_backend(std::string_view forced);
+
 /// The best backend that can run this layer. `forced`, or else FOURFOLD_BACKEND, names the only one to
 /// consider; when it can't run, Error says why for every backend compiled in. There is no silent fallback.
 BackendChoice choose_backend(std::string_view forced, const ExpertWeights& weights, const LayerConfig& config,
@@ -158,6 +204,11 @@ struct DefaultPolicies {
   ScalePolicy intermediate = ScalePolicy::kDynamicToken;
 };
 DefaultPolicies default_scale_policies(const ExpertWeights& weights, ActivationFormat format);
+
+/// Throws Error when a layer of this config can't be planned for so many tokens.
+void validate_plan(const LayerConfig& config, int64_t max_tokens);
+/// Throws Error unless `updated` has the shapes, formats and scale layouts of `current`.
+void validate_update(const ExpertWeights& current, const ExpertWeights& updated);
 
 /// Throws Error when config, weights and options do not fit each other, or a static policy lacks an input
 /// scale.

@@ -24,8 +24,8 @@ enum class ScaleFloor : uint8_t {
 float absolute_maximum(MatrixView<const float> values);
 float absolute_maximum(MatrixView<const Bf16> values);
 
-/// Dynamic scales are at least 2^-100, so that the reciprocals of the quantizers stay finite: without a floor, zeros
-/// of a token of subnormals would become 0 * inf. Values below about 2^-110 become zero.
+/// Dynamic scales are at least 2^-100, so that the reciprocals of the quantizers stay finite: without a
+/// floor, zeros of a token of subnormals would become 0 * inf. Values below about 2^-110 become zero.
 inline constexpr float kSmallestDynamicScale = 0x1p-100f;
 
 FOURFOLD_HOST_DEVICE constexpr float dynamic_scale(float amax, float range) {
@@ -35,7 +35,9 @@ FOURFOLD_HOST_DEVICE constexpr float dynamic_scale(float amax, float range) {
 }
 
 /// amax / 2688, and 1 for amax = 0: the dynamic global scale of a tensor or a token.
-FOURFOLD_HOST_DEVICE constexpr float nvfp4_global_scale(float amax) { return dynamic_scale(amax, kNvfp4Range); }
+FOURFOLD_HOST_DEVICE constexpr float nvfp4_global_scale(float amax) {
+  return dynamic_scale(amax, kNvfp4Range);
+}
 
 /// An owned block-scaled matrix; row-major scales.
 struct BlockScaledMatrix {
@@ -90,6 +92,10 @@ int largest_mxfp4_exponent(const BlockScaledView& mxfp4);
 /// and counted. `kmax` may be given to make several tensors (gate and up) share a global scale.
 BlockScaledMatrix cast_mxfp4_to_nvfp4(const BlockScaledView& mxfp4, CastReport* report = nullptr);
 BlockScaledMatrix cast_mxfp4_to_nvfp4(const BlockScaledView& mxfp4, int kmax, CastReport* report);
+
+/// What a sound converter writes: MXFP4 by the lossless cast, bf16, f16 and f32 by ModelOpt's rule with
+/// amax/2688 as global scale. Throws Error for weights that are NVFP4 already.
+BlockScaledMatrix convert_to_nvfp4(const WeightView& weight, CastReport* report = nullptr);
 
 /// Every value of `weight`, dequantized to float32 [rows, cols].
 std::vector<float> dequantize(const WeightView& weight);

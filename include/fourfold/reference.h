@@ -27,19 +27,25 @@ void activation_scales(ScalePolicy policy, MatrixView<const Bf16> rows,
 /// Quantizes `rows` [M, cols] into `out`. NVFP4 reads out.row_scales [M]; fp8 writes them; bf16 copies.
 void stage(ActivationFormat format, MatrixView<const Bf16> rows, const StagedActivations& out);
 
+/// x in permuted order [M, H]; weighted where the routing weight goes on the input.
+void permute_rows(MatrixView<const Bf16> x, std::span<const int32_t> slot_of_row,
+                  MatrixView<const float> topk_weights, const LayerConfig& config, MatrixView<Bf16> rows);
+
 /// First GEMM with both halves: h [M, 2I] = bf16(alpha * acc + bias), gate in columns [0, I), up in [I, 2I).
+/// Without a gate h is [M, I].
 void gate_up(const ActivationView& a, std::span<const int32_t> group_offsets, const ExpertWeights& weights,
              const LayerOptions& options, MatrixView<Bf16> h);
 
-/// h [M, 2I] -> [M, I], computed in float64 from bf16 and rounded through float32 to bf16.
+/// h [M, 2I] or [M, I] -> [M, I], computed in float64 from bf16 and rounded through float32 to bf16.
 void activate(const ActivationFunction& function, MatrixView<const Bf16> h, MatrixView<Bf16> activation);
 
 /// Second GEMM: z [M, H] = bf16(alpha * acc + bias).
 void down(const ActivationView& a, std::span<const int32_t> group_offsets, const ExpertWeights& weights,
           const LayerOptions& options, MatrixView<Bf16> z);
 
-/// y[t] = sum over k, in order, of topk_weights[t,k] * z[row_of_slot[t*K+k]]; float32, rounded once.
+/// y[t] = sum over k, in order, of topk_weights[t,k] * z[row_of_slot[t*K+k]]; float32, rounded once. Where
+/// the routing weight is on the input, it is 1 here.
 void combine(MatrixView<const Bf16> z, std::span<const int32_t> row_of_slot,
-             MatrixView<const float> topk_weights, const OutputView& y);
+             MatrixView<const float> topk_weights, const LayerConfig& config, const OutputView& y);
 
 }  // namespace fourfold::reference

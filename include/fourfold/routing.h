@@ -56,4 +56,8 @@ Permutation permute_by_expert(const Routing& routing, int64_t experts);
 void gather_rows(MatrixView<const Bf16> x, std::span<const int32_t> slot_of_row, int64_t top_k,
                  MatrixView<Bf16> rows);
 
+/// The same, each row multiplied by its routing weight in float32 and rounded to bf16.
+void gather_weighted_rows(MatrixView<const Bf16> x, std::span<const int32_t> slot_of_row,
+                          MatrixView<const float> topk_weights, MatrixView<Bf16> rows);
+
 }  // namespace fourfold

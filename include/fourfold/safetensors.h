@@ -13,6 +13,8 @@
 
 namespace fourfold {
 
+class PartialFile;
+
 /// Element types of the safetensors format.
 enum class DType : uint8_t {
   kBool,
@@ -86,6 +88,7 @@ struct TensorSpec {
   DType dtype = DType::kU8;
   std::vector<int64_t> shape;
 
+  /// Throws Error for a shape that is negative, too large, or no whole number of bytes.
   int64_t bytes() const;
 };
 
@@ -109,8 +112,8 @@ class SafetensorsWriter {
     int64_t bytes = 0;
     bool written = false;
   };
-  std::filesystem::path path_, partial_path_;
-  int descriptor_ = -1;
+  std::filesystem::path path_;
+  std::unique_ptr<PartialFile> file_;
   std::map<std::string, Slot, std::less<>> slots_;
 };
 

@@ -32,6 +32,9 @@ FOURFOLD_HOST_DEVICE constexpr int64_t swizzled_scale_offset(int64_t row, int64_
          col % kScaleTileCols;
 }
 
+/// Throws Error unless `group_offsets` [G+1] ascends from 0 to `rows`.
+void validate_group_offsets(std::span<const int32_t> group_offsets, int64_t rows);
+
 /// First padded row of every group of the activation side, and their total: groups are padded to 128 rows
 /// each. `group_offsets` [G+1] -> [G+1].
 std::vector<int64_t> padded_group_rows(std::span<const int32_t> group_offsets);

@@ -1,15 +1,31 @@
 #include "base/files.h"
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
 #include <fstream>
 #include <system_error>
+#include <utility>
 
 #include "base/fail.h"
 
 namespace fourfold {
+namespace {
+
+[[noreturn]] void fail_io(const std::filesystem::path& path, const char* action) {
+  fail(ErrorCode::kIo, "{}: can't {} it: {}", path.string(), action, std::strerror(errno));
+}
+
+void write_in_place(const std::filesystem::path& path, std::string_view content) {
+  std::ofstream file(path, std::ios::binary);
+  file.write(content.data(), static_cast<std::streamsize>(content.size()));
+  file.close();
+  if (!file) fail_io(path, "write");
+}
+
+}  // namespace
 
 int64_t require_regular_file(const std::filesystem::path& path) {
   std::error_code error;
@@ -34,29 +50,65 @@ std::string read_file(const std::filesystem::path& path, int64_t limit) {
   }
   std::string content(static_cast<size_t>(size), '\0');
   std::ifstream file(path, std::ios::binary);
-  if (!file.read(content.data(), size)) {
-    fail(ErrorCode::kIo, "{}: can't read it: {}", path.string(), std::strerror(errno));
-  }
+  if (!file.read(content.data(), size)) fail_io(path, "read");
   return content;
 }
 
-std::filesystem::path partial_path_of(const std::filesystem::path& path) {
-  return path.parent_path() / fmt::format(".{}.partial-{}", path.filename().string(), getpid());
+void write_file(const std::filesystem::path& path, std::string_view content) {
+  std::error_code error;
+  const auto type = std::filesystem::status(path, error).type();
+  const bool exists =
+      type != std::filesystem::file_type::not_found && type != std::filesystem::file_type::none;
+  if (exists && type != std::filesystem::file_type::regular) return write_in_place(path, content);
+  PartialFile file(exists ? std::filesystem::canonical(path) : path);
+  file.write_at(std::as_bytes(std::span(content)), 0);
+  file.commit();
 }
 
-void write_file(const std::filesystem::path& path, std::string_view content) {
-  const std::filesystem::path partial = partial_path_of(path);
-  std::ofstream file(partial, std::ios::binary | std::ios::trunc);
-  file.write(content.data(), static_cast<std::streamsize>(content.size()));
-  file.close();
-  std::error_code error;
-  if (file) {
-    std::filesystem::rename(partial, path, error);
-    if (!error) return;
+void require_memory(int64_t bytes, const std::string& what) {
+  std::ifstream info("/proc/meminfo");
+  for (std::string line; std::getline(info, line);) {
+    long long kilobytes = 0;
+    if (std::sscanf(line.c_str(), "MemAvailable: %lld kB", &kilobytes) != 1) continue;
+    if (bytes > kilobytes * 1024) {
+      fail(ErrorCode::kInvalidArgument,
+           "{}: expected to fit the {} MB of memory that are available, found a need of "
+           "{} MB",
+           what, kilobytes / 1024, bytes >> 20);
+    }
+    return;
   }
-  const std::string reason = error ? error.message() : std::strerror(errno);
-  std::filesystem::remove(partial, error);
-  fail(ErrorCode::kIo, "{}: can't write it: {}", path.string(), reason);
+}
+
+PartialFile::PartialFile(std::filesystem::path path)
+    : path_(std::move(path)),
+      partial_path_(path_.parent_path() /
+                    fmt::format(".{}.partial-{}", path_.filename().string(), getpid())) {
+  descriptor_ = open(partial_path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  if (descriptor_ < 0) fail_io(path_, "create");
+}
+
+PartialFile::~PartialFile() {
+  if (descriptor_ >= 0) close(descriptor_);
+  std::error_code ignored;
+  std::filesystem::remove(partial_path_, ignored);  // gone already after a commit
+}
+
+void PartialFile::write_at(std::span<const std::byte> data, int64_t offset) {
+  while (!data.empty()) {
+    const ssize_t written = pwrite(descriptor_, data.data(), data.size(), offset);
+    if (written < 0 && errno == EINTR) continue;
+    if (written <= 0) fail_io(path_, "write");
+    data = data.subspan(static_cast<size_t>(written));
+    offset += written;
+  }
+}
+
+void PartialFile::commit() {
+  if (close(std::exchange(descriptor_, -1)) != 0) fail_io(path_, "write");
+  std::error_code error;
+  std::filesystem::rename(partial_path_, path_, error);
+  if (error) fail(ErrorCode::kIo, "{}: can't write it: {}", path_.string(), error.message());
 }
 
 }  // namespace fourfold

@@ -6,6 +6,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -172,17 +173,6 @@ void require_tiling(const std::string& file, const std::map<std::string, Tensor,
   fail(ErrorCode::kIo, "{}: can't {} it: {}", path.string(), action, std::strerror(errno));
 }
 
-void write_at(int descriptor, const std::filesystem::path& path, std::span<const std::byte> data,
-              int64_t offset) {
-  while (!data.empty()) {
-    const ssize_t written = pwrite(descriptor, data.data(), data.size(), offset);
-    if (written < 0 && errno == EINTR) continue;
-    if (written <= 0) fail_io(path, "write");
-    data = data.subspan(static_cast<size_t>(written));
-    offset += written;
-  }
-}
-
 }  // namespace
 
 std::string_view to_string(DType type) {
@@ -212,16 +202,22 @@ SafetensorsFile::~SafetensorsFile() {
 }
 
 void SafetensorsFile::map() {
-  size_ = static_cast<size_t>(require_regular_file(path_));
-  if (size_ < kLengthBytes) {
+  require_regular_file(path_);  // a pipe would block open()
+  const int descriptor = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) fail_io(path_, "open");
+  struct stat status = {};
+  const bool known = fstat(descriptor, &status) == 0;
+  size_ = known ? static_cast<size_t>(status.st_size) : 0;
+  void* mapped =
+      known && size_ >= kLengthBytes ? mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0) : nullptr;
+  const int error = errno;
+  close(descriptor);
+  errno = error;
+  if (!known || mapped == MAP_FAILED) fail_io(path_, "map");
+  if (mapped == nullptr) {
     fail(ErrorCode::kBadFile, "{}: expected a safetensors file of at least 8 bytes, found {}", path_.string(),
          size_);
   }
-  const int descriptor = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) fail_io(path_, "open");
-  void* mapped = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0);
-  close(descriptor);
-  if (mapped == MAP_FAILED) fail_io(path_, "map");
   data_ = static_cast<std::byte*>(mapped);
 }
 
@@ -274,39 +270,40 @@ const Tensor& SafetensorsFile::at(std::string_view name) const {
 }
 
 int64_t TensorSpec::bytes() const {
-  return checked_elements(shape) * bits_of(dtype) / 8;
+  int64_t bits = checked_elements(shape);
+  const bool negative = std::any_of(shape.begin(), shape.end(), [](int64_t extent) { return extent < 0; });
+  if (negative || bits < 0 || __builtin_mul_overflow(bits, int64_t{bits_of(dtype)}, &bits) || bits % 8 != 0) {
+    fail(ErrorCode::kInvalidArgument, "tensor '{}': expected a shape of whole bytes below 2^60, found {} {}",
+         name, to_string(dtype), shape_text(shape));
+  }
+  return bits / 8;
 }
 
 SafetensorsWriter::SafetensorsWriter(std::filesystem::path path, std::vector<TensorSpec> tensors)
-    : path_(std::move(path)), partial_path_(partial_path_of(path_)) {
+    : path_(std::move(path)) {
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   int64_t offset = 0;
   for (const TensorSpec& tensor : tensors) {
+    const int64_t bytes = tensor.bytes();
     header[tensor.name] = {{"dtype", to_string(tensor.dtype)},
                            {"shape", tensor.shape},
-                           {"data_offsets", {offset, offset + tensor.bytes()}}};
-    if (!slots_.emplace(tensor.name, Slot{offset, tensor.bytes(), false}).second) {
+                           {"data_offsets", {offset, offset + bytes}}};
+    if (!slots_.emplace(tensor.name, Slot{offset, bytes, false}).second) {
       fail(ErrorCode::kInvalidArgument, "{}: tensor '{}' is declared twice", path_.string(), tensor.name);
     }
-    offset += tensor.bytes();
+    offset += bytes;
   }
   std::string text = header.dump();
   text.resize((text.size() + 7) / 8 * 8, ' ');  // data starts at a multiple of 8
 
-  descriptor_ = ::open(partial_path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (descriptor_ < 0) fail_io(path_, "create");
   const uint64_t length = text.size();
-  write_at(descriptor_, path_, std::as_bytes(std::span(&length, 1)), 0);
-  write_at(descriptor_, path_, std::as_bytes(std::span(text)), kLengthBytes);
+  file_ = std::make_unique<PartialFile>(path_);
+  file_->write_at(std::as_bytes(std::span(&length, 1)), 0);
+  file_->write_at(std::as_bytes(std::span(text)), kLengthBytes);
   for (auto& [name, slot] : slots_) slot.offset += static_cast<int64_t>(kLengthBytes + length);
 }
 
-SafetensorsWriter::~SafetensorsWriter() {
-  if (descriptor_ < 0) return;
-  close(descriptor_);
-  std::error_code ignored;
-  std::filesystem::remove(partial_path_, ignored);
-}
+SafetensorsWriter::~SafetensorsWriter() = default;
 
 void SafetensorsWriter::write(std::string_view name, std::span<const std::byte> data) {
   const auto it = slots_.find(name);
@@ -318,7 +315,7 @@ void SafetensorsWriter::write(std::string_view name, std::span<const std::byte> 
     fail(ErrorCode::kInvalidArgument, "{}: tensor '{}': expected {} bytes, found {}", path_.string(), name,
          slot.bytes, data.size());
   }
-  write_at(descriptor_, path_, data, slot.offset);
+  file_->write_at(data, slot.offset);
   slot.written = true;
 }
 
@@ -328,14 +325,7 @@ void SafetensorsWriter::finish() {
       fail(ErrorCode::kInvalidArgument, "{}: tensor '{}' was declared and not written", path_.string(), name);
     }
   }
-  if (close(std::exchange(descriptor_, -1)) != 0) fail_io(path_, "write");
-  std::error_code error;
-  std::filesystem::rename(partial_path_, path_, error);
-  if (error) {
-    const std::string reason = error.message();
-    std::filesystem::remove(partial_path_, error);
-    fail(ErrorCode::kIo, "{}: can't write it: {}", path_.string(), reason);
-  }
+  file_->commit();
 }
 
 void write_safetensors(const std::filesystem::path& path, std::span<const TensorData> tensors) {

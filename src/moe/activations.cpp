@@ -65,7 +65,10 @@ ActivationView StagedActivations::view(ActivationFormat format, int64_t rows, in
   }
   view.codes = codes.rows_from(0, rows);
   view.row_scales = row_scales.first(static_cast<size_t>(rows));
-  if (is_nvfp4(format)) view.scales = scales.data;
+  if (is_nvfp4(format)) {
+    view.scales = scales.data;
+    view.scale_stride = scales.stride;
+  }
   if (format == ActivationFormat::kNvfp4x2) {
     view.residual_codes = residual_codes.rows_from(0, rows);
     view.residual_scales = residual_scales.data;

@@ -77,7 +77,7 @@ struct DerivedStorage {
 
 void validate(const ExpertWeights& weights) {
   for (const Expert& expert : weights.experts) {
-    require_shape(expert, "gate", expert.gate, weights.intermediate, weights.hidden);
+    if (expert.has_gate()) require_shape(expert, "gate", expert.gate, weights.intermediate, weights.hidden);
     require_shape(expert, "up", expert.up, weights.intermediate, weights.hidden);
     require_shape(expert, "down", expert.down, weights.hidden, weights.intermediate);
     require_bias(expert, "gate bias", expert.gate_bias, weights.intermediate);
@@ -87,7 +87,21 @@ void validate(const ExpertWeights& weights) {
 }
 
 bool is_usable_input_scale(std::optional<float> scale) {
-  return scale && std::isfinite(*scale) && *scale > 0.0f;
+  return scale && std::isfinite(*scale) && *scale >= kSmallestDynamicScale;
+}
+
+std::vector<float> x_input_scales(const ExpertWeights& weights) {
+  std::vector<float> scales;
+  for (const Expert& expert : weights.experts) {
+    scales.push_back(std::max(expert.gate_input_scale.value_or(0.0f), expert.up_input_scale.value_or(0.0f)));
+  }
+  return scales;
+}
+
+std::vector<float> intermediate_input_scales(const ExpertWeights& weights) {
+  std::vector<float> scales;
+  for (const Expert& expert : weights.experts) scales.push_back(expert.down_input_scale.value_or(0.0f));
+  return scales;
 }
 
 ExpertWeights fold_gate_up(const ExpertWeights& weights, FoldReport* report) {

@@ -13,40 +13,19 @@ template <class T>
 void require_shape(const std::string& what, const MatrixView<T>& matrix, int64_t rows, int64_t cols) {
   if (matrix.rows != rows || matrix.cols != cols)
     reject(what, shape_text(rows, cols), shape_text(matrix.rows, matrix.cols));
+  if (matrix.data == nullptr && rows > 0 && cols > 0) reject(what, "data", "a null pointer");
   if (matrix.stride < cols) reject(what, fmt::format("a stride of at least {}", cols), matrix.stride);
-}
-
-void validate_activations(const ActivationView& a, size_t groups) {
-  if (a.format == ActivationFormat::kBf16) {
-    require_shape("bf16 activations", a.values, a.rows, a.cols);
-  } else if (a.format == ActivationFormat::kFp8) {
-    require_shape("fp8 codes", a.codes, a.rows, a.cols);
-  } else {
-    if (a.cols % 16 != 0) reject("nvfp4 activations", "K to be a multiple of 16", a.cols);
-    require_shape("nvfp4 codes", a.codes, a.rows, a.cols / 2);
-    if (a.scales == nullptr && a.rows > 0) reject("nvfp4 activations", "block scales", "none");
-    if (a.format == ActivationFormat::kNvfp4x2) {
-      require_shape("nvfp4x2 residual codes", a.residual_codes, a.rows, a.cols / 2);
-      if (a.residual_scales == nullptr && a.rows > 0)
-        reject("nvfp4x2 activations", "residual scales", "none");
-    }
-  }
-  if (!a.row_scales.empty() && !a.group_scales.empty()) {
-    reject("activation scales", "one a row or one a group", "both");
-  }
-  if (!a.row_scales.empty() && static_cast<int64_t>(a.row_scales.size()) != a.rows) {
-    reject("row scales", a.rows, a.row_scales.size());
-  }
-  if (!a.group_scales.empty() && a.group_scales.size() != groups) {
-    reject("group scales", groups, a.group_scales.size());
-  }
 }
 
 void validate_weight(const std::string& what, const WeightView& weight, int64_t rows, int64_t cols) {
   if (rows_of(weight) != rows || cols_of(weight) != cols) {
     reject(what, shape_text(rows, cols), shape_text(rows_of(weight), cols_of(weight)));
   }
+  if (const auto* dense = std::get_if<DenseView>(&weight)) {
+    if (dense->data == nullptr && rows > 0) reject(what, "data", "a null pointer");
+  }
   if (const auto* blocks = std::get_if<BlockScaledView>(&weight)) {
+    if (blocks->scales == nullptr && rows > 0) reject(what, "block scales", "a null pointer");
     const int block = traits_of(blocks->format).block_size;
     if (cols % block != 0) reject(what, fmt::format("K to be a multiple of {}", block), cols);
     require_shape(what + " codes", blocks->codes, rows, cols / 2);
@@ -79,8 +58,34 @@ std::vector<WeightView> stacked_nvfp4_weights(const uint8_t* codes, const uint8_
   return experts;
 }
 
+void validate(const ActivationView& a, size_t groups) {
+  if (a.format == ActivationFormat::kBf16) {
+    require_shape("bf16 activations", a.values, a.rows, a.cols);
+  } else if (a.format == ActivationFormat::kFp8) {
+    require_shape("fp8 codes", a.codes, a.rows, a.cols);
+  } else {
+    if (a.cols % 16 != 0) reject("nvfp4 activations", "K to be a multiple of 16", a.cols);
+    require_shape("nvfp4 codes", a.codes, a.rows, a.cols / 2);
+    if (a.scales == nullptr && a.rows > 0) reject("nvfp4 activations", "block scales", "none");
+    if (a.format == ActivationFormat::kNvfp4x2) {
+      require_shape("nvfp4x2 residual codes", a.residual_codes, a.rows, a.cols / 2);
+      if (a.residual_scales == nullptr && a.rows > 0)
+        reject("nvfp4x2 activations", "residual scales", "none");
+    }
+  }
+  if (!a.row_scales.empty() && !a.group_scales.empty()) {
+    reject("activation scales", "one a row or one a group", "both");
+  }
+  if (!a.row_scales.empty() && static_cast<int64_t>(a.row_scales.size()) != a.rows) {
+    reject("row scales", a.rows, a.row_scales.size());
+  }
+  if (!a.group_scales.empty() && a.group_scales.size() != groups) {
+    reject("group scales", groups, a.group_scales.size());
+  }
+}
+
 void validate(const GemmArgs& args) {
-  validate_activations(args.a, 1);
+  validate(args.a, 1);
   const int64_t rows = rows_of(args.b);
   validate_weight("b", args.b, rows, args.a.cols);
   std::visit([&](const auto& d) { require_shape("d", d, args.a.rows, rows); }, args.d);
@@ -91,15 +96,9 @@ void validate(const GroupedGemmArgs& args) {
     reject("group offsets", fmt::format("{} for {} weights", args.b.size() + 1, args.b.size()),
            args.group_offsets.size());
   }
-  validate_activations(args.a, args.b.size());
-  if (args.group_offsets.front() != 0 || args.group_offsets.back() != args.a.rows) {
-    reject("group offsets", fmt::format("0 to {}", args.a.rows),
-           fmt::format("{} to {}", args.group_offsets.front(), args.group_offsets.back()));
-  }
+  validate(args.a, args.b.size());
+  validate_group_offsets(args.group_offsets, args.a.rows);
   for (size_t e = 0; e < args.b.size(); ++e) {
-    if (args.group_offsets[e + 1] < args.group_offsets[e]) {
-      reject("group offsets", "ascending", fmt::format("a step down at expert {}", e));
-    }
     validate_weight(fmt::format("b of expert {}", e), args.b[e], rows_of(args.b[0]), args.a.cols);
   }
   const int64_t cols =

@@ -7,6 +7,30 @@
 #include "base/fail.h"
 
 namespace fourfold {
+namespace {
+
+/// Checks shapes before anything is sized by them.
+void validate(const Routing& routing, int64_t experts) {
+  const int64_t tokens = routing.tokens(), top_k = routing.top_k();
+  if (experts < 0 || experts >= std::numeric_limits<int32_t>::max()) {
+    reject("routing: experts", "a number from 0 below 2^31 - 1", experts);
+  }
+  std::visit(
+      [&](const auto& ids) {
+        if (ids.rows != tokens || ids.cols != top_k) {
+          reject("topk_ids", shape_text(tokens, top_k) + " like topk_weights",
+                 shape_text(ids.rows, ids.cols));
+        }
+      },
+      routing.topk_ids);
+  int64_t slots = 0;
+  if (tokens < 0 || top_k < 0 || __builtin_mul_overflow(tokens, top_k, &slots) ||
+      slots > std::numeric_limits<int32_t>::max()) {
+    reject("routing", "at most 2^31 - 1 slots", fmt::format("{} tokens x {}", tokens, top_k));
+  }
+}
+
+}  // namespace
 
 int64_t Routing::expert(int64_t token, int64_t k) const {
   return std::visit([&](const auto& ids) { return static_cast<int64_t>(ids(token, k)); }, topk_ids);
@@ -15,8 +39,11 @@ int64_t Routing::expert(int64_t token, int64_t k) const {
 int32_t permute_by_expert(const Routing& routing, const PermutationView& out) {
   const int64_t tokens = routing.tokens(), top_k = routing.top_k();
   const int64_t experts = static_cast<int64_t>(out.group_offsets.size()) - 1;
-  if (tokens * top_k > std::numeric_limits<int32_t>::max()) {
-    reject("routing", "at most 2^31 - 1 slots", fmt::format("{} tokens x {}", tokens, top_k));
+  validate(routing, experts);
+  const auto slots = static_cast<size_t>(tokens * top_k);
+  if (out.slot_of_row.size() < slots || out.row_of_slot.size() < slots) {
+    reject("permutation", fmt::format("room for {} slots", slots),
+           fmt::format("{} and {}", out.slot_of_row.size(), out.row_of_slot.size()));
   }
   int32_t status = kStatusOk;
   const auto present = [&](int64_t expert) { return expert >= 0 && expert < experts; };
@@ -45,6 +72,7 @@ int32_t permute_by_expert(const Routing& routing, const PermutationView& out) {
 }
 
 Permutation permute_by_expert(const Routing& routing, int64_t experts) {
+  validate(routing, experts);
   const auto slots = static_cast<size_t>(routing.tokens() * routing.top_k());
   Permutation permutation;
   permutation.group_offsets.resize(static_cast<size_t>(experts + 1));
@@ -60,6 +88,17 @@ void gather_rows(MatrixView<const Bf16> x, std::span<const int32_t> slot_of_row,
                  MatrixView<Bf16> rows) {
   for (size_t row = 0; row < slot_of_row.size(); ++row) {
     std::copy_n(x.row(slot_of_row[row] / top_k), x.cols, rows.row(static_cast<int64_t>(row)));
+  }
+}
+
+void gather_weighted_rows(MatrixView<const Bf16> x, std::span<const int32_t> slot_of_row,
+                          MatrixView<const float> topk_weights, MatrixView<Bf16> rows) {
+  for (size_t row = 0; row < slot_of_row.size(); ++row) {
+    const int64_t token = slot_of_row[row] / topk_weights.cols, k = slot_of_row[row] % topk_weights.cols;
+    for (int64_t col = 0; col < x.cols; ++col) {
+      const float weighted = topk_weights(token, k) * static_cast<float>(x(token, col));
+      rows(static_cast<int64_t>(row), col) = encode_bf16(weighted);
+    }
   }
 }
 

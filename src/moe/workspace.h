@@ -6,27 +6,28 @@
 
 #include "fourfold/activations.h"
 #include "fourfold/error.h"
+#include "fourfold/moe_layer.h"
 
 namespace fourfold {
 
 class WorkspaceCarver {
  public:
-  static constexpr size_t kAlignment = 256;
-
   /// Only counts bytes.
   WorkspaceCarver() = default;
-  /// Hands out parts of `workspace`; throws Error when it is too small or not aligned to kAlignment.
+  /// Hands out parts of `workspace`, which starts at a multiple of kWorkspaceAlignment; throws Error when it
+  /// is too small.
   explicit WorkspaceCarver(std::span<std::byte> workspace)
-      : base_(workspace.data()), bytes_(workspace.size()) {
-    if (reinterpret_cast<uintptr_t>(base_) % kAlignment != 0) {
-      throw Error(ErrorCode::kInvalidArgument, "workspace: expected an address that is a multiple of 256");
-    }
-  }
+      : base_(workspace.data()), bytes_(workspace.size()) {}
 
   template <class T>
   std::span<T> take(int64_t count) {
     const size_t offset = used_;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    size_t bytes = 0;
+    if (count < 0 || __builtin_mul_overflow(static_cast<size_t>(count), sizeof(T), &bytes) ||
+        __builtin_add_overflow(used_, bytes + kWorkspaceAlignment, &bytes)) {
+      throw Error(ErrorCode::kInvalidArgument, "workspace: expected a size that fits 64 bits, found more");
+    }
+    used_ = (bytes - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
     if (base_ == nullptr) return {};
     if (used_ > bytes_) {
       throw Error(ErrorCode::kInvalidArgument, "workspace: expected at least " + std::to_string(used_) +

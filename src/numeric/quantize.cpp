@@ -47,6 +47,11 @@ BlockScaledMatrix empty_matrix(QuantFormat format, int64_t rows, int64_t cols) {
   return matrix;
 }
 
+void require_mxfp4(const BlockScaledView& matrix) {
+  if (matrix.format != QuantFormat::kMxfp4)
+    reject("cast to NVFP4", "an MXFP4 tensor", traits_of(matrix.format).name);
+}
+
 bool holds_nonzero_code(const uint8_t* codes, int bytes) {
   return std::any_of(codes, codes + bytes, [](uint8_t pair) { return (pair & 0x77) != 0; });
 }
@@ -169,6 +174,7 @@ CastReport& CastReport::operator+=(const CastReport& other) {
 }
 
 int largest_mxfp4_exponent(const BlockScaledView& mxfp4) {
+  require_mxfp4(mxfp4);
   int largest = kNoExponent;
   for (int64_t row = 0; row < mxfp4.rows; ++row) {
     for (int64_t block = 0; block < mxfp4.blocks_per_row(); ++block) {
@@ -191,9 +197,8 @@ BlockScaledMatrix cast_mxfp4_to_nvfp4(const BlockScaledView& mxfp4, CastReport* 
 }
 
 BlockScaledMatrix cast_mxfp4_to_nvfp4(const BlockScaledView& mxfp4, int kmax, CastReport* report) {
-  if (mxfp4.format != QuantFormat::kMxfp4) {
-    reject("cast to NVFP4", "an MXFP4 tensor", traits_of(mxfp4.format).name);
-  }
+  require_mxfp4(mxfp4);
+  if (kmax != kNoExponent && (kmax < -127 || kmax > 127)) reject("cast to NVFP4: kmax", "-127 to 127", kmax);
   constexpr int kLargest = 8, kSmallest = -9;  // e4m3 holds the powers of two from 2^-9 to 2^8
   const int global_exponent = kmax == kNoExponent ? 0 : kmax - kLargest;
   BlockScaledMatrix nvfp4 = empty_matrix(QuantFormat::kNvfp4, mxfp4.rows, mxfp4.cols);
@@ -226,6 +231,13 @@ BlockScaledMatrix cast_mxfp4_to_nvfp4(const BlockScaledView& mxfp4, int kmax, Ca
   }
   if (report) *report += counts;
   return nvfp4;
+}
+
+BlockScaledMatrix convert_to_nvfp4(const WeightView& weight, CastReport* report) {
+  if (const auto* blocks = std::get_if<BlockScaledView>(&weight)) return cast_mxfp4_to_nvfp4(*blocks, report);
+  const std::vector<float> values = dequantize(weight);
+  const MatrixView<const float> matrix(values.data(), rows_of(weight), cols_of(weight));
+  return quantize_nvfp4(matrix, nvfp4_global_scale(absolute_maximum(matrix)));
 }
 
 std::vector<float> dequantize(const WeightView& weight) {

@@ -24,6 +24,19 @@ int64_t rows_per_expert(MatrixView<const uint8_t> scales, int64_t experts) {
 
 }  // namespace
 
+void validate_group_offsets(std::span<const int32_t> group_offsets, int64_t rows) {
+  if (group_offsets.empty() || group_offsets.front() != 0 || group_offsets.back() != rows) {
+    reject("group offsets", fmt::format("them to run from 0 to {} rows", rows),
+           group_offsets.empty() ? "none"
+                                 : fmt::format("{} to {}", group_offsets.front(), group_offsets.back()));
+  }
+  for (size_t group = 0; group + 1 < group_offsets.size(); ++group) {
+    if (group_offsets[group + 1] < group_offsets[group]) {
+      reject("group offsets", "ascending numbers", fmt::format("a step down after group {}", group));
+    }
+  }
+}
+
 std::vector<int64_t> padded_group_rows(std::span<const int32_t> group_offsets) {
   std::vector<int64_t> first_row(group_offsets.size(), 0);
   for (size_t group = 0; group + 1 < group_offsets.size(); ++group) {
@@ -57,18 +70,12 @@ std::vector<uint8_t> unswizzle_scales(std::span<const uint8_t> swizzled, int64_t
 
 std::vector<uint8_t> swizzle_scale_groups(MatrixView<const uint8_t> scales,
                                           std::span<const int32_t> group_offsets) {
-  if (group_offsets.empty() || group_offsets.front() != 0 || group_offsets.back() != scales.rows) {
-    reject("group offsets", fmt::format("them to run from 0 to {}, the rows of the scales", scales.rows),
-           group_offsets.empty() ? "none"
-                                 : fmt::format("{} to {}", group_offsets.front(), group_offsets.back()));
-  }
+  validate_group_offsets(group_offsets, scales.rows);
   const std::vector<int64_t> first_row = padded_group_rows(group_offsets);
   const int64_t padded_cols = round_up(scales.cols, kScaleTileCols);
   std::vector<uint8_t> swizzled(static_cast<size_t>(first_row.back() * padded_cols), 0);
   for (size_t group = 0; group + 1 < group_offsets.size(); ++group) {
     const int64_t rows = group_offsets[group + 1] - group_offsets[group];
-    if (rows < 0)
-      reject("group offsets", "ascending numbers", fmt::format("{} rows in group {}", rows, group));
     swizzle_into(scales.rows_from(group_offsets[group], rows),
                  swizzled.data() + first_row[group] * padded_cols);
   }

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "base/thread_scratch.h"
 #include "fourfold/scale_layout.h"
 
 namespace fourfold::reference {
@@ -29,11 +30,15 @@ struct ActivationTile {
   std::vector<float> values;
 };
 
-/// Row `row` of the scales of `a`, as the row of a matrix that starts at the group's first one.
+/// Where a group's rows and scales start.
 struct ScaleRows {
   int64_t group_first_row = 0;    // in `a`
   int64_t group_first_scale = 0;  // in bytes from `a.scales`
 };
+
+int64_t row_major_stride(const ActivationView& a) {
+  return a.scale_stride ? a.scale_stride : a.cols / 16;
+}
 
 /// One NVFP4 term of `a` as a matrix of the rows of one group, which is what the swizzled layout is defined
 /// on.
@@ -44,7 +49,7 @@ BlockScaledView term_of_group(const ActivationView& a, MatrixView<const uint8_t>
           a.cols,
           codes.rows_from(group.group_first_row, rows),
           scales + group.group_first_scale,
-          a.cols / 16,
+          row_major_stride(a),
           a.scale_layout,
           {}};
 }
@@ -72,9 +77,10 @@ void decode_activation_row(const ActivationView& a, const ScaleRows& group, int6
 template <int kRows>
 void load_tile(const ActivationView& a, const ScaleRows& group, ActivationTile& tile) {
   tile.values.assign(static_cast<size_t>(a.cols * tile.terms * kRows), 0.0f);
+  ThreadScratch scratch(a.cols);
 #pragma omp parallel if (tile.rows * a.cols > kWorthThreads)
   {
-    std::vector<float> row(static_cast<size_t>(a.cols));
+    const std::span<float> row = scratch.mine();
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < tile.rows; ++r) {
       for (int term = 0; term < tile.terms; ++term) {
@@ -124,9 +130,10 @@ void multiply_tile(const GroupedMultiply& args, size_t group, const ActivationTi
     bias.resize(static_cast<size_t>(columns));
     decode_row(*b.bias, 0, bias.data());
   }
+  ThreadScratch scratch(depth);
 #pragma omp parallel if (tile.rows * columns * depth > kWorthThreads)
   {
-    std::vector<float> weight(static_cast<size_t>(depth));
+    const std::span<float> weight = scratch.mine();
     Sum sums[kRows];
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < columns; ++n) {
@@ -162,7 +169,7 @@ void multiply_groups(const GroupedMultiply& args) {
   for (size_t group = 0; group < args.weights.size(); ++group) {
     const int64_t begin = args.group_offsets[group], end = args.group_offsets[group + 1];
     const ScaleRows scale_rows{begin, args.a.scale_layout == ScaleLayout::kRowMajor
-                                          ? begin * k_sf
+                                          ? begin * row_major_stride(args.a)
                                           : padded_rows[group] * round_up(k_sf, kScaleTileCols)};
     for (tile.first_row = begin; tile.first_row < end; tile.first_row += tile.rows) {
       tile.rows = std::min<int64_t>(end - tile.first_row, kWideTile);

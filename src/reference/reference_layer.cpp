@@ -5,6 +5,7 @@
 
 #include "fourfold/error.h"
 #include "fourfold/reference.h"
+#include "fourfold/scale_layout.h"
 #include "moe/workspace.h"
 
 namespace fourfold {
@@ -27,7 +28,7 @@ Workspace carve(WorkspaceCarver& carver, const LayerConfig& config, ActivationFo
                        carver.take<int32_t>(rows)};
   space.rows = carver.take<Bf16>(rows, config.hidden);
   space.staged_x = carver.take_staged(format, rows, config.hidden);
-  space.h = carver.take<Bf16>(rows, 2 * config.intermediate);
+  space.h = carver.take<Bf16>(rows, config.h_columns());
   space.activation = carver.take<Bf16>(rows, config.intermediate);
   space.staged_intermediate = carver.take_staged(format, rows, config.intermediate);
   space.z = carver.take<Bf16>(rows, config.hidden);
@@ -61,6 +62,21 @@ void copy_tap(const StagedActivations& staged, const StagedActivations* tap, int
   }
 }
 
+/// Why these weights can't be read; empty when they can.
+std::string why_unreadable(const ExpertWeights& weights) {
+  for (const Expert& expert : weights.experts) {
+    for (const WeightView* weight : {&expert.gate, &expert.up, &expert.down}) {
+      if (device_of(*weight).kind != Device::Kind::kHost) return "it reads weights in host memory alone";
+    }
+  }
+  return "";
+}
+
+void require_host(const ExpertWeights& weights) {
+  const std::string reason = why_unreadable(weights);
+  if (!reason.empty()) throw Error(ErrorCode::kUnsupported, "reference: " + reason);
+}
+
 class ReferenceLayer final : public MoeLayer {
  public:
   ReferenceLayer(ExpertWeights weights, const LayerConfig& config, const LayerOptions& options)
@@ -72,6 +88,7 @@ class ReferenceLayer final : public MoeLayer {
   const LayerOptions& options() const override { return options_; }
 
   LayerPlan plan(int64_t max_tokens) const override {
+    validate_plan(config_, max_tokens);
     WorkspaceCarver counter;
     carve(counter, config_, options_.activations, max_tokens);
     return {max_tokens, counter.used(),
@@ -96,18 +113,19 @@ class ReferenceLayer final : public MoeLayer {
     copy_tap<int32_t>(slot_of_row, args.taps.slot_of_row);
     copy_tap<int32_t>(space.permutation.row_of_slot, args.taps.row_of_slot);
 
-    gather_rows(args.x, slot_of_row, config_.top_k, space.rows);
+    reference::permute_rows(args.x, slot_of_row, args.routing.topk_weights, config_, space.rows);
     stage(space.rows.rows_from(0, rows), space.permutation.group_offsets, options_.x_scale, x_scales_,
           space.staged_x);
     copy_tap(space.staged_x, args.taps.staged_x, rows);
     run_experts(space.staged_x.view(options_.activations, rows, config_.hidden),
                 space.permutation.group_offsets, space, args.taps, space.z);
     reference::combine(space.z.rows_from(0, rows), space.permutation.row_of_slot, args.routing.topk_weights,
-                       args.y);
+                       config_, args.y);
   }
 
   void experts(const LayerPlan& plan, const ExpertsArgs& args) const override {
     validate(*this, plan, args);
+    validate_group_offsets(args.group_offsets, args.activations.rows);
     WorkspaceCarver carver(args.workspace);
     Workspace space = carve(carver, config_, options_.activations, plan.max_tokens);
     run_experts(args.activations, args.group_offsets, space, args.taps, args.z);
@@ -115,18 +133,24 @@ class ReferenceLayer final : public MoeLayer {
 
   void update_weights(const ExpertWeights& weights) override {
     validate(weights, config_, options_);
+    validate_update(weights_, weights);
+    require_host(weights);
     adopt(weights);
   }
 
  private:
   void adopt(ExpertWeights weights) {
     weights_ = std::move(weights);
-    x_scales_.clear();
-    intermediate_scales_.clear();
-    for (const Expert& expert : weights_.experts) {
-      x_scales_.push_back(
-          std::max(expert.gate_input_scale.value_or(0.0f), expert.up_input_scale.value_or(0.0f)));
-      intermediate_scales_.push_back(expert.down_input_scale.value_or(0.0f));
+    x_scales_ = x_input_scales(weights_);
+    intermediate_scales_ = intermediate_input_scales(weights_);
+    const auto over_all = [](ScalePolicy policy, std::optional<float> scale) {
+      return policy == ScalePolicy::kMaxOverExperts && scale;
+    };
+    if (over_all(options_.x_scale, options_.x_max_scale)) {
+      x_scales_.assign(x_scales_.size(), *options_.x_max_scale);
+    }
+    if (over_all(options_.intermediate_scale, options_.intermediate_max_scale)) {
+      intermediate_scales_.assign(intermediate_scales_.size(), *options_.intermediate_max_scale);
     }
   }
 
@@ -172,19 +196,13 @@ class ReferenceBackend final : public Backend {
 
   std::string why_unsupported(const ExpertWeights& weights, const LayerConfig&,
                               const LayerOptions&) const override {
-    for (const Expert& expert : weights.experts) {
-      for (const WeightView* weight : {&expert.gate, &expert.up, &expert.down}) {
-        if (device_of(*weight).kind != Device::Kind::kHost) return "it reads weights in host memory alone";
-      }
-    }
-    return "";
+    return why_unreadable(weights);
   }
 
   std::unique_ptr<MoeLayer> make_layer(const ExpertWeights& weights, const LayerConfig& config,
                                        const LayerOptions& options) const override {
     validate(weights, config, options);
-    const std::string reason = why_unsupported(weights, config, options);
-    if (!reason.empty()) throw Error(ErrorCode::kUnsupported, "reference: " + reason);
+    require_host(weights);
     return std::make_unique<ReferenceLayer>(weights, config, options);
   }
 

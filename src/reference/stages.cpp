@@ -2,9 +2,11 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numbers>
 #include <vector>
 
-#include "fourfold/error.h"
+#include "base/fail.h"
+#include "base/thread_scratch.h"
 #include "fourfold/quantize.h"
 #include "fourfold/reference.h"
 #include "reference/grouped_multiply.h"
@@ -25,7 +27,7 @@ void multiply_experts(const ActivationView& a, std::span<const int32_t> group_of
   multiply({a, group_offsets, groups, d, options.accumulation, options.dequantize_weights});
 }
 
-void widen_row(MatrixView<const Bf16> rows, int64_t row, std::vector<float>& out) {
+void widen_row(MatrixView<const Bf16> rows, int64_t row, std::span<float> out) {
   for (int64_t col = 0; col < rows.cols; ++col)
     out[static_cast<size_t>(col)] = static_cast<float>(rows(row, col));
 }
@@ -49,13 +51,50 @@ void stage_row(ActivationFormat format, std::span<const float> x, int64_t row, c
   }
 }
 
-double silu(double g) {
-  return g / (1.0 + std::exp(-g));
+double sigmoid(double x) {
+  return 1.0 / (1.0 + std::exp(-x));
+}
+double silu(double x) {
+  return x / (1.0 + std::exp(-x));
+}
+double gelu(double x) {
+  return 0.5 * x * (1.0 + std::erf(x / std::numbers::sqrt2));
+}
+double gelu_tanh(double x) {
+  const double scale = std::sqrt(2.0 / std::numbers::pi);
+  return 0.5 * x * (1.0 + std::tanh(scale * (x + 0.044715 * x * x * x)));
 }
 
 /// min and max of C++ and of most kernels would hide a NaN on one side; here it goes through.
 double clamp_keeping_nan(double value, double low, double high) {
   return value < low ? low : value > high ? high : value;
+}
+
+/// The activation of one element; `gate` is unused where there is none.
+double apply(const ActivationFunction& function, double gate, double up) {
+  const double limit = function.limit;
+  switch (function.kind) {
+    case ActivationKind::kSwiglu: {
+      const double g = clamp_keeping_nan(gate, -INFINITY, limit), u = clamp_keeping_nan(up, -limit, limit);
+      const double gated = function.alpha == 1.0f ? silu(g) : g * sigmoid(double{function.alpha} * g);
+      return gated * (u + double{function.beta});
+    }
+    case ActivationKind::kSwigluStep:
+      return clamp_keeping_nan(silu(gate), -INFINITY, limit) * clamp_keeping_nan(up, -limit, limit);
+    case ActivationKind::kGeglu:
+      return gelu(gate) * up;
+    case ActivationKind::kGegluTanh:
+      return gelu_tanh(gate) * up;
+    case ActivationKind::kReluSquared: {
+      const double positive = up < 0.0 ? 0.0 : up;
+      return positive * positive;
+    }
+    case ActivationKind::kSilu:
+      return silu(up);
+    case ActivationKind::kGelu:
+      return gelu(up);
+  }
+  return up;
 }
 
 }  // namespace
@@ -84,7 +123,7 @@ void activation_scales(ScalePolicy policy, MatrixView<const Bf16> rows,
       }
       return;
     case ScalePolicy::kMaxOverExperts:
-      if (!global.empty()) {
+      if (!global.empty() && !expert_scales.empty()) {
         std::fill(global.begin(), global.end(),
                   *std::max_element(expert_scales.begin(), expert_scales.end()));
       }
@@ -101,9 +140,12 @@ void activation_scales(ScalePolicy policy, MatrixView<const Bf16> rows,
 }
 
 void stage(ActivationFormat format, MatrixView<const Bf16> rows, const StagedActivations& out) {
+  if (is_nvfp4(format) && rows.cols % 16 != 0)
+    reject("stage: columns for nvfp4", "a multiple of 16", rows.cols);
+  ThreadScratch scratch(rows.cols);
 #pragma omp parallel
   {
-    std::vector<float> x(static_cast<size_t>(rows.cols));
+    const std::span<float> x = scratch.mine();
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows.rows; ++row) {
       widen_row(rows, row, x);
@@ -112,24 +154,35 @@ void stage(ActivationFormat format, MatrixView<const Bf16> rows, const StagedAct
   }
 }
 
+void permute_rows(MatrixView<const Bf16> x, std::span<const int32_t> slot_of_row,
+                  MatrixView<const float> topk_weights, const LayerConfig& config, MatrixView<Bf16> rows) {
+  if (config.weight_on_input) {
+    gather_weighted_rows(x, slot_of_row, topk_weights, rows);
+  } else {
+    gather_rows(x, slot_of_row, topk_weights.cols, rows);
+  }
+}
+
 void gate_up(const ActivationView& a, std::span<const int32_t> group_offsets, const ExpertWeights& weights,
              const LayerOptions& options, MatrixView<Bf16> h) {
   const int64_t half = weights.intermediate;
-  multiply_experts(a, group_offsets, weights, options, &Expert::gate, &Expert::gate_bias,
-                   h.cols_from(0, half));
+  const bool gated = h.cols == 2 * half;
+  if (gated) {
+    multiply_experts(a, group_offsets, weights, options, &Expert::gate, &Expert::gate_bias,
+                     h.cols_from(0, half));
+  }
   multiply_experts(a, group_offsets, weights, options, &Expert::up, &Expert::up_bias,
-                   h.cols_from(half, half));
+                   h.cols_from(gated ? half : 0, half));
 }
 
 void activate(const ActivationFunction& function, MatrixView<const Bf16> h, MatrixView<Bf16> activation) {
-  const int64_t half = activation.cols;
-  const double limit = function.limit;
+  const int64_t up = is_gated(function.kind) ? activation.cols : 0;  // first column of up
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < h.rows; ++row) {
-    for (int64_t col = 0; col < half; ++col) {
-      const double gate = clamp_keeping_nan(static_cast<float>(h(row, col)), -INFINITY, limit);
-      const double up = clamp_keeping_nan(static_cast<float>(h(row, half + col)), -limit, limit);
-      activation(row, col) = encode_bf16(static_cast<float>(silu(gate) * up));
+    for (int64_t col = 0; col < activation.cols; ++col) {
+      const double value =
+          apply(function, static_cast<float>(h(row, col)), static_cast<float>(h(row, up + col)));
+      activation(row, col) = encode_bf16(static_cast<float>(value));
     }
   }
 }
@@ -140,7 +193,7 @@ void down(const ActivationView& a, std::span<const int32_t> group_offsets, const
 }
 
 void combine(MatrixView<const Bf16> z, std::span<const int32_t> row_of_slot,
-             MatrixView<const float> topk_weights, const OutputView& y) {
+             MatrixView<const float> topk_weights, const LayerConfig& config, const OutputView& y) {
   const int64_t top_k = topk_weights.cols;
 #pragma omp parallel for schedule(static)
   for (int64_t token = 0; token < topk_weights.rows; ++token) {
@@ -148,7 +201,8 @@ void combine(MatrixView<const Bf16> z, std::span<const int32_t> row_of_slot,
       float sum = 0.0f;
       for (int64_t k = 0; k < top_k; ++k) {
         const int32_t row = row_of_slot[static_cast<size_t>(token * top_k + k)];
-        if (row >= 0) sum += topk_weights(token, k) * static_cast<float>(z(row, col));
+        const float weight = config.weight_on_input ? 1.0f : topk_weights(token, k);
+        if (row >= 0) sum += weight * static_cast<float>(z(row, col));
       }
       if (const auto* bf16 = std::get_if<MatrixView<Bf16>>(&y)) {
         (*bf16)(token, col) = encode_bf16(sum);

@@ -80,7 +80,9 @@ void add_gemmtest(CLI::App& app, int& exit_code) {
       ->capture_default_str();
   command->add_option("--backend", arguments->backend,
                       "backend to test (default: the best that can run here)");
-  command->add_option("--seed", arguments->request.seed, "seed of the operands")->capture_default_str();
+  command->add_option("--seed", arguments->request.seed, "seed of the operands")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   command->footer("Exit code: 0 fine, 1 error, 2 usage, 3 a finding.");
   command->callback([arguments, &exit_code] {
     set_shape(arguments->request, arguments->shape);

@@ -1,5 +1,7 @@
 #include "tools/layer_trace.h"
 
+#include <algorithm>
+
 namespace fourfold {
 
 StagedBuffers::StagedBuffers(ActivationFormat format, int64_t rows, int64_t cols) {
@@ -22,45 +24,78 @@ StagedBuffers::StagedBuffers(ActivationFormat format, int64_t rows, int64_t cols
   }
 }
 
-AlignedWorkspace::AlignedWorkspace(size_t bytes) : buffer_(bytes + 256) {
-  const size_t misaligned = reinterpret_cast<uintptr_t>(buffer_.data()) % 256;
-  span_ = {buffer_.data() + (256 - misaligned) % 256, bytes};
+AlignedWorkspace::AlignedWorkspace(size_t bytes) : buffer_(bytes + kWorkspaceAlignment) {
+  const size_t beyond = reinterpret_cast<uintptr_t>(buffer_.data()) % kWorkspaceAlignment;
+  span_ = {buffer_.data() + (kWorkspaceAlignment - beyond) % kWorkspaceAlignment, bytes};
+}
+
+namespace {
+
+/// A tap of `rows` x `cols` full of NaN: what a backend leaves unwritten shows.
+MatrixView<Bf16> poisoned_tap(std::vector<Bf16>& values, int64_t rows, int64_t cols) {
+  values.assign(static_cast<size_t>(rows * cols), Bf16{0x7FFF});
+  return {values.data(), rows, cols};
+}
+
+}  // namespace
+
+void StagedBuffers::trim(int64_t rows) {
+  for (MatrixView<uint8_t>* view :
+       {&views.codes, &views.scales, &views.residual_codes, &views.residual_scales}) {
+    view->rows = std::min(view->rows, rows);
+  }
+  views.values.rows = std::min(views.values.rows, rows);
+  values.resize(static_cast<size_t>(views.values.rows * views.values.cols));
+  codes.resize(static_cast<size_t>(views.codes.rows * views.codes.cols));
+  scales.resize(static_cast<size_t>(views.scales.rows * views.scales.cols));
+  residual_codes.resize(static_cast<size_t>(views.residual_codes.rows * views.residual_codes.cols));
+  residual_scales.resize(static_cast<size_t>(views.residual_scales.rows * views.residual_scales.cols));
+  row_scales.resize(std::min(row_scales.size(), static_cast<size_t>(rows)));
+  views.row_scales = row_scales;
 }
 
 LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs) {
   const LayerConfig& config = layer.config();
   const ActivationFormat format = layer.options().activations;
+  const int64_t slots = inputs.tokens * inputs.top_k;
   LayerTrace trace;
-  trace.permutation = permute_by_expert(inputs.routing(), config.experts);
-  trace.rows = trace.permutation.rows();
   trace.tokens = inputs.tokens;
   trace.hidden = config.hidden;
   trace.intermediate = config.intermediate;
-  trace.staged_x = StagedBuffers(format, trace.rows, config.hidden);
-  trace.staged_intermediate = StagedBuffers(format, trace.rows, config.intermediate);
-  const auto matrix = [](std::vector<Bf16>& values, int64_t rows, int64_t cols) {
-    values.resize(static_cast<size_t>(rows * cols));
-    return MatrixView<Bf16>(values.data(), rows, cols);
-  };
+  trace.h_columns = config.h_columns();
+  trace.staged_x = StagedBuffers(format, slots, config.hidden);
+  trace.staged_intermediate = StagedBuffers(format, slots, config.intermediate);
+  Permutation& permutation = trace.permutation;
+  permutation.group_offsets.resize(static_cast<size_t>(config.experts + 1));
+  permutation.slot_of_row.resize(static_cast<size_t>(slots));
+  permutation.row_of_slot.resize(static_cast<size_t>(slots));
 
-  // The layer's own permutation replaces the one that told the sizes.
   const LayerPlan plan = layer.plan(inputs.tokens);
   const AlignedWorkspace workspace(plan.workspace_bytes);
   ForwardArgs args;
   args.x = inputs.x_view();
   args.routing = inputs.routing();
-  args.y = matrix(trace.y, inputs.tokens, config.hidden);
+  args.y = poisoned_tap(trace.y, inputs.tokens, config.hidden);
   args.workspace = workspace.span();
-  args.status = &trace.permutation.status;
-  args.taps.group_offsets = trace.permutation.group_offsets;
-  args.taps.slot_of_row = trace.permutation.slot_of_row;
-  args.taps.row_of_slot = trace.permutation.row_of_slot;
+  args.status = &permutation.status;
+  args.taps.group_offsets = permutation.group_offsets;
+  args.taps.slot_of_row = permutation.slot_of_row;
+  args.taps.row_of_slot = permutation.row_of_slot;
   args.taps.staged_x = &trace.staged_x.views;
-  args.taps.h = matrix(trace.h, trace.rows, 2 * config.intermediate);
-  args.taps.activation = matrix(trace.activation, trace.rows, config.intermediate);
+  args.taps.h = poisoned_tap(trace.h, slots, config.h_columns());
+  args.taps.activation = poisoned_tap(trace.activation, slots, config.intermediate);
   args.taps.staged_intermediate = &trace.staged_intermediate.views;
-  args.taps.z = matrix(trace.z, trace.rows, config.hidden);
+  args.taps.z = poisoned_tap(trace.z, slots, config.hidden);
   layer.forward(plan, args);
+
+  // The rows that there are, by the layer's own word.
+  trace.rows = std::clamp<int64_t>(permutation.group_offsets.back(), 0, slots);
+  permutation.slot_of_row.resize(static_cast<size_t>(trace.rows));
+  trace.h.resize(static_cast<size_t>(trace.rows * config.h_columns()));
+  trace.activation.resize(static_cast<size_t>(trace.rows * config.intermediate));
+  trace.z.resize(static_cast<size_t>(trace.rows * config.hidden));
+  trace.staged_x.trim(trace.rows);
+  trace.staged_intermediate.trim(trace.rows);
   return trace;
 }
 

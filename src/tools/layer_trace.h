@@ -17,6 +17,9 @@ struct StagedBuffers {
   std::vector<float> row_scales;
   StagedActivations views;
 
+  /// Forgets all but the first `rows` rows.
+  void trim(int64_t rows);
+
   StagedBuffers() = default;
   StagedBuffers(ActivationFormat format, int64_t rows, int64_t cols);
   StagedBuffers(StagedBuffers&&) = default;
@@ -25,12 +28,12 @@ struct StagedBuffers {
 
 /// Outputs of all stages, rows in permuted order.
 struct LayerTrace {
-  int64_t rows = 0, tokens = 0, hidden = 0, intermediate = 0;
+  int64_t rows = 0, tokens = 0, hidden = 0, intermediate = 0, h_columns = 0;
   Permutation permutation;
   StagedBuffers staged_x, staged_intermediate;
   std::vector<Bf16> h, activation, z, y;
 
-  MatrixView<const Bf16> h_view() const { return {h.data(), rows, 2 * intermediate}; }
+  MatrixView<const Bf16> h_view() const { return {h.data(), rows, h_columns}; }
   MatrixView<const Bf16> activation_view() const { return {activation.data(), rows, intermediate}; }
   MatrixView<const Bf16> z_view() const { return {z.data(), rows, hidden}; }
   MatrixView<const Bf16> y_view() const { return {y.data(), tokens, hidden}; }

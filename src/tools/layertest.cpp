@@ -185,8 +185,8 @@ class Layertest {
     if (options.x_scale != ScalePolicy::kDynamicToken) {
       std::vector<Bf16> x(static_cast<size_t>(emulation_.rows * emulation_.hidden));
       const MatrixView<Bf16> rows(x.data(), emulation_.rows, emulation_.hidden);
-      gather_rows(request_.inputs->x_view(), emulation_.permutation.slot_of_row, request_.inputs->top_k,
-                  rows);
+      reference::permute_rows(request_.inputs->x_view(), emulation_.permutation.slot_of_row,
+                              request_.inputs->routing().topk_weights, request_.config, rows);
       report_.x_scale = judge_input_scale("x (gate's and up's)", rows, emulation_.staged_x);
     }
     if (options.intermediate_scale != ScalePolicy::kDynamicToken) {
@@ -219,9 +219,9 @@ class Layertest {
     }
     request_.progress(fmt::format("the backend {}", request_.backend->name()));
     const LayerTrace run = trace(*layer, *request_.inputs);
-    report_.kernel_end_to_end = compare_traces(emulation_, run, request_);
     kernel.limit_origin = "one bf16 ulp an element; each stage fed with the backend's own previous output";
     if (!judge_permutation(run)) return;
+    report_.kernel_end_to_end = compare_traces(emulation_, run, request_);
     request_.progress("the emulation, fed with the backend's stages");
     kernel.stages = teacher_forced(run);
     judge("kernel", kernel.stages);
@@ -255,7 +255,7 @@ class Layertest {
     reference::down(run.staged_intermediate.views.view(options.activations, run.rows, run.intermediate),
                     offsets, weights, options, matrix(expected.z, run.z_view()));
     reference::combine(run.z_view(), run.permutation.row_of_slot, request_.inputs->routing().topk_weights,
-                       matrix(expected.y, run.y_view()));
+                       request_.config, matrix(expected.y, run.y_view()));
     judge_staging(run);
 
     std::vector<StageReport> stages = compare_traces(expected, run, request_);
@@ -271,6 +271,7 @@ class Layertest {
     expected.tokens = run.tokens;
     expected.hidden = run.hidden;
     expected.intermediate = run.intermediate;
+    expected.h_columns = run.h_columns;
     expected.permutation = run.permutation;
     expected.h.resize(run.h.size());
     expected.activation.resize(run.activation.size());
@@ -317,9 +318,11 @@ class Layertest {
     const ActivationFormat format = request_.options.activations;
     StagedBuffers staged(format, run.rows, run.intermediate);
     if (is_nvfp4(format)) {
-      std::vector<float> scales;
-      for (const Expert& expert : request_.nvfp4->experts)
-        scales.push_back(expert.down_input_scale.value_or(0.0f));
+      std::vector<float> scales = intermediate_input_scales(*request_.nvfp4);
+      const auto& over_all = request_.options.intermediate_max_scale;
+      if (request_.options.intermediate_scale == ScalePolicy::kMaxOverExperts && over_all) {
+        scales.assign(scales.size(), *over_all);
+      }
       reference::activation_scales(request_.options.intermediate_scale, run.activation_view(),
                                    run.permutation.group_offsets, scales, staged.views.row_scales);
     }

@@ -255,7 +255,8 @@ void add_layertest(CLI::App& app, int& exit_code) {
   command->add_option("--input", arguments->input,
                       "safetensors with x [T, H], and optionally topk_ids and topk_weights [T, K]");
   command->add_option("--seed", arguments->seed, "seed of generated inputs and routing")
-      ->capture_default_str();
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   command->add_option("--activations", arguments->activations, "what activations become before a GEMM")
       ->capture_default_str()
       ->check(CLI::IsMember({"nvfp4", "nvfp4x2", "fp8", "bf16"}));

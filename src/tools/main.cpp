@@ -1,8 +1,11 @@
 // The command `fourfold`.
 #include <fmt/format.h>
 
+#include <cstdio>
 #include <exception>
 #include <new>
+#include <string>
+#include <string_view>
 
 #include "fourfold/error.h"
 #include "fourfold/moe_layer.h"
@@ -18,6 +21,24 @@ std::string version_text() {
                         reason.empty() ? "" : "; not here: " + reason);
   }
   return text;
+}
+
+/// Text from files as a terminal may have it: control characters made visible, and an end.
+std::string printable(std::string_view text) {
+  constexpr size_t kMost = 2000;
+  std::string safe;
+  for (const char c : text.substr(0, kMost)) {
+    const auto byte = static_cast<unsigned char>(c);
+    safe += byte < 0x20 || byte == 0x7F ? fmt::format("\\x{:02x}", byte) : std::string(1, c);
+  }
+  return text.size() > kMost ? safe + " ..." : safe;
+}
+
+/// Results that could not be written are no success.
+int finish(int exit_code) {
+  if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return exit_code;
+  fmt::print(stderr, "fourfold: can't write to standard output\n");
+  return fourfold::kExitError;
 }
 
 }  // namespace
@@ -36,14 +57,14 @@ int main(int argc, char** argv) {
     try {
       app.parse(argc, argv);
     } catch (const CLI::ParseError& error) {
-      return app.exit(error) == 0 ? fourfold::kExitFine : fourfold::kExitUsage;
+      return finish(app.exit(error) == 0 ? fourfold::kExitFine : fourfold::kExitUsage);
     }
   } catch (const std::bad_alloc&) {
     fmt::print(stderr, "fourfold: out of memory\n");
     return fourfold::kExitError;
   } catch (const std::exception& error) {
-    fmt::print(stderr, "fourfold: {}\n", error.what());
+    fmt::print(stderr, "fourfold: {}\n", printable(error.what()));
     return fourfold::kExitError;
   }
-  return exit_code;
+  return finish(exit_code);
 }

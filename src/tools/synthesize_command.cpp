@@ -100,7 +100,9 @@ void add_synthesize(CLI::App& app, int& exit_code) {
                    "tokens in inputs.safetensors, which calibrate input_scale")
       ->capture_default_str()
       ->check(CLI::Range(1, 1 << 20));
-  command->add_option("--seed", arguments->request.seed, "seed of everything")->capture_default_str();
+  command->add_option("--seed", arguments->request.seed, "seed of everything")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   command->add_flag("--force", arguments->request.force, "replace what is there");
   command->callback([arguments, &exit_code] {
     const Progress progress;

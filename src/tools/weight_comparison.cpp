@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/fail.h"
+#include "base/thread_scratch.h"
 #include "fourfold/quantize.h"
 
 namespace fourfold {
@@ -23,9 +24,10 @@ Loss measure(const WeightView& original, const WeightView& quantized, bool count
   constexpr int64_t kBlock = 32;
   const int64_t rows = rows_of(original), cols = cols_of(original);
   std::vector<Loss> by_row(static_cast<size_t>(rows));  // summed in order: independent of threads
+  ThreadScratch reference_scratch(cols), candidate_scratch(cols);
 #pragma omp parallel
   {
-    std::vector<float> reference(static_cast<size_t>(cols)), candidate(static_cast<size_t>(cols));
+    const std::span<float> reference = reference_scratch.mine(), candidate = candidate_scratch.mine();
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
       dequantize_row(original, row, reference.data());
@@ -53,12 +55,13 @@ bool is_mxfp4(const WeightView& weight) {
   return blocks && blocks->format == QuantFormat::kMxfp4;
 }
 
-/// What this library makes of the original.
-BlockScaledMatrix quantize_soundly(const WeightView& original) {
-  if (is_mxfp4(original)) return cast_mxfp4_to_nvfp4(std::get<BlockScaledView>(original));
-  const std::vector<float> values = dequantize(original);
-  const MatrixView<const float> matrix(values.data(), rows_of(original), cols_of(original));
-  return quantize_nvfp4(matrix, nvfp4_global_scale(absolute_maximum(matrix)));
+/// What this library makes of the original; errors name the matrix.
+BlockScaledMatrix convert(const WeightView& original, const std::string& name) {
+  try {
+    return convert_to_nvfp4(original);
+  } catch (const Error& error) {
+    fail(ErrorCode::kBadFile, "{}: {}", name, error.what());
+  }
 }
 
 }  // namespace
@@ -81,7 +84,10 @@ WeightComparison compare_weights(const ExpertWeights& original, const ExpertWeig
     for (const auto& [which, member] : matrices) {
       const bool count_blocks = is_mxfp4(before.*member);
       const Loss loss = measure(before.*member, after.*member, count_blocks);
-      const ErrorSums sound = measure(before.*member, quantize_soundly(before.*member).view(), false).sums;
+      const ErrorSums sound =
+          measure(before.*member,
+                  convert(before.*member, fmt::format("original of {} {}", before.name, which)).view(), false)
+              .sums;
       comparison.matrices.push_back({fmt::format("{} {}", after.name, which), e, loss.sums,
                                      kSlack * sound.relative_l2() + kRounding, loss.blocks});
       comparison.total += loss.sums;

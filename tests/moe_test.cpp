@@ -60,7 +60,7 @@ struct TestLayer {
  private:
   BlockScaledView add(int64_t rows, int64_t cols, uint64_t seed, double sigma) {
     std::vector<float> values(static_cast<size_t>(rows * cols));
-    Random random(seed, matrices.size());
+    Random random(seed, Random::Purpose::kWeight, matrices.size());
     for (float& value : values) value = static_cast<float>(sigma * random.normal());
     const MatrixView<const float> view(values.data(), rows, cols);
     return matrices.emplace_back(quantize_nvfp4(view, nvfp4_global_scale(absolute_maximum(view)))).view();

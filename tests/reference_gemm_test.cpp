@@ -15,7 +15,7 @@ namespace {
 
 BlockScaledMatrix random_matrix(int64_t rows, int64_t cols, uint64_t stream) {
   std::vector<float> values(static_cast<size_t>(rows * cols));
-  Random random(11, stream);
+  Random random(11, Random::Purpose::kOperand, stream);
   for (float& value : values) value = static_cast<float>(random.normal());
   const MatrixView<const float> view(values.data(), rows, cols);
   return quantize_nvfp4(view, nvfp4_global_scale(absolute_maximum(view)));

@@ -11,18 +11,25 @@
 #include <vector>
 
 #include "fourfold/expert_weights.h"
+#include "fourfold/moe_layer.h"
 #include "fourfold/safetensors.h"
 
 namespace fourfold {
 
 /// What `config.json` says of the layer; absent members are unknown. Tensors are the truth, this is compared.
 struct ModelConfig {
+  std::string file;  ///< path of config.json, for messages; empty where there is none
   std::string model_type;
   std::string architecture;
   std::optional<int64_t> hidden, intermediate, experts, top_k, layers;
-  std::optional<float> swiglu_limit;  ///< DeepSeek-V4's clamp
+  std::string hidden_act;             ///< e.g. "silu"; empty when it says none
+  std::optional<float> swiglu_limit;  ///< the clamp of DeepSeek-V4 and gpt-oss
   std::string quantization;           ///< e.g. "modelopt NVFP4"; empty when it claims none
 };
+
+/// The activation that a config names: silu, gelu or gelu_pytorch_tanh with a gate, DeepSeek-V4's clamp,
+/// gpt-oss's variant. Throws Error for any other.
+ActivationFunction activation_of(const ModelConfig& config);
 
 /// An opened model directory: `config.json`, and `model.safetensors` or shards with an index. Mapped, not
 /// copied.

@@ -31,7 +31,9 @@ int64_t require_regular_file(const std::filesystem::path& path) {
   std::error_code error;
   const std::filesystem::file_status status = std::filesystem::status(path, error);
   if (status.type() == std::filesystem::file_type::not_found) {
-    fail(ErrorCode::kNotFound, "{}: expected a file, found nothing of that name", path.string());
+    const bool is_link = std::filesystem::is_symlink(path, error);
+    fail(ErrorCode::kNotFound, "{}: expected a file, found {}", path.string(),
+         is_link ? "a symbolic link to nothing" : "nothing of that name");
   }
   if (error) fail(ErrorCode::kIo, "{}: {}", path.string(), error.message());
   if (status.type() != std::filesystem::file_type::regular) {

@@ -13,12 +13,18 @@ namespace fourfold {
 namespace {
 
 constexpr int64_t kMaxJsonBytes = 100'000'000;
+constexpr size_t kMaxNameBytes = 255;  // of a file, on every file system that matters
 constexpr const char* kIndexName = "model.safetensors.index.json";
 constexpr const char* kSingleName = "model.safetensors";
 
+/// Whether something of that name is there, be it a link to nowhere: what can't be looked at is an error, not
+/// absence.
 bool file_exists(const std::filesystem::path& path) {
   std::error_code error;
-  return std::filesystem::exists(path, error);
+  const auto type = std::filesystem::symlink_status(path, error).type();
+  if (type == std::filesystem::file_type::not_found) return false;
+  if (error) fail(ErrorCode::kIo, "{}: can't look for it: {}", path.string(), error.message());
+  return true;
 }
 
 nlohmann::json read_json_object(const std::filesystem::path& path) {
@@ -29,7 +35,7 @@ nlohmann::json read_json_object(const std::filesystem::path& path) {
   return json;
 }
 
-/// First of `keys` that is a whole number from 1; other types are an error, absence is not.
+/// First of `keys` that is a whole number; other types are an error, absence is not.
 std::optional<int64_t> count_in(const nlohmann::json& config, const std::string& file,
                                 std::initializer_list<const char*> keys) {
   for (const char* key : keys) {
@@ -60,6 +66,32 @@ std::string quantization_in(const nlohmann::json& object) {
 }
 
 }  // namespace
+
+ActivationFunction activation_of(const ModelConfig& config) {
+  ActivationFunction function;
+  if (config.swiglu_limit) function.limit = *config.swiglu_limit;
+  if (config.model_type == "gpt_oss") {
+    function.alpha = 1.702f;
+    function.beta = 1.0f;
+    if (!config.swiglu_limit) function.limit = 7.0f;
+    return function;
+  }
+  const std::string& name = config.hidden_act;
+  if (name.empty() || name == "silu" || name == "swish") return function;
+  if (config.swiglu_limit) {
+    fail(ErrorCode::kUnsupported, "config.json: expected hidden_act silu beside swiglu_limit, found '{}'",
+         name);
+  }
+  if (name == "gelu") {
+    function.kind = ActivationKind::kGeglu;
+  } else if (name == "gelu_pytorch_tanh" || name == "gelu_new") {
+    function.kind = ActivationKind::kGegluTanh;
+  } else {
+    fail(ErrorCode::kUnsupported, "{}: hidden_act: expected silu, gelu or gelu_pytorch_tanh, found '{}'",
+         config.file, name);
+  }
+  return function;
+}
 
 std::shared_ptr<const Checkpoint> Checkpoint::open(const std::filesystem::path& path) {
   std::shared_ptr<Checkpoint> checkpoint(new Checkpoint);
@@ -108,6 +140,10 @@ void Checkpoint::open_shards(const std::filesystem::path& index_path) {
            shard.type_name());
     }
     const std::filesystem::path shard_path = shard.get<std::string>();
+    if (shard_path.native().size() > kMaxNameBytes) {
+      fail(ErrorCode::kBadFile, "{}: weight_map '{}': expected a file name of at most {} bytes, found {}",
+           file, name.substr(0, kMaxNameBytes), kMaxNameBytes, shard_path.native().size());
+    }
     if (shard_path.empty() || shard_path != shard_path.filename() || shard_path == "..") {
       fail(ErrorCode::kBadFile,
            "{}: weight_map '{}': expected the name of a file beside the index, found '{}'", file, name,
@@ -139,19 +175,22 @@ void Checkpoint::read_config() {
     const nlohmann::json root = read_json_object(directory / "config.json");
     const auto text = root.find("text_config");  // multimodal models nest their language model's
     const nlohmann::json& config = text != root.end() && text->is_object() ? *text : root;
+    config_.file = file;
     config_.model_type = string_in(config, "model_type");
     if (const auto it = root.find("architectures");
         it != root.end() && it->is_array() && !it->empty() && it->front().is_string()) {
       config_.architecture = it->front().get<std::string>();
     }
+    config_.hidden_act = string_in(config, "hidden_act");
     config_.hidden = count_in(config, file, {"hidden_size"});
     config_.intermediate = count_in(config, file, {"moe_intermediate_size", "intermediate_size"});
     config_.experts = count_in(config, file, {"n_routed_experts", "num_local_experts", "num_experts"});
     config_.top_k = count_in(config, file, {"num_experts_per_tok", "experts_per_token"});
     config_.layers = count_in(config, file, {"num_hidden_layers"});
     if (const auto it = config.find("swiglu_limit"); it != config.end() && !it->is_null()) {
-      if (!it->is_number() || !(it->get<float>() > 0.0f)) {
-        fail(ErrorCode::kBadFile, "{}: swiglu_limit: expected a positive number, found {}", file, it->dump());
+      if (!it->is_number() || !(it->get<float>() > 0.0f) || !std::isfinite(it->get<float>())) {
+        fail(ErrorCode::kBadFile, "{}: swiglu_limit: expected a positive float32, found {}", file,
+             it->dump().substr(0, 80));
       }
       config_.swiglu_limit = it->get<float>();
     }

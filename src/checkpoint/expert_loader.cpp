@@ -29,11 +29,13 @@ std::string experts_prefix(const Naming& naming, int64_t layer) {
   return fmt::format("{}{}{}", naming.before_layer, layer, naming.before_experts);
 }
 
-/// The number that `text` starts with, if it is followed by `stop`. At most nine digits: no overflow.
+/// The number that `text` starts with, written as numbers are, if it is followed by `stop`. At most nine
+/// digits.
 std::optional<int64_t> leading_number(std::string_view text, char stop) {
   const size_t digits = text.find_first_not_of("0123456789");
   if (digits == 0 || digits == std::string_view::npos || digits > 9 || text[digits] != stop)
     return std::nullopt;
+  if (text[0] == '0' && digits > 1) return std::nullopt;
   int64_t number = 0;
   std::from_chars(text.data(), text.data() + digits, number);
   return number;
@@ -44,8 +46,13 @@ std::vector<int64_t> expert_ids(const Checkpoint& checkpoint, const std::string&
   std::set<int64_t> ids;
   const auto& tensors = checkpoint.tensors();
   for (auto it = tensors.lower_bound(prefix); it != tensors.end() && it->first.starts_with(prefix); ++it) {
-    if (const auto id = leading_number(std::string_view(it->first).substr(prefix.size()), '.'))
-      ids.insert(*id);
+    const auto id = leading_number(std::string_view(it->first).substr(prefix.size()), '.');
+    if (!id) {
+      fail(ErrorCode::kBadFile,
+           "{}: tensor '{}': expected an expert's number after '{}', found something else", it->second->file,
+           it->first, prefix);
+    }
+    ids.insert(*id);
   }
   return {ids.begin(), ids.end()};
 }
@@ -94,6 +101,32 @@ class LinearReader {
          "{}: tensor '{}': expected '{}.weight_scale' (NVFP4) or '{}.scale' (MXFP4) beside {}, "
          "found neither",
          weight.file, weight.name, name_, name_, weight.describe());
+  }
+
+  /// [1, out]; absent where the layer has none.
+  std::optional<DenseView> bias(int64_t out) const {
+    const Tensor* tensor = find(".bias");
+    if (tensor == nullptr) return std::nullopt;
+    const auto type = dense_type(tensor->dtype);
+    if (!type || tensor->shape != std::vector{out})
+      bad_tensor(*tensor, fmt::format("BF16, F16 or F32 [{}]", out));
+    return DenseView{*type, tensor->data, 1, out, tensor->bytes, {}};
+  }
+
+  /// Refuses tensors beside the weight that nothing here reads: they would change what the layer computes.
+  void require_all_known() const {
+    constexpr std::array<std::string_view, 6> kKnown = {".weight",      ".weight_scale", ".weight_scale_2",
+                                                        ".input_scale", ".scale",        ".bias"};
+    const auto& tensors = checkpoint_.tensors();
+    const std::string prefix = name_ + ".";
+    for (auto it = tensors.lower_bound(prefix); it != tensors.end() && it->first.starts_with(prefix); ++it) {
+      const std::string_view suffix = std::string_view(it->first).substr(name_.size());
+      if (std::find(kKnown.begin(), kKnown.end(), suffix) == kKnown.end()) {
+        fail(ErrorCode::kUnsupported,
+             "{}: tensor '{}': expected none but {}, found {}, which this version does not read",
+             it->second->file, it->first, fmt::join(kKnown, ", "), it->second->describe());
+      }
+    }
   }
 
   std::optional<float> input_scale() const {
@@ -164,7 +197,16 @@ class LinearReader {
 
   WeightView mxfp4(const Tensor& weight, std::set<std::string>& schemes) const {
     schemes.insert("mxfp4");
-    return block_scaled(weight, QuantFormat::kMxfp4, ".scale", DType::kF8E8m0);
+    const BlockScaledView view = block_scaled(weight, QuantFormat::kMxfp4, ".scale", DType::kF8E8m0);
+    const int64_t count = view.rows * view.blocks_per_row();
+    if (const void* nan = std::memchr(view.scales, kE8m0NanCode, static_cast<size_t>(count))) {
+      const int64_t at = static_cast<const uint8_t*>(nan) - view.scales;
+      const Tensor& scale = required(".scale");
+      fail(ErrorCode::kBadFile,
+           "{}: tensor '{}': expected powers of two, found 0xFF (NaN) at row {}, block {}", scale.file,
+           scale.name, at / view.blocks_per_row(), at % view.blocks_per_row());
+    }
+    return view;
   }
 
   const Checkpoint& checkpoint_;
@@ -202,6 +244,7 @@ class LayerLoader {
     for (const Naming& naming : kNamings) {
       const std::string prefix = experts_prefix(naming, layer_number_);
       if (checkpoint_.find(prefix + "gate_up_proj")) return finish(load_fused(prefix));
+      require_readable(prefix);
       const std::vector<int64_t> ids = expert_ids(checkpoint_, prefix);
       if (!ids.empty()) return finish(load_separate(naming, prefix, ids));
     }
@@ -216,14 +259,32 @@ class LayerLoader {
   }
 
  private:
+  /// Other layouts under the same prefix are named, not overlooked.
+  void require_readable(const std::string& prefix) const {
+    constexpr std::array<std::string_view, 2> kFusedNames = {"gate_up_proj", "down_proj"};
+    for (const std::string_view fused : kFusedNames) {
+      const auto it = checkpoint_.tensors().lower_bound(fmt::format("{}{}", prefix, fused));
+      if (it != checkpoint_.tensors().end() && it->first.starts_with(fmt::format("{}{}", prefix, fused))) {
+        fail(ErrorCode::kUnsupported,
+             "{}: tensor '{}': expected experts one by one ('{}0...') or fused as '{}gate_up_proj', found "
+             "{}, a layout "
+             "that this version does not read",
+             it->second->file, it->first, prefix, prefix, it->second->describe());
+      }
+    }
+  }
+
   ExpertLayer load_separate(const Naming& naming, const std::string& prefix,
                             const std::vector<int64_t>& ids) {
     const int64_t count = static_cast<int64_t>(ids.size());
     if (ids.back() != count - 1) {
+      int64_t first_missing = 0;
+      while (ids[static_cast<size_t>(first_missing)] == first_missing) ++first_missing;
       fail(ErrorCode::kBadFile,
-           "{}: layer {}: expected experts 0 to {}, found {} of them with the last one {}; is a "
-           "shard missing?",
-           checkpoint_.path().string(), layer_number_, ids.back(), count, ids.back());
+           "{}: layer {}: expected experts 0 to {}, found {} of them: expert {} ('{}{}') is missing; "
+           "is a shard?",
+           checkpoint_.path().string(), layer_number_, ids.back(), count, first_missing, prefix,
+           first_missing);
     }
     ExpertLayer layer;
     layer.naming = fmt::format("{}E.{{{},{},{}}}", prefix, naming.gate, naming.up, naming.down);
@@ -238,6 +299,10 @@ class LayerLoader {
       expert.gate = gate.weight(schemes_);
       expert.up = up.weight(schemes_);
       expert.down = down.weight(schemes_);
+      expert.gate_bias = gate.bias(rows_of(expert.gate));
+      expert.up_bias = up.bias(rows_of(expert.up));
+      expert.down_bias = down.bias(rows_of(expert.down));
+      for (const LinearReader* linear : {&gate, &up, &down}) linear->require_all_known();
       expert.gate_input_scale = gate.input_scale();
       expert.up_input_scale = up.input_scale();
       expert.down_input_scale = down.input_scale();
@@ -256,6 +321,7 @@ class LayerLoader {
                  fmt::format("[{}, {}, {}] beside gate_up_proj {}", count, hidden, half, gate_up.describe()),
                  "; transposed fused exports are not read");
     }
+    require_fused_known(prefix);
     ExpertLayer layer;
     layer.naming = prefix + "{gate_up_proj,down_proj}";
     schemes_.insert(std::string(format_name(fused_slice(gate_up, 0, 0, half))) + " (fused)");
@@ -269,6 +335,21 @@ class LayerLoader {
       layer.weights.experts.push_back(std::move(expert));
     }
     return layer;
+  }
+
+  /// Fused tensors that nothing here reads would change what the layer computes.
+  void require_fused_known(const std::string& prefix) const {
+    const auto& tensors = checkpoint_.tensors();
+    for (auto it = tensors.lower_bound(prefix); it != tensors.end() && it->first.starts_with(prefix); ++it) {
+      const std::string_view rest = std::string_view(it->first).substr(prefix.size());
+      if (rest != "gate_up_proj" && rest != "down_proj") {
+        fail(ErrorCode::kUnsupported,
+             "{}: tensor '{}': expected gate_up_proj and down_proj alone under '{}', found {} too, which "
+             "this version "
+             "does not read",
+             it->second->file, it->first, prefix, it->second->describe());
+      }
+    }
   }
 
   /// Which of `count` experts to read.

@@ -77,7 +77,7 @@ double apply(const ActivationFunction& function, double gate, double up) {
     case ActivationKind::kSwiglu: {
       const double g = clamp_keeping_nan(gate, -INFINITY, limit), u = clamp_keeping_nan(up, -limit, limit);
       const double gated = function.alpha == 1.0f ? silu(g) : g * sigmoid(double{function.alpha} * g);
-      return gated * (u + double{function.beta});
+      return gated * (function.beta == 0.0f ? u : u + double{function.beta});  // -0 + 0 would lose a sign
     }
     case ActivationKind::kSwigluStep:
       return clamp_keeping_nan(silu(gate), -INFINITY, limit) * clamp_keeping_nan(up, -limit, limit);

@@ -3,9 +3,33 @@
 
 #include <CLI/CLI.hpp>
 
+#include <charconv>
+#include <string>
+
 #include "tools/exit_codes.h"
 
 namespace fourfold {
+
+/// A whole number from 0 in decimal that fits T. CLI11 alone reads 010 as octal, lets -1 wrap around and lets
+/// 2^64 saturate.
+template <class T>
+CLI::Validator whole_number() {
+  return CLI::Validator(
+      [](std::string& text) {
+        T value{};
+        const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+        const bool plain = error == std::errc() && end == text.data() + text.size() && text[0] != '-' &&
+                           (text[0] != '0' || text.size() == 1);
+        return plain ? "" : "expected a whole number from 0, found '" + text + "'";
+      },
+      "");
+}
+
+/// "" is what an unset shell variable gives: it must not count as an option that was left out.
+inline CLI::Validator nonempty() {
+  return CLI::Validator(
+      [](std::string& text) { return text.empty() ? "expected a path, found nothing" : ""; }, "");
+}
 
 void add_synthesize(CLI::App& app, int& exit_code);
 void add_layertest(CLI::App& app, int& exit_code);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "base/fail.h"
+#include "base/files.h"
 #include "fourfold/quantize.h"
 #include "fourfold/reference.h"
 #include "fourfold/scale_layout.h"
@@ -23,7 +24,7 @@ constexpr double kQuantizationSlack = 1.2;
 std::vector<float> random_bf16(int64_t rows, int64_t cols, uint64_t seed, uint64_t stream) {
   std::vector<float> values(static_cast<size_t>(rows * cols));
   for (int64_t row = 0; row < rows; ++row) {
-    Random random(seed, (stream << 40) + static_cast<uint64_t>(row));
+    Random random(seed, Random::Purpose::kOperand, (stream << 40) + static_cast<uint64_t>(row));
     for (int64_t col = 0; col < cols; ++col) {
       values[static_cast<size_t>(row * cols + col)] =
           static_cast<float>(encode_bf16(static_cast<float>(random.normal())));
@@ -34,7 +35,7 @@ std::vector<float> random_bf16(int64_t rows, int64_t cols, uint64_t seed, uint64
 
 /// Ragged groups, among them an empty one and one of a single row where there is room.
 std::vector<int32_t> ragged_offsets(int64_t groups, int64_t rows, uint64_t seed) {
-  Random random(seed, 1);
+  Random random(seed, Random::Purpose::kGroups, 0);
   std::vector<int32_t> offsets = {0, static_cast<int32_t>(rows)};
   for (int64_t cut = 1; cut < groups; ++cut) {
     const int64_t at = cut == 1 ? std::min<int64_t>(1, rows) : cut == 2 ? offsets[1] : random.below(rows + 1);
@@ -75,6 +76,10 @@ class Gemmtest {
 
   GemmtestReport run() {
     if (request_.depth % 16 != 0) reject("gemmtest: K", "a multiple of 16", request_.depth);
+    const int64_t stacked = request_.groups * request_.columns;
+    require_memory(
+        4 * (2 * (request_.rows + stacked) * request_.depth + 8 * request_.rows * request_.columns),
+        "gemmtest: operands and results");
     make_operands();
     run_operation("dense", {0, static_cast<int32_t>(request_.rows)});
     run_operation("grouped", report_.group_offsets);

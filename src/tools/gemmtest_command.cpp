@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 
 #include <charconv>
-#include <cstdlib>
 #include <memory>
 
 #include "tools/commands.h"
@@ -29,18 +28,8 @@ void set_shape(GemmtestRequest& request, const std::string& text) {
   }
 }
 
-const Backend& backend_named(const std::string& name) {
-  if (!name.empty()) return find_backend(name);
-  const char* variable = std::getenv(kBackendVariable);
-  if (variable && *variable) return find_backend(variable);
-  for (const Backend* backend : backends()) {
-    if (backend->why_unavailable().empty()) return *backend;
-  }
-  return *backends().back();
-}
-
-int print_report(const GemmtestRequest& request, const GemmtestReport& report) {
-  fmt::print("backend      {}\n", request.backend->name());
+int print_report(const GemmtestRequest& request, const GemmtestReport& report, const std::string& reason) {
+  fmt::print("backend      {} ({})\n", request.backend->name(), reason);
   fmt::print("shape        {} groups, M {}, N {}, K {}; group offsets {}\n", request.groups, request.rows,
              request.columns, request.depth, fmt::join(report.group_offsets, " "));
   fmt::print("operands     bf16 N(0, 1) -> NVFP4; relative L2 of a {:.4f}, of b {:.4f}\n\n",
@@ -59,7 +48,7 @@ int print_report(const GemmtestRequest& request, const GemmtestReport& report) {
       "limits on relative L2: emulation, one bf16 ulp an element; bf16 matmul, 1.2 x the operands' own "
       "error\n");
   if (!report.has_finding()) {
-    fmt::print("{}: every GEMM is within its limit\n", bold(green("verdict: fine")));
+    fmt::print("{}: nothing exceeds its limit\n", bold(green("verdict: fine")));
     return kExitFine;
   }
   fmt::print("{}: the marked GEMMs, or the swizzled layout, disagree\n", bold(red("verdict: kernel")));
@@ -82,12 +71,13 @@ void add_gemmtest(CLI::App& app, int& exit_code) {
                       "backend to test (default: the best that can run here)");
   command->add_option("--seed", arguments->request.seed, "seed of the operands")
       ->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
+      ->check(whole_number<uint64_t>());
   command->footer("Exit code: 0 fine, 1 error, 2 usage, 3 a finding.");
   command->callback([arguments, &exit_code] {
     set_shape(arguments->request, arguments->shape);
-    arguments->request.backend = &backend_named(arguments->backend);
-    exit_code = print_report(arguments->request, run_gemmtest(arguments->request));
+    const BackendChoice choice = choose_backend(arguments->backend);
+    arguments->request.backend = choice.backend;
+    exit_code = print_report(arguments->request, run_gemmtest(arguments->request), choice.reason);
   });
 }
 

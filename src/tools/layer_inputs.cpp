@@ -1,6 +1,7 @@
 #include "tools/layer_inputs.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -10,9 +11,6 @@
 
 namespace fourfold {
 namespace {
-
-constexpr uint64_t kTokenStreams = uint64_t{1} << 40, kChannelStream = uint64_t{2} << 40,
-                   kRoutingStreams = uint64_t{3} << 40;
 
 [[noreturn]] void bad_input(const Tensor& tensor, const std::string& expected) {
   fail(ErrorCode::kBadFile, "{}: tensor '{}': expected {}, found {}", tensor.file, tensor.name, expected,
@@ -26,6 +24,14 @@ T element(const Tensor& tensor, int64_t index) {
   return value;
 }
 
+/// NaN in the input would be blamed on the layer.
+void require_finite(const Tensor& tensor, int64_t token, float value) {
+  if (!std::isfinite(value)) {
+    fail(ErrorCode::kBadFile, "{}: tensor '{}', token {}: expected finite numbers, found {}", tensor.file,
+         tensor.name, token, value);
+  }
+}
+
 void read_x(const Tensor& tensor, LayerInputs& inputs) {
   ElementType type = ElementType::kBf16;
   if (tensor.dtype == DType::kF16) type = ElementType::kF16;
@@ -35,6 +41,7 @@ void read_x(const Tensor& tensor, LayerInputs& inputs) {
   std::vector<float> row(static_cast<size_t>(inputs.hidden));
   for (int64_t token = 0; token < inputs.tokens; ++token) {
     decode_row(rows, token, row.data());
+    for (const float value : row) require_finite(tensor, token, value);
     std::transform(row.begin(), row.end(), inputs.x.begin() + token * inputs.hidden, encode_bf16);
   }
 }
@@ -57,6 +64,7 @@ void read_routing(const Tensor& ids, const Tensor& weights, int64_t tokens_in_fi
     }
     inputs.topk_ids.push_back(static_cast<int32_t>(id));
     inputs.topk_weights.push_back(element<float>(weights, slot));
+    require_finite(weights, slot / inputs.top_k, inputs.topk_weights.back());
   }
   inputs.routing_origin = ids.file;
 }
@@ -75,13 +83,13 @@ LayerInputs make_inputs(int64_t tokens, int64_t hidden, uint64_t seed, bool outl
   inputs.x_origin = fmt::format("{} x, seed {}", outliers ? "heavy-tailed" : "Gaussian", seed);
   std::vector<double> channel_scale(static_cast<size_t>(hidden), 1.0);
   if (outliers) {
-    Random channels(seed, kChannelStream);
+    Random channels(seed, Random::Purpose::kChannel, 0);
     for (int64_t i = 0; i < std::max<int64_t>(1, hidden / 64); ++i) {
       channel_scale[static_cast<size_t>(channels.below(hidden))] = 10.0 + 20.0 * channels.uniform();
     }
   }
   for (int64_t token = 0; token < tokens; ++token) {
-    Random random(seed, kTokenStreams + static_cast<uint64_t>(token));
+    Random random(seed, Random::Purpose::kToken, static_cast<uint64_t>(token));
     for (int64_t channel = 0; channel < hidden; ++channel) {
       const double value = outliers ? random.student_t(5) : random.normal();
       inputs.x[static_cast<size_t>(token * hidden + channel)] =
@@ -98,7 +106,7 @@ void route_at_random(LayerInputs& inputs, int64_t experts, int64_t top_k, uint64
   inputs.routing_origin = fmt::format("uniform top-{} of {} experts, seed {}", top_k, experts, seed);
   std::vector<int32_t> ids(static_cast<size_t>(experts));
   for (int64_t token = 0; token < inputs.tokens; ++token) {
-    Random random(seed, kRoutingStreams + static_cast<uint64_t>(token));
+    Random random(seed, Random::Purpose::kRouting, static_cast<uint64_t>(token));
     std::iota(ids.begin(), ids.end(), 0);
     std::vector<double> weights;
     for (int64_t k = 0; k < top_k; ++k) {
@@ -131,6 +139,7 @@ LayerInputs read_inputs(const std::filesystem::path& path, int64_t hidden, int64
          path.string(), ids ? "topk_ids" : "topk_weights");
   }
   if (ids) read_routing(*ids, *weights, x.shape[0], inputs);
+  if (inputs.tokens == 0) bad_input(x, "at least one token");
   return inputs;
 }
 

@@ -22,11 +22,11 @@ namespace {
 constexpr double kKernelLimit = 3e-3;
 constexpr double kKernelWorstTokenLimit = 0x1p-7;
 
-// Staging with a scale of the checkpoint may lose this much of what staging by token loses on the same rows.
-// Block scales follow the data either way, so a calibrated scale loses the same within a few percent; 1.5
-// times the error is more than twice the noise power, which only saturation or underflow of block scales
-// explains.
-constexpr double kInputScaleLimit = 1.5;
+// Staging with a scale of the checkpoint may have twice the error of staging by token on the same rows. Block
+// scales follow the data either way: a calibrated scale measures 1.0 to 1.1 in the median row, and on data
+// that calibration has not seen a few values saturate, which adds less than the noise that is there. Four
+// times the noise power is no longer that.
+constexpr double kInputScaleLimit = 2.0;
 
 constexpr size_t kShownFindings = 8;
 
@@ -77,6 +77,9 @@ class Layertest {
     dequantized_ =
         run_reference("the reference in the dequantized NVFP4 weights", *request_.nvfp4, dequantized);
     emulation_ = run_reference("the emulation", *request_.nvfp4, request_.options);
+    if (emulation_.rows == 0)
+      reject("layertest", "at least one token that goes to an expert under test", "none");
+    judge_scale_bytes();
     compare_checkpoint(dequantized);
     compare_activations();
     compare_kernel();
@@ -136,6 +139,29 @@ class Layertest {
     checkpoint.stages.insert(checkpoint.stages.end(), stages.begin(), stages.end());
   }
 
+  /// Block scales that are NaN or negative: no writer means them, and tensor cores that read scales without a
+  /// sign would compute something else.
+  void judge_scale_bytes() {
+    for (const Expert& expert : request_.nvfp4->experts) {
+      for (const auto& [which, weight] :
+           {std::pair("gate", &expert.gate), std::pair("up", &expert.up), std::pair("down", &expert.down)}) {
+        const auto* blocks = std::get_if<BlockScaledView>(weight);
+        if (blocks == nullptr || blocks->format != QuantFormat::kNvfp4) continue;
+        int64_t bad = 0;
+        for (int64_t row = 0; row < blocks->rows; ++row) {
+          for (int64_t block = 0; block < blocks->blocks_per_row(); ++block) {
+            bad += blocks->scale_code(row, block) > kE4m3MaxCode;
+          }
+        }
+        if (bad > 0) {
+          add_finding("checkpoint",
+                      fmt::format("weights: {} {}: {} of {} block scales are NaN or negative", expert.name,
+                                  which, bad, blocks->rows * blocks->blocks_per_row()));
+        }
+      }
+    }
+  }
+
   StageReport weights_stage(const WeightComparison& weights) const {
     std::map<int64_t, ErrorSums> by_expert;
     for (const MatrixLoss& matrix : weights.matrices) by_expert[matrix.expert] += matrix.sums;
@@ -163,7 +189,7 @@ class Layertest {
                       matrix.name, loss, matrix.limit, matrix.sums.cosine(), matrix.sums.norm_ratio()));
     }
     if (bad > kShownFindings) {
-      add_finding("checkpoint", fmt::format("weights: and {} more matrices", bad - kShownFindings));
+      add_finding("checkpoint", fmt::format("weights: and in {} more matrices", bad - kShownFindings));
     }
   }
 
@@ -200,19 +226,22 @@ class Layertest {
     const ScaleLoss loss =
         worst_scale_loss(rows, staged, request_.options.activations, emulation_.permutation.group_offsets);
     const int64_t expert = loss.expert < 0 ? -1 : request_.expert_ids[static_cast<size_t>(loss.expert)];
-    if (!(loss.ratio() <= kInputScaleLimit)) {
-      add_finding("activations",
-                  fmt::format("input_scale of {}: expert {} loses {:.3g} a row where a scale by token loses "
-                              "{:.3g}: is it too small, too large or a reciprocal?",
-                              what, expert, loss.with_scale, loss.with_token_scale));
+    if (!(loss.severity() <= kInputScaleLimit)) {
+      add_finding(
+          "activations",
+          fmt::format(
+              "input_scale of {}: expert {}: a median row loses {:.3g} x what a scale by token loses, and "
+              "what saturates is {:.3g} x its noise: is the scale too small, too large or a reciprocal?",
+              what, expert, loss.median_ratio, loss.clipped_over_noise));
     }
-    return {expert, loss.ratio(), kInputScaleLimit};
+    return {expert, loss.severity(), kInputScaleLimit};
   }
 
   void compare_kernel() {
     ComparisonReport& kernel = report_.kernel_stages;
     const auto layer = request_.backend->make_layer(*request_.nvfp4, request_.config, request_.options);
-    report_.kernel = layer->plan(request_.inputs->tokens).kernel;
+    const LayerPlan plan = layer->plan(request_.inputs->tokens);
+    report_.kernel = fmt::format("{} ({})", plan.kernel, plan.reason);
     if (request_.backend == &reference_backend()) {
       kernel.left_out = "not applicable: the backend is the reference, which is the emulation";
       return;

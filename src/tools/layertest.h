@@ -67,7 +67,7 @@ struct StagingReport {
 /// What staging with the checkpoint's input scales loses in the worst expert, beside a scale a token.
 struct InputScaleReport {
   int64_t worst_expert = -1;  ///< number in the checkpoint; -1 where no expert has rows
-  double ratio = 1.0;         ///< of the medians over rows of their relative L2
+  double ratio = 1.0;         ///< of its error to that with a scale by token; ScaleLoss::severity()
   double limit = 0.0;
 };
 

@@ -14,6 +14,7 @@
 #include "tools/layertest.h"
 #include "tools/layertest_report.h"
 #include "tools/terminal.h"
+#include "tools/weight_comparison.h"
 
 namespace fourfold {
 namespace {
@@ -107,8 +108,8 @@ class Run {
     progress.clear();
 
     fact("backend", fmt::format("{} ({}); kernel: {}", report.backend, choice_.reason, report.kernel));
-    if (!arguments_.json.empty()) write_file(arguments_.json, format_json(subject_, report));
     fmt::print("{}", format_table(subject_, report));
+    if (!arguments_.json.empty()) write_file(arguments_.json, format_json(subject_, report));
     return exit_code_of(report);
   }
 
@@ -136,6 +137,16 @@ class Run {
 
     const auto original = Checkpoint::open(arguments_.original);
     original_ = load_experts(original, arguments_.layer, experts);
+    original_config_ = original->config();
+    const ExpertWeights& before = original_->weights;
+    if (before.count() != weights_.count() || before.hidden != weights_.hidden ||
+        before.intermediate != weights_.intermediate) {
+      reject(fmt::format("--original {}", arguments_.original),
+             fmt::format("{} experts, hidden {}, intermediate {}, as in {}", weights_.count(),
+                         weights_.hidden, weights_.intermediate, arguments_.nvfp4),
+             fmt::format("{} experts, hidden {}, intermediate {}", before.count(), before.hidden,
+                         before.intermediate));
+    }
     fact("original", fmt::format("{}: {}, {}", arguments_.original, original_->scheme, original_->naming));
     for (const std::string& note : original_->notes) subject_.notes.push_back("original: " + note);
   }
@@ -143,35 +154,42 @@ class Run {
   void apply_named_steps() {
     if (arguments_.double_quantize) {
       weights_ = quantize_again(weights_);
-      fact("weights", "quantized again through bf16, gate and up as one tensor (--double-quantize)");
+      fact("weights",
+           fmt::format("quantized again through bf16, gate and up as one tensor: moved by {:.3g} relative L2 "
+                       "(--double-quantize)",
+                       distance_from_stored()));
     }
     if (arguments_.gate_up == "fold") {
       FoldReport fold;
       weights_ = fold_gate_up(weights_, &fold);
       fact("gate/up",
            fmt::format("folded into one global scale: {} of {} rescaled blocks changed, by up to {:.2f}%, {} "
-                       "became zero",
-                       fold.changed, fold.blocks, 100.0 * fold.largest_relative_change, fold.underflowed));
+                       "became zero; weights moved by {:.3g} relative L2",
+                       fold.changed, fold.blocks, 100.0 * fold.largest_relative_change, fold.underflowed,
+                       distance_from_stored()));
     } else {
       fact("gate/up", "exact: a global scale each");
     }
   }
 
+  /// How far the named steps took the weights from what the checkpoint stores.
+  double distance_from_stored() const { return compare_values(nvfp4_.weights, weights_).relative_l2(); }
+
   void configure() {
     config_.hidden = weights_.hidden;
     config_.intermediate = weights_.intermediate;
     config_.experts = weights_.count();
-    if (const auto limit = checkpoint_->config().swiglu_limit) {
-      config_.activation.limit = *limit;
-      fact("activation",
-           fmt::format("silu(min(gate, {0})) * clamp(up, -{0}, {0}), from config.json", *limit));
-    } else {
-      fact("activation", "silu(gate) * up");
+    config_.activation = activation_of(checkpoint_->config());
+    fact("activation", describe(config_.activation));
+    if (original_config_ && describe(activation_of(*original_config_)) != describe(config_.activation)) {
+      subject_.notes.push_back(fmt::format("the original's config says another activation: {}",
+                                           describe(activation_of(*original_config_))));
     }
     options_.activations = *parse_activation_format(arguments_.activations);
     const DefaultPolicies policies = policies_for(arguments_, weights_, options_.activations);
     options_.x_scale = policies.x;
     options_.intermediate_scale = policies.intermediate;
+    set_scales_over_all_experts();
     options_.accumulation = arguments_.accumulate == "f64" ? Accumulation::kFloat64 : Accumulation::kFloat32;
     const std::string origin = arguments_.activation_scale.empty() ? "default" : "--activation-scale";
     fact("staging",
@@ -181,26 +199,52 @@ class Run {
              : arguments_.activations);
   }
 
+  /// max-over-experts is over the checkpoint's experts, whichever of them are under test.
+  void set_scales_over_all_experts() {
+    if (static_cast<int64_t>(nvfp4_.expert_ids.size()) == nvfp4_.experts_in_checkpoint) return;
+    if (options_.x_scale != ScalePolicy::kMaxOverExperts &&
+        options_.intermediate_scale != ScalePolicy::kMaxOverExperts) {
+      return;
+    }
+    const ExpertWeights all = load_experts(checkpoint_, arguments_.layer).weights;
+    const std::vector<float> x = x_input_scales(all), intermediate = intermediate_input_scales(all);
+    options_.x_max_scale = *std::max_element(x.begin(), x.end());
+    options_.intermediate_max_scale = *std::max_element(intermediate.begin(), intermediate.end());
+  }
+
   void load_inputs() {
     const int64_t tokens = arguments_.tokens;
+    if (arguments_.input.empty()) require_run_memory(tokens > 0 ? tokens : kDefaultTokens);
     inputs_ = arguments_.input.empty()
                   ? make_inputs(tokens > 0 ? tokens : kDefaultTokens, config_.hidden, arguments_.seed, false)
                   : read_inputs(arguments_.input, config_.hidden, tokens);
+    if (!arguments_.input.empty()) require_run_memory(inputs_.tokens);
     if (inputs_.topk_ids.empty()) {
       const auto top_k = checkpoint_->config().top_k;
       if (!top_k || *top_k < 1) {
         fail(ErrorCode::kInvalidArgument,
-             "{}: expected num_experts_per_tok in config.json, found none; give topk_ids and "
+             "{}: expected num_experts_per_tok from 1 in config.json, found {}; give topk_ids and "
              "topk_weights in --input",
-             arguments_.nvfp4);
+             arguments_.nvfp4, top_k ? std::to_string(*top_k) : "none");
       }
       route_at_random(inputs_, config_.experts, std::min(*top_k, config_.experts), arguments_.seed);
     } else {
       map_expert_ids();
     }
     config_.top_k = inputs_.top_k;
+    note_idle_experts();
     fact("input", fmt::format("{} tokens, x: {}; routing: {}", inputs_.tokens, inputs_.x_origin,
                               inputs_.routing_origin));
+  }
+
+  /// x, a workspace, and the stages of three runs at a time, at about 2 bytes a value and a half beside for
+  /// staging.
+  void require_run_memory(int64_t tokens) const {
+    const int64_t top_k = std::min(checkpoint_->config().top_k.value_or(1), config_.experts);
+    const int64_t row_bytes = 3 * (2 * weights_.hidden + 4 * weights_.intermediate);
+    int64_t bytes = 0;
+    if (__builtin_mul_overflow(tokens * top_k, 4 * row_bytes, &bytes)) bytes = INT64_MAX;
+    require_memory(bytes, fmt::format("layertest with {} tokens (--tokens takes fewer)", tokens));
   }
 
   /// Expert numbers of the input -> positions among the experts under test; -1 for the others.
@@ -220,6 +264,18 @@ class Run {
       subject_.notes.push_back(fmt::format("{} slots go to experts that are not under test", left_out));
   }
 
+  void note_idle_experts() {
+    const Permutation permutation = permute_by_expert(inputs_.routing(), config_.experts);
+    int64_t idle = 0;
+    for (size_t e = 0; e < static_cast<size_t>(config_.experts); ++e) {
+      idle += permutation.group_offsets[e] == permutation.group_offsets[e + 1];
+    }
+    if (idle > 0) {
+      subject_.notes.push_back(fmt::format("{} of {} experts get no token: only their weights are compared",
+                                           idle, config_.experts));
+    }
+  }
+
   void choose() { choice_ = choose_backend(arguments_.backend, weights_, config_, options_); }
 
   const Arguments& arguments_;
@@ -227,6 +283,7 @@ class Run {
   std::shared_ptr<const Checkpoint> checkpoint_;
   ExpertLayer nvfp4_;
   std::optional<ExpertLayer> original_;
+  std::optional<ModelConfig> original_config_;
   ExpertWeights weights_;
   LayerConfig config_;
   LayerOptions options_;
@@ -240,23 +297,30 @@ void add_layertest(CLI::App& app, int& exit_code) {
   auto arguments = std::make_shared<Arguments>();
   CLI::App* command = app.add_subcommand(
       "layertest", "Run one MoE layer stage by stage against a bf16 reference, and say what is at fault");
-  command->add_option("--nvfp4", arguments->nvfp4, "NVFP4 checkpoint: a model directory")->required();
-  command->add_option(
-      "--original", arguments->original,
-      "the checkpoint it was made from (MXFP4 or bf16); without it, what the checkpoint lost is not told");
+  command->add_option("--nvfp4", arguments->nvfp4, "NVFP4 checkpoint: a model directory")
+      ->required()
+      ->check(nonempty());
+  command
+      ->add_option(
+          "--original", arguments->original,
+          "the checkpoint it was made from (MXFP4 or bf16); without it, what the checkpoint lost is not told")
+      ->check(nonempty());
   command->add_option("--layer", arguments->layer, "layer number")
       ->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
+      ->check(whole_number<int64_t>());
   command->add_option("--experts", arguments->experts, "experts to test, e.g. 0,3,8-11 (default: all)");
   command
       ->add_option("--tokens", arguments->tokens,
                    fmt::format("number of tokens (default: {}, or all of --input)", kDefaultTokens))
+      ->check(whole_number<int64_t>())
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
-  command->add_option("--input", arguments->input,
-                      "safetensors with x [T, H], and optionally topk_ids and topk_weights [T, K]");
+  command
+      ->add_option("--input", arguments->input,
+                   "safetensors with x [T, H], and optionally topk_ids and topk_weights [T, K]")
+      ->check(nonempty());
   command->add_option("--seed", arguments->seed, "seed of generated inputs and routing")
       ->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
+      ->check(whole_number<uint64_t>());
   command->add_option("--activations", arguments->activations, "what activations become before a GEMM")
       ->capture_default_str()
       ->check(CLI::IsMember({"nvfp4", "nvfp4x2", "fp8", "bf16"}));
@@ -278,7 +342,8 @@ void add_layertest(CLI::App& app, int& exit_code) {
       fmt::format("backend to test (default: the best that can run the layer, or {})", kBackendVariable));
   command->add_flag("--double-quantize", arguments->double_quantize,
                     "dequantize to bf16 and quantize again, gate and up as one tensor, to see the loss");
-  command->add_option("--json", arguments->json, "write the report as JSON too (docs/layertest.md)");
+  command->add_option("--json", arguments->json, "write the report as JSON too (docs/layertest.md)")
+      ->check(nonempty());
   command->footer("Exit code: 0 fine, 1 error, 2 usage, 3 a finding.");
   command->callback([arguments, &exit_code] { exit_code = Run(*arguments).execute(); });
 }

@@ -12,6 +12,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
+constexpr size_t kLineBytes = 1000;  // of text that comes from files
+
 /// JSON has no NaN and no infinity: they are the strings "nan", "inf" and "-inf".
 Json number(double value) {
   if (std::isnan(value)) return "nan";
@@ -115,8 +117,9 @@ std::string limits_text(const LayertestReport& report) {
     if (!comparison->stages.empty()) text += fmt::format("  {:<12} {}\n", name, comparison->limit_origin);
   }
   if (!input_scales_of(report).empty()) {
-    text +=
-        "  input scales 1.5 x a scale by token, median over an expert's rows: block scales follow the data\n";
+    text += fmt::format(
+        "  input scales {} x a scale by token: in an expert's median row, and with what saturates\n",
+        input_scales_of(report).front().second.limit);
   }
   return text;
 }
@@ -125,8 +128,10 @@ std::string limits_text(const LayertestReport& report) {
 
 std::string format_table(const LayertestSubject& subject, const LayertestReport& report) {
   std::string text;
-  for (const auto& [label, fact] : subject.facts) text += fmt::format("{:<12} {}\n", label, fact);
-  for (const std::string& note : subject.notes) text += fmt::format("{:<12} {}\n", "note", note);
+  for (const auto& [label, fact] : subject.facts)
+    text += fmt::format("{:<12} {}\n", label, printable(fact, kLineBytes));
+  for (const std::string& note : subject.notes)
+    text += fmt::format("{:<12} {}\n", "note", printable(note, kLineBytes));
   text += "\n" +
           bold(fmt::format("  {:<12} {:<11} {:>12} {:>11} {:>10} {:>10} {:>7} {:>7}", "comparison", "stage",
                            "cosine", "norm ratio", "rel L2", "limit", "token", "expert")) +
@@ -137,12 +142,10 @@ std::string format_table(const LayertestSubject& subject, const LayertestReport&
   if (!report.kernel_end_to_end.empty()) text += table_rows("  end to end", report.kernel_end_to_end);
   const std::string limits = limits_text(report);
   text += counts_text(report) + "\n" + (limits.empty() ? "" : "limits on relative L2\n" + limits + "\n");
-  for (const std::string& finding : report.findings) text += red("finding") + "  " + finding + "\n";
-  if (report.verdict == "fine")
-    return text + bold(green("verdict: fine")) + ": every stage is within its limit\n";
-  return text + bold(red("verdict: " + report.verdict)) +
-         fmt::format(": {} finding{}, the first of them above\n", report.findings.size(),
-                     report.findings.size() == 1 ? "" : "s");
+  for (const std::string& finding : report.findings)
+    text += red("finding") + "  " + printable(finding) + "\n";
+  if (report.verdict == "fine") return text + bold(green("verdict: fine")) + ": nothing exceeds its limit\n";
+  return text + bold(red("verdict: " + report.verdict)) + ": see the findings above\n";
 }
 
 std::string format_json(const LayertestSubject& subject, const LayertestReport& report) {
@@ -178,7 +181,7 @@ std::string format_json(const LayertestSubject& subject, const LayertestReport& 
           {"different", report.staging->intermediate_different}}}};
   }
   for (const auto& [label, fact] : subject.facts) json["facts"][label] = fact;
-  return json.dump(2) + "\n";
+  return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
 }
 
 }  // namespace fourfold

@@ -1,6 +1,7 @@
 // The command `fourfold`.
 #include <fmt/format.h>
 
+#include <csignal>
 #include <cstdio>
 #include <exception>
 #include <new>
@@ -10,6 +11,7 @@
 #include "fourfold/error.h"
 #include "fourfold/moe_layer.h"
 #include "tools/commands.h"
+#include "tools/terminal.h"
 
 namespace {
 
@@ -23,17 +25,6 @@ std::string version_text() {
   return text;
 }
 
-/// Text from files as a terminal may have it: control characters made visible, and an end.
-std::string printable(std::string_view text) {
-  constexpr size_t kMost = 2000;
-  std::string safe;
-  for (const char c : text.substr(0, kMost)) {
-    const auto byte = static_cast<unsigned char>(c);
-    safe += byte < 0x20 || byte == 0x7F ? fmt::format("\\x{:02x}", byte) : std::string(1, c);
-  }
-  return text.size() > kMost ? safe + " ..." : safe;
-}
-
 /// Results that could not be written are no success.
 int finish(int exit_code) {
   if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return exit_code;
@@ -45,6 +36,7 @@ int finish(int exit_code) {
 
 int main(int argc, char** argv) {
   int exit_code = fourfold::kExitFine;
+  std::signal(SIGXFSZ, SIG_IGN);  // a file that grows too large is an error of write(), with its message
   try {
     CLI::App app(
         "NVFP4-native mixture-of-experts inference: run a layer, and find out why its numbers are wrong.");
@@ -63,7 +55,7 @@ int main(int argc, char** argv) {
     fmt::print(stderr, "fourfold: out of memory\n");
     return fourfold::kExitError;
   } catch (const std::exception& error) {
-    fmt::print(stderr, "fourfold: {}\n", printable(error.what()));
+    fmt::print(stderr, "fourfold: {}\n", fourfold::printable(error.what()));
     return fourfold::kExitError;
   }
   return finish(exit_code);

@@ -11,8 +11,11 @@ namespace fourfold {
 
 class Random {
  public:
-  /// Streams with different numbers are independent.
-  Random(uint64_t seed, uint64_t stream) {
+  enum class Purpose : uint8_t { kWeight, kRouter, kToken, kChannel, kRouting, kOperand, kGroups };
+
+  /// Streams of different purpose or number are independent. index < 2^56.
+  Random(uint64_t seed, Purpose purpose, uint64_t index) {
+    const uint64_t stream = (uint64_t{static_cast<uint8_t>(purpose)} << 56) + index;
     uint64_t x = seed ^ (stream * 0x9E3779B97F4A7C15u + 0xD1B54A32D192ED03u);
     for (uint64_t& word : state_) word = split_mix(x);
   }

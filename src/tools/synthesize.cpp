@@ -1,14 +1,18 @@
 #include "tools/synthesize.h"
 
+#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
+#include <charconv>
 #include <cmath>
 #include <optional>
 #include <system_error>
 
 #include "base/fail.h"
+#include "base/files.h"
 #include "fourfold/checkpoint.h"
 #include "fourfold/reference.h"
 #include "tools/layer_inputs.h"
@@ -24,12 +28,13 @@ using Json = nlohmann::ordered_json;
 enum class Matrix : uint8_t { kGate, kUp, kDown };
 constexpr std::array<Matrix, 3> kMatrices = {Matrix::kGate, Matrix::kUp, Matrix::kDown};
 
-/// A directory that is removed unless it was renamed into place.
+/// A directory for files in the making, beside their destination; removed with what is left in it.
 class PartialDirectory {
  public:
   explicit PartialDirectory(const std::filesystem::path& parent)
-      : path_(parent / fmt::format(".partial-{}", getpid())) {
+      : path_(parent / fmt::format("{}{}", kPrefix, getpid())) {
     std::error_code error;
+    remove_abandoned(parent);
     std::filesystem::create_directories(path_, error);
     if (error) fail(ErrorCode::kIo, "{}: can't create it: {}", path_.string(), error.message());
   }
@@ -42,16 +47,47 @@ class PartialDirectory {
 
   std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
 
+  /// What stands there goes aside first, and goes with this directory.
   void move_into_place(const std::string& name, const std::filesystem::path& parent) const {
     std::error_code error;
-    std::filesystem::remove_all(parent / name, error);
+    if (std::filesystem::exists(parent / name)) {
+      std::filesystem::rename(parent / name, path_ / ("replaced-" + name), error);
+    }
     if (!error) std::filesystem::rename(path_ / name, parent / name, error);
     if (error) fail(ErrorCode::kIo, "{}: can't write it: {}", (parent / name).string(), error.message());
   }
 
  private:
+  static constexpr std::string_view kPrefix = ".partial-";
+
+  /// Leftovers of runs that were killed.
+  static void remove_abandoned(const std::filesystem::path& parent) {
+    std::error_code error;
+    std::vector<std::filesystem::path> abandoned;
+    for (const auto& entry : std::filesystem::directory_iterator(parent, error)) {
+      const std::string name = entry.path().filename().string();
+      pid_t owner = 0;
+      if (!name.starts_with(kPrefix)) continue;
+      const char* digits = name.data() + kPrefix.size();
+      const auto parsed = std::from_chars(digits, name.data() + name.size(), owner);
+      if (parsed.ec == std::errc() && owner > 0 && kill(owner, 0) != 0 && errno == ESRCH) {
+        abandoned.push_back(entry.path());
+      }
+    }
+    for (const auto& path : abandoned) std::filesystem::remove_all(path, error);
+  }
+
   std::filesystem::path path_;
 };
+
+/// Whether `directory` is a model that this command made: --force replaces nothing else.
+bool is_synthetic(const std::filesystem::path& directory) {
+  try {
+    return read_file(directory / "config.json", 1 << 20).find("\"fourfold_synthetic\"") != std::string::npos;
+  } catch (const Error&) {
+    return false;
+  }
+}
 
 /// float32 [rows, cols] in memory.
 struct DenseMatrix {
@@ -116,17 +152,28 @@ class Synthesizer {
     std::filesystem::create_directories(request_.directory, error);
     if (error) fail(ErrorCode::kIo, "{}: can't create it: {}", request_.directory.string(), error.message());
     for (const char* name : {"original", "nvfp4", "inputs.safetensors"}) {
-      if (!request_.force && std::filesystem::exists(request_.directory / name, error)) {
-        reject(request_.directory.string(), fmt::format("no '{}' there (--force replaces it)", name), "one");
+      const std::filesystem::path path = request_.directory / name;
+      if (!std::filesystem::exists(path, error)) continue;
+      if (!request_.force) reject(path.string(), "nothing of that name (--force replaces it)", "something");
+      const bool is_model = std::string_view(name) != "inputs.safetensors";
+      if (is_model ? !is_synthetic(path) : !std::filesystem::is_regular_file(path, error)) {
+        reject(path.string(), "a model that this command made, for --force to replace", "something else");
       }
     }
-    const int64_t values = request_.layers * request_.experts * 3 * request_.hidden * request_.intermediate;
-    const int64_t needed = values * 9 / 16 + (is_mxfp4() ? values * 17 / 32 : values * 2);
     const auto space = std::filesystem::space(request_.directory, error);
-    if (!error && static_cast<int64_t>(space.available) < needed) {
-      fail(ErrorCode::kIo, "{}: expected {} MB of free disk, found {} MB", request_.directory.string(),
-           needed / 1'000'000, space.available / 1'000'000);
+    if (!error && static_cast<double>(space.available) < bytes_needed()) {
+      fail(ErrorCode::kIo, "{}: expected {:.0f} MB of free disk, found {:.0f} MB",
+           request_.directory.string(), bytes_needed() / 1e6, static_cast<double>(space.available) / 1e6);
     }
+  }
+
+  /// About; in double, where no shape overflows.
+  double bytes_needed() const {
+    const auto hidden = static_cast<double>(request_.hidden), tokens = static_cast<double>(request_.tokens);
+    const double experts = static_cast<double>(request_.layers) * static_cast<double>(request_.experts);
+    const double values = experts * 3.0 * hidden * static_cast<double>(request_.intermediate);
+    const double routers = 2.0 * experts * (hidden * 2.0 + 4.0);
+    return values * 9.0 / 16.0 + values * (is_mxfp4() ? 17.0 / 32.0 : 2.0) + routers + tokens * hidden * 2.0;
   }
 
   // ---- names and shapes ----
@@ -199,10 +246,17 @@ class Synthesizer {
 
   // ---- data ----
 
+  /// Inputs for the user, and more of the same kind to calibrate on: 64 rows an expert, as far as 4096 rows
+  /// go. Fewer leave scales that new tokens saturate.
   void make_calibration_inputs() {
-    inputs_ = make_inputs(request_.tokens, request_.hidden, request_.seed,
-                          request_.profile == WeightProfile::kRealistic);
+    const int64_t rows = std::min<int64_t>(64 * request_.experts, 4096);
+    const int64_t tokens = std::max(request_.tokens, rows / request_.top_k);
+    const bool outliers = request_.profile == WeightProfile::kRealistic;
+    inputs_ = make_inputs(request_.tokens, request_.hidden, request_.seed, outliers);
     route_at_random(inputs_, request_.experts, request_.top_k, request_.seed);
+    calibration_ =
+        make_inputs(tokens, request_.hidden, request_.seed, outliers);  // starts with the same tokens
+    route_at_random(calibration_, request_.experts, request_.top_k, request_.seed);
   }
 
   /// Gate and up differ in size by factors around four, up the larger in some experts and gate in others, so
@@ -221,7 +275,7 @@ class Synthesizer {
         static_cast<uint64_t>((layer * request_.experts + expert) * 3 + static_cast<int64_t>(matrix));
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < weight.rows; ++row) {
-      Random random(request_.seed, (tensor << 24) + static_cast<uint64_t>(row));
+      Random random(request_.seed, Random::Purpose::kWeight, (tensor << 24) + static_cast<uint64_t>(row));
       const bool realistic = request_.profile == WeightProfile::kRealistic;
       const double row_scale = realistic ? scale * std::exp(0.3 * random.normal()) : scale;
       for (int64_t col = 0; col < weight.cols; ++col) {
@@ -234,7 +288,7 @@ class Synthesizer {
 
   void write_routers(ModelWriter& writer) const {
     for (int64_t layer = 0; layer < request_.layers; ++layer) {
-      Random random(request_.seed, (uint64_t{4} << 40) + static_cast<uint64_t>(layer));
+      Random random(request_.seed, Random::Purpose::kRouter, static_cast<uint64_t>(layer));
       std::vector<float> weight(static_cast<size_t>(request_.experts * request_.hidden));
       for (float& value : weight) value = static_cast<float>(0.02 * random.normal());
       writer.write(layer_prefix(layer) + "gate.weight", bytes_of(to_bf16(weight)));
@@ -271,7 +325,7 @@ class Synthesizer {
     write_routers(writer);
     for (int64_t layer = 0; layer < request_.layers; ++layer) {
       const ExpertWeights weights = load_experts(original, layer).weights;
-      request_.progress(fmt::format("calibrating layer {} on {} tokens", layer, request_.tokens));
+      request_.progress(fmt::format("calibrating layer {} on {} tokens", layer, calibration_.tokens));
       const std::vector<float> x_scales = input_scales(weights);
       for (int64_t expert = 0; expert < request_.experts; ++expert) {
         report_expert("nvfp4", layer, expert);
@@ -295,14 +349,7 @@ class Synthesizer {
   }
 
   void write_converted(ModelWriter& writer, const std::string& name, const WeightView& original) {
-    BlockScaledMatrix nvfp4;
-    if (const auto* mxfp4 = std::get_if<BlockScaledView>(&original)) {
-      nvfp4 = cast_mxfp4_to_nvfp4(*mxfp4, &result_.cast);
-    } else {
-      const std::vector<float> values = dequantize(original);
-      const MatrixView<const float> matrix(values.data(), rows_of(original), cols_of(original));
-      nvfp4 = quantize_nvfp4(matrix, nvfp4_global_scale(absolute_maximum(matrix)));
-    }
+    const BlockScaledMatrix nvfp4 = convert_to_nvfp4(original, is_mxfp4() ? &result_.cast : nullptr);
     writer.write(name + ".weight", bytes_of(nvfp4.codes));
     writer.write(name + ".weight_scale", bytes_of(nvfp4.scales));
     writer.write(name + ".weight_scale_2", std::as_bytes(std::span(&nvfp4.global.value, 1)));
@@ -316,7 +363,7 @@ class Synthesizer {
     options.activations = ActivationFormat::kBf16;
     const LayerConfig config{request_.hidden, request_.intermediate, request_.experts, request_.top_k,
                              activation()};
-    const LayerTrace run = trace(*reference_backend().make_layer(weights, config, options), inputs_);
+    const LayerTrace run = trace(*reference_backend().make_layer(weights, config, options), calibration_);
     std::vector<float> amax(static_cast<size_t>(request_.experts * 2), 0.0f);
     std::array<float, 2> largest = {0.0f, 0.0f};
     for (size_t expert = 0; expert < static_cast<size_t>(request_.experts); ++expert) {
@@ -390,7 +437,7 @@ class Synthesizer {
   static constexpr float kSwigluLimit = 10.0f;  // DeepSeek-V4's
 
   const SynthesizeRequest& request_;
-  LayerInputs inputs_;
+  LayerInputs inputs_, calibration_;
   SynthesizeResult result_;
 };
 

@@ -27,7 +27,7 @@ struct SynthesizeRequest {
   OriginalFormat original = OriginalFormat::kMxfp4;
   WeightProfile profile = WeightProfile::kRealistic;
   uint64_t seed = 0;
-  int64_t tokens = 64;  ///< in inputs.safetensors, which also calibrate input_scale
+  int64_t tokens = 64;  ///< in inputs.safetensors; calibration of input_scale uses these and more
   bool force = false;   ///< replace what is there
   std::function<void(std::string_view)> progress = [](std::string_view) {};
 };

@@ -63,8 +63,9 @@ int execute(const SynthesizeRequest& request) {
     fmt::print("by ModelOpt's rule\n");
   }
   fmt::print("  inputs.safetensors   {} tokens: x, topk_ids, topk_weights\n", request.tokens);
-  fmt::print("try: fourfold layertest --original {0}/original --nvfp4 {0}/nvfp4\n",
-             request.directory.string());
+  fmt::print(
+      "try: fourfold layertest --original {0}/original --nvfp4 {0}/nvfp4 --input {0}/inputs.safetensors\n",
+      request.directory.string());
   return kExitFine;
 }
 
@@ -94,15 +95,17 @@ void add_synthesize(CLI::App& app, int& exit_code) {
       ->check(CLI::IsMember({"gaussian", "realistic"}));
   command->add_option("--layers", arguments->request.layers, "number of layers")
       ->capture_default_str()
+      ->check(whole_number<int64_t>())
       ->check(CLI::Range(1, 1000));
   command
       ->add_option("--tokens", arguments->request.tokens,
-                   "tokens in inputs.safetensors, which calibrate input_scale")
+                   "tokens in inputs.safetensors; input_scale is calibrated on them and more of their kind")
       ->capture_default_str()
+      ->check(whole_number<int64_t>())
       ->check(CLI::Range(1, 1 << 20));
   command->add_option("--seed", arguments->request.seed, "seed of everything")
       ->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
+      ->check(whole_number<uint64_t>());
   command->add_flag("--force", arguments->request.force, "replace what is there");
   command->callback([arguments, &exit_code] {
     const Progress progress;

@@ -1,6 +1,7 @@
 // Colour and progress, on a terminal alone.
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <string_view>
 
@@ -10,6 +11,10 @@ namespace fourfold {
 std::string red(std::string_view text);
 std::string green(std::string_view text);
 std::string bold(std::string_view text);
+
+/// Text from files as a terminal may have it: control characters and bytes that are not UTF-8 made visible,
+/// and an end.
+std::string printable(std::string_view text, size_t most_bytes = 2000);
 
 /// One line on stderr that says what is being done; nothing where stderr is no terminal.
 class Progress {

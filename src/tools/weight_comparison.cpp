@@ -101,4 +101,14 @@ WeightComparison compare_weights(const ExpertWeights& original, const ExpertWeig
   return comparison;
 }
 
+ErrorSums compare_values(const ExpertWeights& reference, const ExpertWeights& candidate) {
+  ErrorSums total;
+  for (size_t e = 0; e < reference.experts.size(); ++e) {
+    for (const auto member : {&Expert::gate, &Expert::up, &Expert::down}) {
+      total += measure(reference.experts[e].*member, candidate.experts[e].*member, false).sums;
+    }
+  }
+  return total;
+}
+
 }  // namespace fourfold

@@ -31,4 +31,7 @@ struct WeightComparison {
 /// rule, or, from MXFP4, than the lossless cast: what a sound converter reaches, measured on the same data.
 WeightComparison compare_weights(const ExpertWeights& original, const ExpertWeights& nvfp4);
 
+/// Sums over all values of all matrices, dequantized.
+ErrorSums compare_values(const ExpertWeights& reference, const ExpertWeights& candidate);
+
 }  // namespace fourfold

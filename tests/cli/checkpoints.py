@@ -1,6 +1,6 @@
 """Tiny checkpoints written by hand: the layouts of real models, byte by byte, valid or damaged.
 
-A model here is a dictionary of tensors, name -> `Tensor`: a dtype as safetensors spells it, a shape and bytes.
+A model here is a dictionary of tensors, name -> `Tensor`: a dtype as safetensors spells it, a shape, bytes.
 Tests take a valid one, break one thing, and write it. The writer knows nothing of the C++ code and nothing of
 tests/oracle, and writes whatever header it is given.
 
@@ -185,9 +185,7 @@ MakeLinear = Callable[[np.random.Generator, int, int, str], Linear]
 def make_experts(seed: int, make: MakeLinear, count: int, hidden: int, inner: int) -> Experts:
     rng = np.random.default_rng(seed)
     shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-    return tuple(
-        Expert(*(make(rng, *shape, half) for half, shape in shapes.items())) for _ in range(count)
-    )
+    return tuple(Expert(*(make(rng, *shape, half) for half, shape in shapes.items())) for _ in range(count))
 
 
 def scale_of_input(half: str) -> np.float32:
@@ -212,16 +210,12 @@ def mxfp4_linear(rng: np.random.Generator, rows: int, cols: int, half: str) -> L
 
 
 @functools.cache
-def nvfp4_experts(
-    seed: int = 1, count: int = EXPERTS, hidden: int = HIDDEN, inner: int = INNER
-) -> Experts:
+def nvfp4_experts(seed: int = 1, count: int = EXPERTS, hidden: int = HIDDEN, inner: int = INNER) -> Experts:
     return make_experts(seed, nvfp4_linear, count, hidden, inner)
 
 
 @functools.cache
-def mxfp4_experts(
-    seed: int = 2, count: int = EXPERTS, hidden: int = HIDDEN, inner: int = INNER
-) -> Experts:
+def mxfp4_experts(seed: int = 2, count: int = EXPERTS, hidden: int = HIDDEN, inner: int = INNER) -> Experts:
     return make_experts(seed, mxfp4_linear, count, hidden, inner)
 
 
@@ -406,6 +400,33 @@ def fused_model(experts: Experts, naming: Naming, dtype: str) -> Model:
         f"{dtype.lower()} (fused)",
         f"{prefix}{{gate_up_proj,down_proj}}",
     )
+
+
+NVFP4 = nvfp4_model(nvfp4_experts(), QWEN)
+BF16 = dense_model(nvfp4_experts(), QWEN, "BF16")  # of the same values as NVFP4
+FUSED = fused_model(nvfp4_experts(), QWEN, "BF16")
+MXFP4 = mxfp4_model(mxfp4_experts())
+CAST = nvfp4_model(cast_to_nvfp4(mxfp4_experts()), DEEPSEEK_V4)  # of the same values as MXFP4
+
+
+def write_model(directory: Path, model: Model, misalign: int = 0) -> Path:
+    """The model in one file."""
+    return write_single(directory, model.tensors, model.config, misalign)
+
+
+def changed(tensors: Tensors, name: str, tensor: Tensor | None) -> Tensors:
+    """A copy with one tensor replaced, added, or left out (None)."""
+    copy = {key: value for key, value in tensors.items() if key != name or tensor is not None}
+    if tensor is not None:
+        copy[name] = tensor
+    return copy
+
+
+def zeros(dtype: str, *shape: int) -> Tensor:
+    return Tensor.of(np.zeros(shape, DTYPE_OF_NAME[dtype]))
+
+
+# ---- inputs ----
 
 
 def inputs(

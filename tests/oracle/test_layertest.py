@@ -224,6 +224,15 @@ class Variant:
         return "-".join(filter(None, (self.activations, self.activation_scale, self.step)))
 
 
+@dataclass
+class StagingLoss:
+    """Of M staged rows: their global scales, relative L2 and squared errors, (M,) each."""
+
+    globals: Array
+    losses: Array
+    noise: Array
+
+
 class LayerUnderTest:
     """One layer of a pair of checkpoints: what layertest reports of it, and what the oracle makes of it."""
 
@@ -320,23 +329,35 @@ class LayerUnderTest:
         judged = [what for what in rows if has_scales and policies[what] != "dynamic-token"]
         assert list(found) == judged
         for what in judged:
-            losses, losses_by_token = (
-                self.staging_losses(rows[what], scales[what], variant.activations, policy)
+            staged, by_token = (
+                self.staging(rows[what], scales[what], variant.activations, policy)
                 for policy in (policies[what], "dynamic-token")
             )
-            ratios = losses / losses_by_token
+            terms = 2 if variant.activations == "nvfp4x2" else 1
+            holds = terms * 2688.0 * staged.globals[:, None].astype(np.float64)
+            excess = np.maximum(np.abs(rows[what].astype(np.float64)) - holds, 0)
+            clipped, noise = self.sum_by_expert((excess**2).sum(axis=1)), self.sum_by_expert(by_token.noise)
+            medians = self.median_by_expert(staged.losses) / self.median_by_expert(by_token.losses)
+            ratios = np.maximum(medians, np.sqrt(1 + clipped / noise))
             assert found[what]["ratio"] == pytest.approx(ratios.max(), rel=0, abs=TOLERANCE), what
             assert found[what]["worst_expert"] in worst(ratios, np.unique(self.expert_of_row)), what
 
-    def staging_losses(self, rows: Array, scales: list[np.float32], activations: str, policy: str) -> Array:
-        """Relative L2 between rows (M, K) bf16 and what is staged of them: the median row of each expert that
-        has rows; of an even number, the upper of the two in the middle.
-        """
+    def staging(self, rows: Array, scales: list[np.float32], activations: str, policy: str) -> StagingLoss:
+        """Errors of rows (M, K) bf16 staged under a policy."""
         staged = oracle.stage(rows, activations, policy, scales, self.permutation.group_offsets)
         dequantized = sum(term * staged.row_globals[:, None] for term in staged.terms)
-        losses = relative_l2(error_sums(rows, dequantized))
-        by_expert = (np.sort(losses[self.expert_of_row == e]) for e in np.unique(self.expert_of_row))
+        sums = error_sums(rows, dequantized)
+        noise = np.sum((rows.astype(np.float64) - dequantized.astype(np.float64)) ** 2, axis=1)
+        return StagingLoss(np.asarray(staged.row_globals), relative_l2(sums), noise)
+
+    def median_by_expert(self, values: Array) -> Array:
+        """(M,) -> one an expert that has rows; of an even number, the upper of the two in the middle."""
+        by_expert = (np.sort(values[self.expert_of_row == e]) for e in np.unique(self.expert_of_row))
         return np.array([ascending[len(ascending) // 2] for ascending in by_expert])
+
+    def sum_by_expert(self, values: Array) -> Array:
+        """(M,) -> one an expert that has rows."""
+        return np.array([values[self.expert_of_row == e].sum() for e in np.unique(self.expert_of_row)])
 
 
 class WeightsUnderTest:

@@ -1,0 +1,25 @@
+"""Checkpoints that many tests read and none changes."""
+
+from pathlib import Path
+
+import pytest
+
+import checkpoints as ck
+
+
+@pytest.fixture(scope="session")
+def cast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NVFP4 under DeepSeek-V4's names, the exact cast of `mxfp4`: layertest calls it fine."""
+    return ck.write_model(tmp_path_factory.mktemp("cast"), ck.CAST)
+
+
+@pytest.fixture(scope="session")
+def mxfp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original of `cast`."""
+    return ck.write_model(tmp_path_factory.mktemp("mxfp4"), ck.MXFP4)
+
+
+@pytest.fixture(scope="session")
+def input_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 tokens, each to two different experts of four."""
+    return ck.write_inputs(tmp_path_factory.mktemp("inputs") / "inputs.safetensors")

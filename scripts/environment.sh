@@ -15,7 +15,7 @@ die() {
 run_apt() {
   local as_root=()
   if [ "$(id -u)" != 0 ]; then
-    command -v sudo >/dev/null || die "missing packages: ${*: -1}; run as root: apt-get install $*"
+    command -v sudo >/dev/null || die "not root, and no sudo; run as root: apt-get $*"
     as_root=(sudo)
   fi
   DEBIAN_FRONTEND=noninteractive "${as_root[@]}" apt-get "$@"
@@ -42,7 +42,7 @@ need_packages() {
 }
 
 need_build_packages() {
-  need_packages g++ cmake ninja-build ccache libcli11-dev libfmt-dev nlohmann-json3-dev libgtest-dev
+  need_packages g++ cmake ninja-build ccache python3 libcli11-dev libfmt-dev nlohmann-json3-dev libgtest-dev
 }
 
 # A virtual environment inside the build folder with the Python packages of both requirements files. The ones for

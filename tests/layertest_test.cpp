@@ -40,8 +40,10 @@ class SyntheticPair {
   Expert& nvfp4_expert(size_t expert) { return nvfp4_.weights.experts[expert]; }
 
   /// layertest with `backend`, on inputs that the calibration has not seen.
-  LayertestReport test(const Backend& backend, uint64_t seed) const {
-    LayerInputs inputs = make_inputs(48, nvfp4_.weights.hidden, seed + 1000, false);
+  LayertestReport test(const Backend& backend, uint64_t seed, bool outliers = false) const {
+    // The channels that are outliers follow from the seed: those of calibration, with other tokens behind its
+    // own.
+    LayerInputs inputs = make_inputs(48, nvfp4_.weights.hidden, outliers ? seed : seed + 1000, outliers);
     route_at_random(inputs, nvfp4_.weights.count(), 2, seed + 1000);
     LayertestRequest request;
     request.original = &original_.weights;
@@ -125,6 +127,29 @@ TEST_P(WrongInputScale, IsAFindingThatNamesTheExpert) {
 
 // Too small saturates, too large underflows; 0 stands for the reciprocal.
 INSTANTIATE_TEST_SUITE_P(Factors, WrongInputScale, testing::Values(0.1f, 1e5f, 0.0f));
+
+TEST(Layertest, FindsScalesThatOnlyTheLargestRowsSaturate) {
+  SyntheticPair pair(OriginalFormat::kBf16, 8, WeightProfile::kRealistic);
+  EXPECT_EQ(pair.test(reference_backend(), 8, true).verdict, "fine");
+  for (size_t e = 0; e < 6; ++e) {
+    for (auto* scale : {&pair.nvfp4_expert(e).gate_input_scale, &pair.nvfp4_expert(e).up_input_scale,
+                        &pair.nvfp4_expert(e).down_input_scale}) {
+      **scale *= 0.3f;
+    }
+  }
+  EXPECT_EQ(pair.test(reference_backend(), 8, true).verdict, "activations");
+}
+
+TEST(Layertest, FindsNegativeAndNanBlockScales) {
+  SyntheticPair pair(OriginalFormat::kBf16, 9);
+  auto& up = std::get<BlockScaledView>(pair.nvfp4_expert(4).up);
+  std::vector<uint8_t> scales(up.scales, up.scales + up.rows * up.blocks_per_row());
+  scales[7] |= 0x80;
+  up.scales = scales.data();
+  const LayertestReport report = pair.test(reference_backend(), 9);
+  EXPECT_EQ(report.verdict, "checkpoint");
+  EXPECT_NE(report.findings[0].find("experts.4 up: 1 of"), std::string::npos) << report.findings[0];
+}
 
 TEST(Layertest, NamesTheStageOfTheFault) {
   const SyntheticPair pair(OriginalFormat::kMxfp4, 5);

@@ -18,6 +18,7 @@
 #include "fourfold/moe_layer.h"
 #include "fourfold/quantize.h"
 #include "fourfold/reference.h"
+#include "fourfold/router.h"
 #include "fourfold/safetensors.h"
 #include "fourfold/scale_layout.h"
 #include "tools/layer_trace.h"
@@ -263,15 +264,28 @@ void permute(Job& job) {
 }
 
 ActivationFunction activation_of(const Job& job) {
+  static const std::map<std::string, ActivationKind> kinds = {
+      {"swiglu", ActivationKind::kSwiglu},
+      {"swiglu_step", ActivationKind::kSwigluStep},
+      {"geglu", ActivationKind::kGeglu},
+      {"geglu_tanh", ActivationKind::kGegluTanh},
+      {"relu_squared", ActivationKind::kReluSquared},
+      {"silu", ActivationKind::kSilu},
+      {"gelu", ActivationKind::kGelu},
+  };
   ActivationFunction function;
+  function.kind = kinds.at(job.option("kind", "swiglu"));
   if (!job.option("limit").empty()) function.limit = std::stof(job.option("limit"));
+  if (!job.option("alpha").empty()) function.alpha = std::stof(job.option("alpha"));
+  if (!job.option("beta").empty()) function.beta = std::stof(job.option("beta"));
   return function;
 }
 
 void swiglu(Job& job) {
   const auto h = job.matrix<Bf16>("h");
-  reference::activate(activation_of(job), h,
-                      {job.result<Bf16>("a", DType::kBf16, {h.rows, h.cols / 2}), h.rows, h.cols / 2});
+  const ActivationFunction function = activation_of(job);
+  const int64_t cols = is_gated(function.kind) ? h.cols / 2 : h.cols;
+  reference::activate(function, h, {job.result<Bf16>("a", DType::kBf16, {h.rows, cols}), h.rows, cols});
 }
 
 void combine(Job& job) {
@@ -415,6 +429,50 @@ void layer(Job& job) {
   job.result("y", DType::kBf16, {run.tokens, config.hidden}, run.y);
 }
 
+DenseView dense_view(const MatrixView<const Bf16>& matrix) {
+  return {ElementType::kBf16, reinterpret_cast<const std::byte*>(matrix.data),
+          matrix.rows,        matrix.cols,
+          matrix.cols * 2,    {}};
+}
+
+DenseView dense_vector(const MatrixView<const float>& vector) {
+  return {ElementType::kF32,
+          reinterpret_cast<const std::byte*>(vector.data),
+          1,
+          vector.cols,
+          vector.cols * 4,
+          {}};
+}
+
+void route_tokens(Job& job) {
+  static const std::map<std::string, RouterScore> scores = {{"softmax", RouterScore::kSoftmax},
+                                                            {"softmax_of_topk", RouterScore::kSoftmaxOfTopK},
+                                                            {"sigmoid", RouterScore::kSigmoid},
+                                                            {"sqrt_softplus", RouterScore::kSqrtSoftplus}};
+  RouterConfig config;
+  config.score = scores.at(job.option("score"));
+  config.top_k = std::stoll(job.option("top_k"));
+  config.renormalise = job.option("renormalise", "1") == "1";
+  config.scaling_factor = std::stof(job.option("scaling_factor", "1"));
+  config.groups = std::stoll(job.option("groups", "1"));
+  config.top_groups = std::stoll(job.option("top_groups", "1"));
+  RouterWeights weights;
+  weights.weight = dense_view(job.matrix<Bf16>("weight"));
+  if (job.has("bias")) weights.bias = dense_vector(job.matrix<float>("bias"));
+  if (job.has("correction_bias"))
+    weights.correction_bias = dense_vector(job.matrix<float>("correction_bias"));
+  std::vector<int64_t> token_ids;
+  if (job.has("experts_of_token")) {
+    weights.experts_of_token = job.matrix<int64_t>("experts_of_token");
+    token_ids = job.values<int64_t>("token_ids");
+  }
+  const auto x = job.matrix<Bf16>("x");
+  const RoutingDecision decision = route(config, weights, x, token_ids);
+  job.result("logits", DType::kF32, {x.rows, weights.weight.rows}, router_logits(x, weights));
+  job.result("topk_ids", DType::kI32, {x.rows, config.top_k}, decision.topk_ids);
+  job.result("topk_weights", DType::kF32, {x.rows, config.top_k}, decision.topk_weights);
+}
+
 int run(int argc, char** argv) {
   static const std::map<std::string, std::function<void(Job&)>> operations = {
       {"decode", decode},
@@ -446,6 +504,7 @@ int run(int argc, char** argv) {
        }},
       {"permute", permute},
       {"swiglu", swiglu},
+      {"route", route_tokens},
       {"combine", combine},
       {"gemm", [](Job& job) { grouped_gemm(job, false); }},
       {"grouped_gemm", [](Job& job) { grouped_gemm(job, true); }},

@@ -89,6 +89,8 @@ TEST(ScaleLayout, RefusesSizesThatDoNotFit) {
   EXPECT_THROW(unswizzle_scales(scales, 3, 4), Error);
   EXPECT_THROW(swizzle_expert_scales({scales.data(), 3, 4}, 2), Error);
   EXPECT_THROW(swizzle_scale_groups({scales.data(), 3, 4}, short_offsets), Error);
+  const std::vector<int32_t> down_again = {0, 1000, 3};
+  EXPECT_THROW(swizzle_scale_groups({scales.data(), 3, 4}, down_again), Error);
 }
 
 }  // namespace

@@ -57,12 +57,12 @@ double sigmoid(double x) {
 double silu(double x) {
   return x / (1.0 + std::exp(-x));
 }
+// 1 + erf and 1 + tanh cancel for negative x; these forms do not.
 double gelu(double x) {
-  return 0.5 * x * (1.0 + std::erf(x / std::numbers::sqrt2));
+  return 0.5 * x * std::erfc(-x / std::numbers::sqrt2);
 }
 double gelu_tanh(double x) {
-  const double scale = std::sqrt(2.0 / std::numbers::pi);
-  return 0.5 * x * (1.0 + std::tanh(scale * (x + 0.044715 * x * x * x)));
+  return x * sigmoid(2.0 * std::sqrt(2.0 / std::numbers::pi) * (x + 0.044715 * x * x * x));
 }
 
 /// min and max of C++ and of most kernels would hide a NaN on one side; here it goes through.

@@ -44,7 +44,7 @@ class Job {
   std::vector<T> values(const std::string& name) const {
     const Tensor& tensor = file_->at(name);
     std::vector<T> copy(static_cast<size_t>(tensor.bytes) / sizeof(T));
-    std::memcpy(copy.data(), tensor.data, copy.size() * sizeof(T));
+    if (!copy.empty()) std::memcpy(copy.data(), tensor.data, copy.size() * sizeof(T));
     return copy;
   }
 

@@ -32,7 +32,9 @@ inline constexpr Fault kPlantedFaults[] = {
 };
 
 std::string name_of(Fault fault);
-inline void PrintTo(Fault fault, std::ostream* out) { *out << name_of(fault); }  // for test listings
+inline void PrintTo(Fault fault, std::ostream* out) {
+  *out << name_of(fault);
+}  // for test listings
 
 /// A backend with this bug.
 std::unique_ptr<Backend> make_faulty_backend(Fault fault);

@@ -4,6 +4,8 @@
 #include <CLI/CLI.hpp>
 
 #include <charconv>
+#include <cstdint>
+#include <span>
 #include <string>
 
 #include "tools/exit_codes.h"
@@ -29,6 +31,19 @@ CLI::Validator whole_number() {
 inline CLI::Validator nonempty() {
   return CLI::Validator(
       [](std::string& text) { return text.empty() ? "expected a path, found nothing" : ""; }, "");
+}
+
+/// "A,B,C" into `fields`, one each; false unless `text` is exactly that many numbers.
+inline bool parse_numbers(const std::string& text, std::span<int64_t* const> fields) {
+  const char* at = text.data();
+  const char* const end = at + text.size();
+  for (int64_t* const field : fields) {
+    const auto [next, error] = std::from_chars(at, end, *field);
+    const bool is_last = field == fields.back();
+    if (error != std::errc() || (is_last ? next != end : next == end || *next != ',')) return false;
+    at = next + !is_last;
+  }
+  return true;
 }
 
 void add_synthesize(CLI::App& app, int& exit_code);

@@ -1,7 +1,8 @@
 // `fourfold gemmtest`.
 #include <fmt/format.h>
 
-#include <charconv>
+#include <algorithm>
+#include <iterator>
 #include <memory>
 
 #include "tools/commands.h"
@@ -12,19 +13,12 @@ namespace fourfold {
 namespace {
 
 void set_shape(GemmtestRequest& request, const std::string& text) {
-  const char* at = text.data();
-  const char* const end = at + text.size();
   int64_t* const fields[] = {&request.groups, &request.rows, &request.columns, &request.depth};
-  for (int64_t* field : fields) {
-    const auto [next, error] = std::from_chars(at, end, *field);
-    const bool is_last = field == &request.depth;
-    if (error != std::errc() || (is_last ? next != end : next == end || *next != ',') || *field < 1 ||
-        *field > 65536) {
-      throw CLI::ValidationError(
-          "--shape",
-          fmt::format("expected G,M,N,K: groups, rows, columns and depth from 1 to 65536; found '{}'", text));
-    }
-    at = next + !is_last;
+  const auto fits = [](const int64_t* field) { return *field >= 1 && *field <= 65536; };
+  if (!parse_numbers(text, fields) || !std::all_of(std::begin(fields), std::end(fields), fits)) {
+    throw CLI::ValidationError(
+        "--shape",
+        fmt::format("expected G,M,N,K: groups, rows, columns and depth from 1 to 65536; found '{}'", text));
   }
 }
 

@@ -1,7 +1,6 @@
 // `fourfold synthesize`.
 #include <fmt/format.h>
 
-#include <charconv>
 #include <memory>
 
 #include "bench/shapes.h"
@@ -36,15 +35,8 @@ void set_shape(SynthesizeRequest& request, const std::string& text) {
       return;
     }
   }
-  const char* at = text.data();
-  const char* const end = at + text.size();
   int64_t* const fields[] = {&request.experts, &request.hidden, &request.intermediate, &request.top_k};
-  for (int64_t* field : fields) {
-    const auto [next, error] = std::from_chars(at, end, *field);
-    const bool is_last = field == &request.top_k;
-    if (error != std::errc() || (is_last ? next != end : next == end || *next != ',')) bad_shape(text);
-    at = next + !is_last;
-  }
+  if (!parse_numbers(text, fields)) bad_shape(text);
 }
 
 int execute(const SynthesizeRequest& request) {

@@ -25,6 +25,9 @@ constexpr std::array<Naming, 3> kNamings = {{
     {"layers.", ".ffn.experts.", "w1", "w3", "w2"},                           // DeepSeek-V4
 }};
 
+/// Of a layer; the largest models have a few hundred. Bounds what a shape can make us allocate.
+constexpr int64_t kMaxExperts = 65536;
+
 std::string experts_prefix(const Naming& naming, int64_t layer) {
   return fmt::format("{}{}{}", naming.before_layer, layer, naming.before_experts);
 }
@@ -250,8 +253,7 @@ class LayerLoader {
     }
     const std::vector<int64_t> others = layers_with_experts(checkpoint_);
     fail(ErrorCode::kNotFound,
-         "{}: layer {}: expected expert tensors such as '{}0.{}.weight' or '{}0.{}.weight', found "
-         "{}",
+         "{}: layer {}: expected expert tensors such as '{}0.{}.weight' or '{}0.{}.weight', found {}",
          checkpoint_.path().string(), layer_number_, experts_prefix(kNamings[0], layer_number_),
          kNamings[0].gate, experts_prefix(kNamings[2], layer_number_), kNamings[2].gate,
          others.empty() ? "no experts in any layer"
@@ -267,8 +269,7 @@ class LayerLoader {
       if (it != checkpoint_.tensors().end() && it->first.starts_with(fmt::format("{}{}", prefix, fused))) {
         fail(ErrorCode::kUnsupported,
              "{}: tensor '{}': expected experts one by one ('{}0...') or fused as '{}gate_up_proj', found "
-             "{}, a layout "
-             "that this version does not read",
+             "{}, a layout that this version does not read",
              it->second->file, it->first, prefix, prefix, it->second->describe());
       }
     }
@@ -281,8 +282,8 @@ class LayerLoader {
       int64_t first_missing = 0;
       while (ids[static_cast<size_t>(first_missing)] == first_missing) ++first_missing;
       fail(ErrorCode::kBadFile,
-           "{}: layer {}: expected experts 0 to {}, found {} of them: expert {} ('{}{}') is missing; "
-           "is a shard?",
+           "{}: layer {}: expected experts 0 to {}, found {} of them: expert {} ('{}{}') is missing; is a "
+           "shard?",
            checkpoint_.path().string(), layer_number_, ids.back(), count, first_missing, prefix,
            first_missing);
     }
@@ -316,6 +317,7 @@ class LayerLoader {
     const Tensor& down = fused_tensor(checkpoint_, prefix + "down_proj");
     if (gate_up.shape[1] % 2 != 0) bad_tensor(gate_up, "an even number of rows: gate, then up");
     const int64_t count = gate_up.shape[0], half = gate_up.shape[1] / 2, hidden = gate_up.shape[2];
+    if (count > kMaxExperts) bad_tensor(gate_up, fmt::format("at most {} experts", kMaxExperts));
     if (down.shape != std::vector{count, hidden, half}) {
       bad_tensor(down,
                  fmt::format("[{}, {}, {}] beside gate_up_proj {}", count, hidden, half, gate_up.describe()),
@@ -345,8 +347,7 @@ class LayerLoader {
       if (rest != "gate_up_proj" && rest != "down_proj") {
         fail(ErrorCode::kUnsupported,
              "{}: tensor '{}': expected gate_up_proj and down_proj alone under '{}', found {} too, which "
-             "this version "
-             "does not read",
+             "this version does not read",
              it->second->file, it->first, prefix, it->second->describe());
       }
     }

@@ -12,6 +12,7 @@
 
 #include "fourfold/expert_weights.h"
 #include "fourfold/moe_layer.h"
+#include "fourfold/router.h"
 #include "fourfold/safetensors.h"
 
 namespace fourfold {
@@ -22,9 +23,12 @@ struct ModelConfig {
   std::string model_type;
   std::string architecture;
   std::optional<int64_t> hidden, intermediate, experts, top_k, layers;
-  std::string hidden_act;             ///< e.g. "silu"; empty when it says none
-  std::optional<float> swiglu_limit;  ///< the clamp of DeepSeek-V4 and gpt-oss
-  std::string quantization;           ///< e.g. "modelopt NVFP4"; empty when it claims none
+  std::string hidden_act;                      ///< e.g. "silu"; empty when it says none
+  std::optional<float> swiglu_limit;           ///< the clamp of DeepSeek-V4 and gpt-oss
+  std::optional<bool> renormalise;             ///< norm_topk_prob
+  std::optional<float> routed_scaling_factor;  ///< multiplies routing weights: DeepSeek
+  std::optional<int64_t> groups, top_groups;   ///< n_group, topk_group: DeepSeek-V3
+  std::string quantization;                    ///< e.g. "modelopt NVFP4"; empty when it claims none
 };
 
 /// The activation that a config names: silu, gelu or gelu_pytorch_tanh with a gate, DeepSeek-V4's clamp,
@@ -71,6 +75,19 @@ struct ExpertLayer {
 /// fused (E, 2I, H). Throws Error naming file, tensor, expected and found.
 ExpertLayer load_experts(std::shared_ptr<const Checkpoint> checkpoint, int64_t layer,
                          const std::vector<int64_t>& experts = {});
+
+/// A layer's router. `weights` view the checkpoint's mapped files.
+struct CheckpointRouter {
+  RouterConfig config;
+  RouterWeights weights;
+  std::string description;  ///< its name and rule, for reports
+};
+
+/// The router of `layer` for the families that are known (Mixtral, Qwen3-MoE, DeepSeek-V3 and V4). nullopt,
+/// with the reason in `why_not`, where the family is another one, the tensor is not there, or ids come from
+/// token ids. Throws Error for tensors that do not fit.
+std::optional<CheckpointRouter> load_router(const Checkpoint& checkpoint, int64_t layer, int64_t experts,
+                                            int64_t hidden, std::string& why_not);
 
 /// Layers that hold experts, ascending.
 std::vector<int64_t> layers_with_experts(const Checkpoint& checkpoint);

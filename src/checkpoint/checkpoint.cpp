@@ -50,6 +50,17 @@ std::optional<int64_t> count_in(const nlohmann::json& config, const std::string&
   return std::nullopt;
 }
 
+/// `key` as a positive float32; other values are an error, absence is not.
+std::optional<float> positive_in(const nlohmann::json& config, const std::string& file, const char* key) {
+  const auto it = config.find(key);
+  if (it == config.end() || it->is_null()) return std::nullopt;
+  if (!it->is_number() || !(it->get<float>() > 0.0f) || !std::isfinite(it->get<float>())) {
+    fail(ErrorCode::kBadFile, "{}: {}: expected a positive float32, found {}", file, key,
+         it->dump().substr(0, 80));
+  }
+  return it->get<float>();
+}
+
 std::string string_in(const nlohmann::json& object, const char* key) {
   const auto it = object.find(key);
   return it != object.end() && it->is_string() ? it->get<std::string>() : "";
@@ -187,12 +198,12 @@ void Checkpoint::read_config() {
     config_.experts = count_in(config, file, {"n_routed_experts", "num_local_experts", "num_experts"});
     config_.top_k = count_in(config, file, {"num_experts_per_tok", "experts_per_token"});
     config_.layers = count_in(config, file, {"num_hidden_layers"});
-    if (const auto it = config.find("swiglu_limit"); it != config.end() && !it->is_null()) {
-      if (!it->is_number() || !(it->get<float>() > 0.0f) || !std::isfinite(it->get<float>())) {
-        fail(ErrorCode::kBadFile, "{}: swiglu_limit: expected a positive float32, found {}", file,
-             it->dump().substr(0, 80));
-      }
-      config_.swiglu_limit = it->get<float>();
+    config_.swiglu_limit = positive_in(config, file, "swiglu_limit");
+    config_.routed_scaling_factor = positive_in(config, file, "routed_scaling_factor");
+    config_.groups = count_in(config, file, {"n_group"});
+    config_.top_groups = count_in(config, file, {"topk_group"});
+    if (const auto it = config.find("norm_topk_prob"); it != config.end() && it->is_boolean()) {
+      config_.renormalise = it->get<bool>();
     }
     if (const auto it = root.find("quantization_config"); it != root.end() && it->is_object()) {
       config_.quantization = quantization_in(*it);

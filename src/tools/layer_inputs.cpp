@@ -79,6 +79,7 @@ LayerInputs make_inputs(int64_t tokens, int64_t hidden, uint64_t seed, bool outl
   LayerInputs inputs;
   inputs.tokens = tokens;
   inputs.hidden = hidden;
+  inputs.made_up = true;
   inputs.x.resize(static_cast<size_t>(tokens * hidden));
   inputs.x_origin = fmt::format("{} x, seed {}", outliers ? "heavy-tailed" : "Gaussian", seed);
   std::vector<double> channel_scale(static_cast<size_t>(hidden), 1.0);

@@ -19,6 +19,7 @@ struct LayerInputs {
   std::vector<int32_t> topk_ids;    ///< [T, K]; empty until routed
   std::vector<float> topk_weights;  ///< [T, K]
   std::string x_origin, routing_origin;
+  bool made_up = false;  ///< random, not what some calibration has seen
 
   MatrixView<const Bf16> x_view() const { return {x.data(), tokens, hidden}; }
   Routing routing() const;

@@ -237,8 +237,9 @@ class Layertest {
           "activations",
           fmt::format(
               "input_scale of {}: expert {}: a median row loses {:.3g} x what a scale by token loses, and "
-              "what saturates is {:.3g} x its noise: is the scale too small, too large or a reciprocal?",
-              what, expert, loss.median_ratio, loss.clipped_over_noise));
+              "what saturates is {:.3g} x its noise: is the scale too small, too large or a reciprocal?{}",
+              what, expert, loss.median_ratio, loss.clipped_over_noise,
+              request_.inputs->made_up ? " (x is made up; real hidden states, as --input, decide)" : ""));
     }
     return {expert, loss.severity(), kInputScaleLimit};
   }

@@ -219,22 +219,47 @@ class Run {
                   ? make_inputs(tokens > 0 ? tokens : kDefaultTokens, config_.hidden, arguments_.seed, false)
                   : read_inputs(arguments_.input, config_.hidden, tokens);
     if (!arguments_.input.empty()) require_run_memory(inputs_.tokens);
-    if (inputs_.topk_ids.empty()) {
-      const auto top_k = checkpoint_->config().top_k;
-      if (!top_k || *top_k < 1) {
-        fail(ErrorCode::kInvalidArgument,
-             "{}: expected num_experts_per_tok from 1 in config.json, found {}; give topk_ids and "
-             "topk_weights in --input",
-             arguments_.nvfp4, top_k ? std::to_string(*top_k) : "none");
-      }
-      route_at_random(inputs_, config_.experts, std::min(*top_k, config_.experts), arguments_.seed);
-    } else {
+    if (!inputs_.topk_ids.empty() || route_by_checkpoint()) {
       map_expert_ids();
+    } else {
+      route_uniformly();
     }
     config_.top_k = inputs_.top_k;
     note_idle_experts();
     fact("input", fmt::format("{} tokens, x: {}; routing: {}", inputs_.tokens, inputs_.x_origin,
                               inputs_.routing_origin));
+  }
+
+  /// The checkpoint's own router, on the tokens at hand. Not for made-up tokens on a part of the experts:
+  /// most would go elsewhere.
+  bool route_by_checkpoint() {
+    const bool all_experts = static_cast<int64_t>(nvfp4_.expert_ids.size()) == nvfp4_.experts_in_checkpoint;
+    if (arguments_.input.empty() && !all_experts) return false;
+    std::string why_not;
+    const auto router =
+        load_router(*checkpoint_, arguments_.layer, nvfp4_.experts_in_checkpoint, config_.hidden, why_not);
+    if (!router) {
+      why_no_router_ = why_not;
+      return false;
+    }
+    const RoutingDecision decision = route(router->config, router->weights, inputs_.x_view());
+    inputs_.top_k = decision.top_k;
+    inputs_.topk_ids = decision.topk_ids;
+    inputs_.topk_weights = decision.topk_weights;
+    inputs_.routing_origin = router->description;
+    return true;
+  }
+
+  void route_uniformly() {
+    const auto top_k = checkpoint_->config().top_k;
+    if (!top_k || *top_k < 1) {
+      fail(ErrorCode::kInvalidArgument,
+           "{}: expected num_experts_per_tok from 1 in config.json, found {}; give topk_ids and topk_weights "
+           "in --input",
+           arguments_.nvfp4, top_k ? std::to_string(*top_k) : "none");
+    }
+    route_at_random(inputs_, config_.experts, std::min(*top_k, config_.experts), arguments_.seed);
+    if (!why_no_router_.empty()) inputs_.routing_origin += fmt::format(" ({})", why_no_router_);
   }
 
   /// x, a workspace, and the stages of three runs at a time, at about 2 bytes a value and a half beside for
@@ -288,6 +313,7 @@ class Run {
   LayerConfig config_;
   LayerOptions options_;
   LayerInputs inputs_;
+  std::string why_no_router_;  // empty: there is one, or none was looked for
   BackendChoice choice_;
 };
 

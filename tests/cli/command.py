@@ -175,7 +175,10 @@ def run(
 def run_on_terminal(*arguments: str | Path, env: Mapping[str, str | None] | None = None) -> Result:
     """The same with stdout and stderr on terminals of their own."""
     texts = tuple(map(str, arguments))
-    masters, slaves = zip(pty.openpty(), pty.openpty(), strict=True)
+    try:
+        masters, slaves = zip(pty.openpty(), pty.openpty(), strict=True)
+    except OSError as error:  # a bare chroot has no /dev/pts
+        pytest.skip(f"this machine gives no pseudo-terminals: {error}")
     outputs: list[bytearray] = [bytearray(), bytearray()]
 
     def read(stream: int) -> None:

@@ -161,7 +161,17 @@ def test_other_tensors_do_not_disturb(tmp_path: Path) -> None:
     file.write_bytes(ck.file_bytes({"__metadata__": {"format": "pt"}} | header, data))
     result = layertest(directory)
     assert_fine(result)
-    assert "\nnote " not in result.stdout
+    # The one that is used is the router: all its logits are 0, and ties go to the lower index.
+    assert "model.layers.0.mlp.gate: softmax, top-2" in fact(result, "input")
+    assert result.stdout.count("\nnote ") == result.stdout.count("2 of 4 experts get no token") == 1
+
+
+def test_router_of_a_wrong_shape(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.gate.weight"
+    directory = ck.write_single(
+        tmp_path / "nvfp4", {name: zeros("BF16", EXPERTS, HIDDEN + 1)} | NVFP4.tensors, NVFP4.config
+    )
+    assert_refused(layertest(directory), directory, name, f"[{EXPERTS}, {HIDDEN}]", "found")
 
 
 def test_two_layers(tmp_path: Path) -> None:

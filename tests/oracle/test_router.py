@@ -3,12 +3,18 @@
 Weights are float64 expressions rounded to float32 on both sides; libm's exp and log may differ by an ulp of float64,
 which moves a float32 rounding in about one of 2^28 cases, by one ulp: 2^-23 relative is allowed, nothing else."""
 
+import json
+import os
+import subprocess
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 
 import router_oracle as oracle
-from tensor_file import DriverRefused, run_driver
+from tensor_file import DriverRefused, run_driver, write_tensors
 
 TOKENS, HIDDEN, EXPERTS = 37, 24, 32
 ULP = 2.0**-23
@@ -135,6 +141,53 @@ def test_no_tokens() -> None:
     tensors["x"] = tensors["x"][:0]
     assert run_driver("route", tensors, **ROUTERS["qwen3"])["topk_ids"].shape == (0, 8)
 
+
+# ---- the router of a checkpoint, as layertest applies it ----
+
+
+def command(*arguments: str | Path) -> None:
+    subprocess.run([os.environ["FOURFOLD_COMMAND"], *map(str, arguments)], check=True, capture_output=True)
+
+
+def gate_of(directory: Path) -> dict[str, np.ndarray]:
+    """The router's tensors of layer 0, by the last part of their name."""
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    found = {}
+    for name, shard in index.items():
+        if ".gate." in name:
+            with safetensors.safe_open(directory / shard, framework="numpy") as file:
+                found[name.rsplit(".", 1)[1]] = file.get_tensor(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("original", "options"),
+    [("mxfp4", {"score": "sqrt_softplus", "scaling_factor": 1.5}), ("bf16", {"score": "softmax"})],
+)
+def test_layertest_routes_as_the_checkpoint_does(tmp_path: Path, original: str, options: dict) -> None:
+    """x alone gives the figures of x with the oracle's ids and weights."""
+    command("synthesize", tmp_path / "p", "--shape", "16,128,64,4", "--original", original)
+    gate = gate_of(tmp_path / "p" / "nvfp4")
+    x = random_inputs(12)["x"][:, :1] * np.ones((1, 128), np.float32)
+    x = bf16(x + np.random.default_rng(13).standard_normal(x.shape))
+    logits = oracle.logits_of(x, gate["weight"], None)
+    ids, weights = oracle.route(logits, top_k=4, correction_bias=gate.get("bias"), **options)
+    write_tensors(tmp_path / "x.safetensors", {"x": x})
+    write_tensors(tmp_path / "all.safetensors", {"x": x, "topk_ids": ids, "topk_weights": weights})
+    reports = []
+    for name in ("x", "all"):
+        report = tmp_path / f"{name}.json"
+        command("layertest", "--nvfp4", tmp_path / "p" / "nvfp4", "--input", tmp_path / f"{name}.safetensors",
+                "--activation-scale", "dynamic-token", "--json", report)  # fmt: skip
+        reports.append(json.loads(report.read_text()))
+    assert "top-4" in reports[0]["facts"]["input"] and reports[0]["notes"] == reports[1]["notes"]
+    for stage, figures in reports[0]["comparisons"]["activations"].items():
+        # A weight may differ by one ulp of float32, which moves few roundings of y.
+        assert figures["rel_l2"] == pytest.approx(reports[1]["comparisons"]["activations"][stage]["rel_l2"], rel=1e-4)
+        assert figures["worst_token"] == reports[1]["comparisons"]["activations"][stage]["worst_token"]
+
+
+# ---- activation variants ----
 
 ACTIVATIONS = {
     "swiglu": {},

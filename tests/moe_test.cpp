@@ -53,6 +53,16 @@ struct TestLayer {
     route_at_random(inputs, kExperts, kTopK, 3);
   }
 
+  /// forward() on this layer's inputs.
+  ForwardArgs args(const OutputView& y, const AlignedWorkspace& workspace) const {
+    ForwardArgs args;
+    args.x = inputs.x_view();
+    args.routing = inputs.routing();
+    args.y = y;
+    args.workspace = workspace.span();
+    return args;
+  }
+
   std::unique_ptr<MoeLayer> make(const LayerOptions& options = {}) const {
     return reference_backend().make_layer(weights, config, options);
   }
@@ -214,11 +224,7 @@ TEST_P(LayerInEveryFormat, GivesTheSameBitsTappedOrNotAndOnADirtyWorkspace) {
   const AlignedWorkspace workspace(plan.workspace_bytes);
   std::fill(workspace.span().begin(), workspace.span().end(), std::byte{0xFF});  // NaN in every format
   std::vector<Bf16> y(static_cast<size_t>(kTokens * kHidden));
-  ForwardArgs args;
-  args.x = layer.inputs.x_view();
-  args.routing = layer.inputs.routing();
-  args.y = MatrixView<Bf16>(y.data(), kTokens, kHidden);
-  args.workspace = workspace.span();
+  ForwardArgs args = layer.args(MatrixView<Bf16>(y.data(), kTokens, kHidden), workspace);
   moe->forward(plan, args);
   EXPECT_EQ(y, tapped.y);
 }
@@ -312,11 +318,7 @@ TEST(Layer, GivesPartialSumsInFloat32) {
   std::vector<float> y(static_cast<size_t>(kTokens * kHidden));
   const LayerPlan plan = moe->plan(kTokens);
   const AlignedWorkspace workspace(plan.workspace_bytes);
-  ForwardArgs args;
-  args.x = layer.inputs.x_view();
-  args.routing = layer.inputs.routing();
-  args.y = MatrixView<float>(y.data(), kTokens, kHidden);
-  args.workspace = workspace.span();
+  ForwardArgs args = layer.args(MatrixView<float>(y.data(), kTokens, kHidden), workspace);
   moe->forward(plan, args);
   for (size_t i = 0; i < y.size(); ++i) EXPECT_EQ(encode_bf16(y[i]), rounded.y[i]);
 }
@@ -346,11 +348,7 @@ TEST(Layer, RefusesArgumentsThatDoNotFitThePlan) {
   const LayerPlan plan = moe->plan(kTokens);
   const AlignedWorkspace workspace(plan.workspace_bytes);
   std::vector<Bf16> y(static_cast<size_t>(kTokens * kHidden));
-  ForwardArgs good;
-  good.x = layer.inputs.x_view();
-  good.routing = layer.inputs.routing();
-  good.y = MatrixView<Bf16>(y.data(), kTokens, kHidden);
-  good.workspace = workspace.span();
+  ForwardArgs good = layer.args(MatrixView<Bf16>(y.data(), kTokens, kHidden), workspace);
   EXPECT_NO_THROW(moe->forward(plan, good));
 
   ForwardArgs bad = good;
@@ -371,11 +369,7 @@ TEST(Layer, RefusesTapsThatAreTooSmall) {
   const AlignedWorkspace workspace(plan.workspace_bytes);
   std::vector<Bf16> y(static_cast<size_t>(kTokens * kHidden));
   std::vector<int32_t> short_tap(3);
-  ForwardArgs args;
-  args.x = layer.inputs.x_view();
-  args.routing = layer.inputs.routing();
-  args.y = MatrixView<Bf16>(y.data(), kTokens, kHidden);
-  args.workspace = workspace.span();
+  ForwardArgs args = layer.args(MatrixView<Bf16>(y.data(), kTokens, kHidden), workspace);
   args.taps.row_of_slot = short_tap;
   EXPECT_NE(message_of([&] { moe->forward(plan, args); }).find("tap of row_of_slot"), std::string::npos);
   args.taps.row_of_slot = {};

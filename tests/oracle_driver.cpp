@@ -175,18 +175,18 @@ void quantize_fp8(Job& job) {
   reference::stage(ActivationFormat::kFp8, x, staged);
 }
 
+/// Row-major scales beside their codes.
+BlockScaledView block_scaled(QuantFormat format, const MatrixView<const uint8_t>& codes,
+                             const MatrixView<const uint8_t>& scales, float global = 1.0f) {
+  return {format,      codes.rows,  codes.cols * 2,         codes,
+          scales.data, scales.cols, ScaleLayout::kRowMajor, {global, GlobalScaleKind::kMultiplier}};
+}
+
 void cast(Job& job) {
   const auto codes = job.matrix<uint8_t>("codes"), scales = job.matrix<uint8_t>("scales");
   CastReport report;
-  const BlockScaledMatrix matrix = cast_mxfp4_to_nvfp4(BlockScaledView{QuantFormat::kMxfp4,
-                                                                       codes.rows,
-                                                                       codes.cols * 2,
-                                                                       codes,
-                                                                       scales.data,
-                                                                       scales.cols,
-                                                                       ScaleLayout::kRowMajor,
-                                                                       {}},
-                                                       &report);
+  const BlockScaledMatrix matrix =
+      cast_mxfp4_to_nvfp4(block_scaled(QuantFormat::kMxfp4, codes, scales), &report);
   save_matrix(job, matrix);
   job.result<float>("global", DType::kF32, {1})[0] = matrix.global.value;
   job.result<int64_t>("recoded", DType::kI64, {1})[0] = report.recoded;
@@ -379,14 +379,7 @@ ExpertWeights experts_of(Job& job) {
       const auto codes = job.matrix<uint8_t>(prefix + "codes"),
                  scales = job.matrix<uint8_t>(prefix + "scales");
       if (job.has(prefix + "input_scale")) input_scale = job.values<float>(prefix + "input_scale")[0];
-      return BlockScaledView{QuantFormat::kNvfp4,
-                             codes.rows,
-                             codes.cols * 2,
-                             codes,
-                             scales.data,
-                             scales.cols,
-                             ScaleLayout::kRowMajor,
-                             {job.values<float>(prefix + "global")[0], GlobalScaleKind::kMultiplier}};
+      return block_scaled(QuantFormat::kNvfp4, codes, scales, job.values<float>(prefix + "global")[0]);
     };
     expert.gate = read("gate", expert.gate_input_scale);
     expert.up = read("up", expert.up_input_scale);

@@ -48,7 +48,7 @@ struct ActivationView {
   const uint8_t* scales = nullptr;           ///< nvfp4: row-major [rows, cols/16], or swizzled
   MatrixView<const uint8_t> residual_codes;  ///< nvfp4x2: second term
   const uint8_t* residual_scales = nullptr;
-  int64_t scale_stride = 0;  ///< bytes between rows of row-major scales; 0: cols/16
+  int64_t scale_stride = 0;  ///< bytes between rows of row-major scales, of both terms; 0: cols/16
   /// Swizzled scales are padded group by group (fourfold/scale_layout.h).
   ScaleLayout scale_layout = ScaleLayout::kRowMajor;
   std::span<const float> row_scales;    ///< [rows]: the global scale of every row; or

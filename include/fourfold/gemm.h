@@ -20,9 +20,6 @@ enum class Accumulation : uint8_t { kFloat32, kFloat64 };
 /// bf16 or float32, row-major.
 using OutputView = std::variant<MatrixView<Bf16>, MatrixView<float>>;
 
-/// Pointers lie where the backend computes: in host memory for CPUs, in device memory for GPUs, where
-/// `stream` is a cudaStream_t and the call only enqueues. Shapes are read on the host.
-
 /// d[m,n] = alpha(m) * sum_k a[m,k] * b[n,k], alpha(m) = (global scale of a's row m) x (global scale of b).
 /// Shapes: a [M,K], b [N,K], d [M,N].
 struct GemmArgs {
@@ -55,8 +52,9 @@ std::vector<WeightView> stacked_nvfp4_weights(const uint8_t* codes, const uint8_
 /// expect.
 void validate(const ActivationView& a, size_t groups);
 
-/// Throws Error when shapes, strides, formats or group offsets do not fit each other; backends call it first.
+/// Throws Error when shapes, strides and formats do not fit each other; backends call it first.
 void validate(const GemmArgs& args);
+/// The same, and group offsets: it reads them, so it is for backends that compute on the host.
 void validate(const GroupedGemmArgs& args);
 
 }  // namespace fourfold

@@ -1,6 +1,6 @@
 // One MoE layer on one backend: the interface that every backend implements and every engine calls.
 //
-//   auto choice = choose_backend("", weights, config);
+//   auto choice = choose_backend("", weights, config, options);
 //   auto layer = choice.backend->make_layer(weights, config, options);
 //   auto plan = layer->plan(max_tokens);
 //   layer->forward(plan, {.x = x, .routing = routing, .y = y, .workspace = workspace});
@@ -25,10 +25,9 @@ namespace fourfold {
 
 /// The function between the two GEMMs, on g = gate and u = up; docs/formats.md, section 4.
 enum class ActivationKind : uint8_t {
-  /// g' * sigmoid(alpha g') * (u' + beta), g' = min(g, limit), u' = clamp(u, -limit, limit). Mixtral, Qwen
-  /// and DeepSeek
-  /// with alpha 1 and beta 0 (silu(g) * u; DeepSeek-V4 with limit 10), gpt-oss with alpha 1.702, beta 1 and
-  /// limit 7.
+  /// g' * sigmoid(alpha g') * (u' + beta), g' = min(g, limit), u' = clamp(u, -limit, limit). alpha 1 and beta
+  /// 0
+  /// are silu(g) * u: Mixtral, Qwen, DeepSeek (V4 with limit 10). gpt-oss has 1.702, 1 and limit 7.
   kSwiglu,
   kSwigluStep,   ///< min(silu(g), limit) * clamp(u, -limit, limit)
   kGeglu,        ///< gelu(g) * u, gelu(x) = x/2 (1 + erf(x / sqrt 2))

@@ -82,9 +82,10 @@ struct CastReport {
   CastReport& operator+=(const CastReport& other);
 };
 
-/// Exponent k (scale = 2^k) of the largest block scale among blocks that hold a nonzero code; nullopt-like
-/// `kNoExponent` where there is none. Throws Error at a scale of 0xFF, naming the row and block.
+/// For a tensor of zeros, which has no largest exponent.
 inline constexpr int kNoExponent = -1000;
+/// Exponent k (scale = 2^k) of the largest block scale among blocks that hold a nonzero code; kNoExponent
+/// where there is none. Throws Error at a scale of 0xFF, naming row and block.
 int largest_mxfp4_exponent(const BlockScaledView& mxfp4);
 
 /// The lossless cast. Global scale 2^(kmax - 8); both halves of a 32-block get 2^(k - kmax + 8); codes

@@ -242,12 +242,22 @@ class Run {
       why_no_router_ = why_not;
       return false;
     }
-    const RoutingDecision decision = route(router->config, router->weights, inputs_.x_view());
+    const RoutingDecision decision = apply(*router);
     inputs_.top_k = decision.top_k;
     inputs_.topk_ids = decision.topk_ids;
     inputs_.topk_weights = decision.topk_weights;
     inputs_.routing_origin = router->description;
     return true;
+  }
+
+  /// Errors name the checkpoint: it is its config that does not fit its tensors.
+  RoutingDecision apply(const CheckpointRouter& router) const {
+    try {
+      return route(router.config, router.weights, inputs_.x_view());
+    } catch (const Error& error) {
+      fail(ErrorCode::kBadFile, "{}: {}; give topk_ids and topk_weights in --input",
+           checkpoint_->config().file, error.what());
+    }
   }
 
   void route_uniformly() {

@@ -174,6 +174,15 @@ def test_router_of_a_wrong_shape(tmp_path: Path) -> None:
     assert_refused(layertest(directory), directory, name, f"[{EXPERTS}, {HIDDEN}]", "found")
 
 
+@pytest.mark.parametrize("top_k", [0, EXPERTS + 1, None])
+def test_router_with_a_top_k_that_does_not_fit(tmp_path: Path, top_k: int | None) -> None:
+    """The config's, so its file is named, and the way around it."""
+    tensors = {"model.layers.0.mlp.gate.weight": zeros("BF16", EXPERTS, HIDDEN)} | NVFP4.tensors
+    config = NVFP4.config | {"num_experts_per_tok": top_k}
+    directory = ck.write_single(tmp_path / "nvfp4", tensors, config)
+    assert_refused(layertest(directory), directory / "config.json", "top-k", f"1 to {EXPERTS}", "--input")
+
+
 def test_two_layers(tmp_path: Path) -> None:
     """--layer picks: layer 0 equals its original, layer 2 does not."""
     nvfp4 = NVFP4.tensors | ck.nvfp4_tensors(ck.nvfp4_experts(seed=8), QWEN, layer=2)

@@ -26,6 +26,7 @@ PUBLIC_HEADERS = {
     "error.h": "base",
     "number_formats.h": "numeric",
     "tensor.h": "numeric",
+    "memory.h": "numeric",
     "block_scaled.h": "numeric",
     "scale_layout.h": "numeric",
     "quantize.h": "numeric",

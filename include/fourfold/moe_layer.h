@@ -19,6 +19,7 @@
 #include "fourfold/activations.h"
 #include "fourfold/expert_weights.h"
 #include "fourfold/gemm.h"
+#include "fourfold/memory.h"
 #include "fourfold/routing.h"
 
 namespace fourfold {
@@ -163,6 +164,8 @@ class Backend {
                                       const LayerOptions& options) const = 0;
   virtual std::unique_ptr<MoeLayer> make_layer(const ExpertWeights& weights, const LayerConfig& config,
                                                const LayerOptions& options) const = 0;
+  /// Where it computes: pointers in the arguments of its layers and GEMMs lie there.
+  virtual const Memory& memory() const { return host_memory(); }
   /// Workspace that gemm and grouped_gemm need for these shapes.
   virtual size_t gemm_workspace_bytes(const GroupedGemmArgs& /*args*/) const { return 0; }
   virtual void gemm(const GemmArgs& args) const = 0;

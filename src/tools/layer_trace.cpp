@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "tools/mirror.h"
+
 namespace fourfold {
 
 StagedBuffers::StagedBuffers(ActivationFormat format, int64_t rows, int64_t cols) {
@@ -22,11 +24,6 @@ StagedBuffers::StagedBuffers(ActivationFormat format, int64_t rows, int64_t cols
     views.residual_codes = bytes(residual_codes, cols / 2);
     views.residual_scales = bytes(residual_scales, cols / 16);
   }
-}
-
-AlignedWorkspace::AlignedWorkspace(size_t bytes) : buffer_(bytes + kWorkspaceAlignment) {
-  const size_t beyond = reinterpret_cast<uintptr_t>(buffer_.data()) % kWorkspaceAlignment;
-  span_ = {buffer_.data() + (kWorkspaceAlignment - beyond) % kWorkspaceAlignment, bytes};
 }
 
 namespace {
@@ -54,7 +51,7 @@ void StagedBuffers::trim(int64_t rows) {
   views.row_scales = row_scales;
 }
 
-LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs) {
+LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs, const Memory& memory) {
   const LayerConfig& config = layer.config();
   const ActivationFormat format = layer.options().activations;
   const int64_t slots = inputs.tokens * inputs.top_k;
@@ -71,22 +68,28 @@ LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs) {
   permutation.row_of_slot.resize(static_cast<size_t>(slots));
 
   const LayerPlan plan = layer.plan(inputs.tokens);
-  const AlignedWorkspace workspace(plan.workspace_bytes);
+  const AlignedWorkspace workspace(plan.workspace_bytes, memory);
+  Mirror mirror(memory);
+  const StagedActivations staged_x = mirror.bring(trace.staged_x.views);
+  const StagedActivations staged_intermediate = mirror.bring(trace.staged_intermediate.views);
+  const Routing routing = inputs.routing();
   ForwardArgs args;
-  args.x = inputs.x_view();
-  args.routing = inputs.routing();
-  args.y = poisoned_tap(trace.y, inputs.tokens, config.hidden);
+  args.x = mirror.bring(inputs.x_view());
+  std::visit([&](const auto& ids) { args.routing.topk_ids = mirror.bring(ids); }, routing.topk_ids);
+  args.routing.topk_weights = mirror.bring(routing.topk_weights);
+  args.y = mirror.bring(poisoned_tap(trace.y, inputs.tokens, config.hidden));
   args.workspace = workspace.span();
-  args.status = &permutation.status;
-  args.taps.group_offsets = permutation.group_offsets;
-  args.taps.slot_of_row = permutation.slot_of_row;
-  args.taps.row_of_slot = permutation.row_of_slot;
-  args.taps.staged_x = &trace.staged_x.views;
-  args.taps.h = poisoned_tap(trace.h, slots, config.h_columns());
-  args.taps.activation = poisoned_tap(trace.activation, slots, config.intermediate);
-  args.taps.staged_intermediate = &trace.staged_intermediate.views;
-  args.taps.z = poisoned_tap(trace.z, slots, config.hidden);
+  args.status = mirror.bring(&permutation.status, 1);
+  args.taps.group_offsets = mirror.bring(std::span(permutation.group_offsets));
+  args.taps.slot_of_row = mirror.bring(std::span(permutation.slot_of_row));
+  args.taps.row_of_slot = mirror.bring(std::span(permutation.row_of_slot));
+  args.taps.staged_x = &staged_x;
+  args.taps.h = mirror.bring(poisoned_tap(trace.h, slots, config.h_columns()));
+  args.taps.activation = mirror.bring(poisoned_tap(trace.activation, slots, config.intermediate));
+  args.taps.staged_intermediate = &staged_intermediate;
+  args.taps.z = mirror.bring(poisoned_tap(trace.z, slots, config.hidden));
   layer.forward(plan, args);
+  mirror.fetch();
 
   // The rows that there are, by the layer's own word.
   trace.rows = std::clamp<int64_t>(permutation.group_offsets.back(), 0, slots);

@@ -39,18 +39,19 @@ struct LayerTrace {
   MatrixView<const Bf16> y_view() const { return {y.data(), tokens, hidden}; }
 };
 
-/// Runs `layer` on `inputs`.
-LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs);
+/// Runs `layer`, which computes in `memory`, on `inputs`.
+LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs, const Memory& memory = host_memory());
 
-/// A workspace for `plan`, aligned as layers want it.
+/// A workspace for a plan, aligned as layers want it.
 class AlignedWorkspace {
  public:
-  explicit AlignedWorkspace(size_t bytes);
-  std::span<std::byte> span() const { return span_; }
+  explicit AlignedWorkspace(size_t bytes, const Memory& memory = host_memory())
+      : buffer_(memory.allocate(bytes)) {}
+  std::span<std::byte> span() const { return {buffer_.data(), buffer_.bytes()}; }
 
  private:
+  static_assert(kMemoryAlignment % kWorkspaceAlignment == 0);
   Buffer buffer_;
-  std::span<std::byte> span_;
 };
 
 }  // namespace fourfold

@@ -96,6 +96,9 @@ struct LayerPlan {
   std::string kernel;                   ///< which kernel will run, for reports
   std::string reason;                   ///< why that one
   std::shared_ptr<const void> details;  ///< the backend's own
+  /// On CPUs: which arithmetic its multiplications use, by the name of the peak that `fourfold bench` measures
+  /// (src/tools/cpu_ceilings.h), e.g. "int8-vnni-avx512".
+  std::string arithmetic = {};
 };
 
 /// Optional outputs, one a stage; empty ones are not written. Rows are in permuted order.
@@ -112,6 +115,15 @@ struct StageTaps {
   MatrixView<Bf16> z;  ///< [T*K, H], before routing weights
 };
 
+/// Told when a call has enqueued (on a CPU: computed) a stage: how `fourfold bench --stages` times them.
+class StageObserver {
+ public:
+  virtual ~StageObserver() = default;
+  /// `stage` names what came since the call before, e.g. "gemm1", or "gemm1+activate" where they are one
+  /// kernel. `stream` is that of the arguments.
+  virtual void after(std::string_view stage, void* stream) = 0;
+};
+
 struct ForwardArgs {
   MatrixView<const Bf16> x;  ///< [T, H]
   Routing routing;
@@ -120,6 +132,7 @@ struct ForwardArgs {
   void* stream = nullptr;     ///< cudaStream_t where the backend has streams
   int32_t* status = nullptr;  ///< StatusBits, in the backend's memory; may be null
   StageTaps taps = {};
+  StageObserver* observer = nullptr;  ///< may be null
 };
 
 /// The expert half alone, for callers that permute and combine themselves (expert parallelism).

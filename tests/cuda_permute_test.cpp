@@ -94,6 +94,37 @@ TEST(Permute, EqualsTheReferenceInEveryCase) {
   }
 }
 
+TEST(Permute, ScratchForManySlotsIsEnoughForFewer) {
+  for (const int64_t experts : {1, 200, 1024, 5000}) {
+    size_t largest = 0;
+    for (int64_t slots = 0; slots < 5000; ++slots) {
+      const size_t bytes = cuda::permute_scratch_bytes(slots, experts);
+      ASSERT_GE(bytes, largest) << slots << " slots, " << experts << " experts";
+      largest = bytes;
+    }
+  }
+}
+
+TEST(GroupOffsets, OfAPartOfTheRowsCountThatPartAlone) {
+  const std::vector<int32_t> offsets = {0, 3, 3, 10, 17, 20};
+  const DeviceArray<int32_t> whole(offsets), part(offsets.size());
+  cuda::slice_group_offsets(whole.span(), 8, 10, part.span(), nullptr);
+  EXPECT_EQ(part.get(), (std::vector<int32_t>{0, 0, 0, 2, 9, 10}));
+}
+
+TEST(Words, TravelWithTheLaunch) {
+  std::vector<int32_t> words(1500);
+  for (size_t i = 0; i < words.size(); ++i) words[i] = static_cast<int32_t>(i * 77);
+  const std::vector<int32_t> expected = words;
+  const DeviceArray<int32_t> to(words.size());
+  CapturedGraph graph([&](void* stream) {
+    cuda::write_words_async(to.data(), words.data(), static_cast<int64_t>(words.size()), stream);
+  });
+  words.assign(words.size(), -1);
+  graph.replay();
+  EXPECT_EQ(to.get(), expected);
+}
+
 TEST(Permute, RefusesMoreExpertsThanItCanCount) {
   Routing routing;
   std::vector<int32_t> offsets(cuda::kMostExperts + 2);

@@ -326,9 +326,16 @@ class BroughtActivations {
 
     const DeviceArray<Bf16> first(kRows * kCols), second(kRows * kCols);
     const DeviceArray<float> found_scales(kRows);
-    cuda::decode_staged(
-        a, case_.grouped ? std::span<const int32_t>(offsets.span()) : std::span<const int32_t>(),
-        {first.matrix(kRows, kCols), second.matrix(kRows, kCols), found_scales.data()}, nullptr);
+    const std::span<const int32_t> groups =
+        case_.grouped ? std::span<const int32_t>(offsets.span()) : std::span<const int32_t>();
+    constexpr int64_t kCut = 77;  // in two parts
+    for (const auto& [first_row, rows] : {std::pair<int64_t, int64_t>(0, kCut), {kCut, kRows - kCut}}) {
+      cuda::decode_staged(
+          a, groups, first_row, rows,
+          {first.matrix(kRows, kCols).rows_from(first_row, rows),
+           second.matrix(kRows, kCols).rows_from(first_row, rows), found_scales.data() + first_row},
+          nullptr);
+    }
     expect_written("decoded", decode(format, staged_, false, kRows, kCols), kRows * kCols, first.get());
     const bool two = format == ActivationFormat::kNvfp4x2;
     expect_written("second term", two ? decode(format, staged_, true, kRows, kCols) : std::vector<Bf16>(),

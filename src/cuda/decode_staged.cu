@@ -20,7 +20,7 @@ struct Term {
 
 struct Params {
   ActivationFormat format;
-  int32_t rows, blocks;
+  int32_t first_row, rows, blocks;  // rows come from first_row on and go to row 0 on
   Rows<const Bf16> values;
   Term terms[2];
   int32_t term_count;
@@ -74,7 +74,7 @@ __device__ void decode_nvfp4(const Params& p, const Term& term, const Place& pla
     x[2 * i] = __fmul_rn(decode_e2m1(pair), scale);
     x[2 * i + 1] = __fmul_rn(decode_e2m1(static_cast<uint8_t>(pair >> 4)), scale);
   }
-  store_exact_block(x, term.to.row(row) + int64_t{block} * kNvfp4Block, term.to.aligned);
+  store_exact_block(x, term.to.row(row - p.first_row) + int64_t{block} * kNvfp4Block, term.to.aligned);
 }
 
 __device__ void decode_other(const Params& p, int32_t row, int32_t block) {
@@ -86,16 +86,17 @@ __device__ void decode_other(const Params& p, int32_t row, int32_t block) {
 #pragma unroll
     for (int i = 0; i < kNvfp4Block; ++i) x[i] = decode_e4m3(p.terms[0].codes.row(row)[first + i]);
   }
-  store_exact_block(x, p.terms[0].to.row(row) + first, p.terms[0].to.aligned);
+  store_exact_block(x, p.terms[0].to.row(row - p.first_row) + first, p.terms[0].to.aligned);
 }
 
 __global__ void __launch_bounds__(kMostRowThreads) decode_rows(const __grid_constant__ Params p) {
-  for (auto row = static_cast<int32_t>(blockIdx.x); row < p.rows; row += static_cast<int32_t>(gridDim.x)) {
+  for (auto i = static_cast<int32_t>(blockIdx.x); i < p.rows; i += static_cast<int32_t>(gridDim.x)) {
+    const int32_t row = p.first_row + i;
     const Place place = place_of(p, row);
     if (threadIdx.x == 0 && p.out_row_scales != nullptr) {
-      p.out_row_scales[row] = p.row_scales != nullptr     ? p.row_scales[row]
-                              : p.group_scales != nullptr ? p.group_scales[place.group]
-                                                          : 1.0f;
+      p.out_row_scales[i] = p.row_scales != nullptr     ? p.row_scales[row]
+                            : p.group_scales != nullptr ? p.group_scales[place.group]
+                                                        : 1.0f;
     }
     for (auto block = static_cast<int32_t>(threadIdx.x); block < p.blocks;
          block += static_cast<int32_t>(blockDim.x)) {
@@ -110,9 +111,9 @@ __global__ void __launch_bounds__(kMostRowThreads) decode_rows(const __grid_cons
 
 }  // namespace
 
-void decode_staged(const ActivationView& a, std::span<const int32_t> group_offsets,
-                   const DecodedRows& decoded, void* stream) {
-  if (a.rows == 0 || a.cols == 0) return;
+void decode_staged(const ActivationView& a, std::span<const int32_t> group_offsets, int64_t first_row,
+                   int64_t rows, const DecodedRows& decoded, void* stream) {
+  if (rows == 0 || a.cols == 0) return;
   if (a.cols % kNvfp4Block != 0 || a.rows > kMostRows) {
     throw Error(ErrorCode::kInvalidArgument,
                 "staged activations: expected at most 2^30 rows and a multiple of 16 columns, found [" +
@@ -121,7 +122,8 @@ void decode_staged(const ActivationView& a, std::span<const int32_t> group_offse
   Params p{};
   p.format = a.format;
   p.nvfp4 = is_nvfp4(a.format);
-  p.rows = static_cast<int32_t>(a.rows);
+  p.first_row = static_cast<int32_t>(first_row);
+  p.rows = static_cast<int32_t>(rows);
   p.blocks = static_cast<int32_t>(a.cols / kNvfp4Block);
   p.values = Rows<const Bf16>(a.values);
   p.terms[0] = {Rows<const uint8_t>(a.codes), a.scales, Rows<Bf16>(decoded.first)};
@@ -134,7 +136,7 @@ void decode_staged(const ActivationView& a, std::span<const int32_t> group_offse
   p.row_scales = a.row_scales.data();
   p.group_scales = a.group_scales.data();
   p.out_row_scales = decoded.row_scales;
-  decode_rows<<<row_blocks(a.rows, a.cols), row_threads(a.cols), 0, static_cast<cudaStream_t>(stream)>>>(p);
+  decode_rows<<<row_blocks(rows, a.cols), row_threads(a.cols), 0, static_cast<cudaStream_t>(stream)>>>(p);
   check_launch("decode_rows");
 }
 

@@ -1,8 +1,9 @@
 // Devices, their memory, and copies.
 #include "cuda/device.h"
 
+#include <algorithm>
 #include <array>
-#include <memory>
+#include <cstring>
 #include <utility>
 
 #include "cuda/check.cuh"
@@ -55,6 +56,17 @@ int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
   return value;
+}
+
+constexpr int kWordsAtOnce = 512;  // 2 of the 4 KiB that kernel arguments may have
+
+struct Words {
+  uint32_t words[kWordsAtOnce];
+};
+
+__global__ void write_words(uint32_t* to, const __grid_constant__ Words values, int count) {
+  const auto i = static_cast<int>(threadIdx.x);
+  if (i < count) to[i] = values.words[i];
 }
 
 cudaStream_t as_stream(void* stream) {
@@ -127,6 +139,17 @@ void copy_rows_async(void* to, int64_t to_stride, const void* from, int64_t from
 void fill_async(void* to, uint8_t byte, size_t bytes, void* stream) {
   if (bytes == 0) return;
   check(cudaMemsetAsync(to, byte, bytes, as_stream(stream)), "cudaMemsetAsync");
+}
+
+void write_words_async(void* to, const void* words, int64_t count, void* stream) {
+  for (int64_t first = 0; first < count; first += kWordsAtOnce) {
+    const int64_t part = std::min<int64_t>(count - first, kWordsAtOnce);
+    Words values;
+    std::memcpy(values.words, static_cast<const uint32_t*>(words) + first, static_cast<size_t>(part) * 4);
+    write_words<<<1, kWordsAtOnce, 0, as_stream(stream)>>>(static_cast<uint32_t*>(to) + first, values,
+                                                           static_cast<int>(part));
+    check_launch("write_words");
+  }
 }
 
 void synchronize(void* stream) {

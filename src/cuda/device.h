@@ -55,6 +55,8 @@ void copy_async(void* to, const void* from, size_t bytes, void* stream);
 void copy_rows_async(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes,
                      int64_t rows, void* stream);
 void fill_async(void* to, uint8_t byte, size_t bytes, void* stream);
+/// 4-byte words that travel as kernel arguments, so that a captured graph holds their values.
+void write_words_async(void* to, const void* words, int64_t count, void* stream);
 void synchronize(void* stream);
 
 }  // namespace fourfold::cuda

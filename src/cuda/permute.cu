@@ -20,7 +20,7 @@ namespace {
 constexpr int kSlotsAtOnce = 32;   // a warp's lanes
 constexpr int kMostChunks = 1024;  // of the path for many slots; bounds the table
 constexpr int kWarpsPerBlock = 4;  // of its kernels
-constexpr int kFewSlots = 4096;    // one block is faster up to about here
+constexpr int kFewSlots = 1024;    // one block is faster up to about here
 constexpr int kFewThreads = 512;
 constexpr size_t kSharedBytes = 47 * 1024;  // without asking for more; the scan has some of its own
 
@@ -195,21 +195,26 @@ size_t few_shared_bytes(int64_t chunks, int64_t experts) {
   return static_cast<size_t>((chunks + 1) * experts + 1) * sizeof(int32_t);
 }
 
-/// Whether one block does it, and how its warps share the slots.
-bool fits_one_block(int64_t slots, int64_t experts, Chunks& chunks) {
-  chunks = cut(slots, kFewThreads / 32);
-  return slots <= kFewSlots && few_shared_bytes(chunks.count, experts) <= kSharedBytes;
+/// Chunks of `slots` or fewer.
+int64_t most_chunks_of(int64_t slots, int64_t most_chunks) {
+  return std::min(most_chunks, (slots + kSlotsAtOnce - 1) / kSlotsAtOnce);
+}
+
+/// Whether one block does it. What fits still does with fewer slots.
+bool fits_one_block(int64_t slots, int64_t experts) {
+  const int64_t chunks = most_chunks_of(slots, kFewThreads / 32);
+  return slots <= kFewSlots && few_shared_bytes(chunks, experts) <= kSharedBytes;
 }
 
 template <class Id>
 void launch(const Ids<Id>& ids, const Outputs& out, std::span<std::byte> scratch, cudaStream_t stream) {
-  Chunks chunks;
-  if (fits_one_block(ids.slots, ids.experts, chunks)) {
+  if (fits_one_block(ids.slots, ids.experts)) {
+    const Chunks chunks = cut(ids.slots, kFewThreads / 32);
     permute_few<<<1, kFewThreads, few_shared_bytes(chunks.count, ids.experts), stream>>>(
         ids, chunks.slots_each, chunks.count, out);
     return check_launch("permute_few");
   }
-  chunks = cut(ids.slots, kMostChunks);
+  const Chunks chunks = cut(ids.slots, kMostChunks);
   auto* counts = reinterpret_cast<int32_t*>(scratch.data());
   int32_t* totals = counts + int64_t{chunks.count} * ids.experts;
   const auto blocks = static_cast<unsigned>((chunks.count + kWarpsPerBlock - 1) / kWarpsPerBlock);
@@ -230,12 +235,17 @@ void launch(const Ids<Id>& ids, const Outputs& out, std::span<std::byte> scratch
               what + ": expected " + expected + ", found " + std::to_string(found));
 }
 
+__global__ void slice_offsets(const int32_t* offsets, int32_t count, int32_t first, int32_t rows,
+                              int32_t* out) {
+  const auto i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < count) out[i] = min(max(offsets[i] - first, 0), rows);
+}
+
 }  // namespace
 
 size_t permute_scratch_bytes(int64_t slots, int64_t experts) {
-  Chunks chunks;
-  if (fits_one_block(slots, experts, chunks)) return 0;
-  return static_cast<size_t>((cut(slots, kMostChunks).count + 1) * experts) * sizeof(int32_t);
+  if (fits_one_block(slots, experts)) return 0;
+  return static_cast<size_t>((most_chunks_of(slots, kMostChunks) + 1) * experts) * sizeof(int32_t);
 }
 
 void permute(const PermuteArgs& args, void* stream) {
@@ -259,6 +269,16 @@ void permute(const PermuteArgs& args, void* stream) {
         launch(typed, out, args.scratch, static_cast<cudaStream_t>(stream));
       },
       args.routing.topk_ids);
+}
+
+void slice_group_offsets(std::span<const int32_t> group_offsets, int64_t first, int64_t rows,
+                         std::span<int32_t> out, void* stream) {
+  constexpr unsigned kThreads = 256;
+  const auto count = static_cast<unsigned>(group_offsets.size());
+  slice_offsets<<<(count + kThreads - 1) / kThreads, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      group_offsets.data(), static_cast<int32_t>(count), static_cast<int32_t>(first),
+      static_cast<int32_t>(rows), out.data());
+  check_launch("slice_offsets");
 }
 
 }  // namespace fourfold::cuda

@@ -19,7 +19,7 @@ struct PermuteArgs {
   std::span<std::byte> scratch = {};  ///< permute_scratch_bytes()
 };
 
-/// Scratch for up to `slots` slots.
+/// Scratch for `slots` slots or fewer.
 size_t permute_scratch_bytes(int64_t slots, int64_t experts);
 
 inline constexpr int64_t kMostExperts = 8192;
@@ -28,5 +28,9 @@ inline constexpr int64_t kMostSlots = int64_t{1} << 30;
 /// Enqueues the permutation: one kernel for few slots, three for many. Throws Error for more than
 /// kMostExperts experts or kMostSlots slots.
 void permute(const PermuteArgs& args, void* stream);
+
+/// Group offsets [E+1] of rows [first, first + rows) alone -> `out` [E+1].
+void slice_group_offsets(std::span<const int32_t> group_offsets, int64_t first, int64_t rows,
+                         std::span<int32_t> out, void* stream);
 
 }  // namespace fourfold::cuda

@@ -49,9 +49,10 @@ void stage(const StageArgs& args, void* stream);
 void find_amax(const RowSource& source, std::span<const int32_t> group_offsets, int64_t max_rows, float* amax,
                void* stream);
 
-/// Staged activations that a caller brings -> decoded rows and a global scale for each row (1 where `a` has
-/// none). `group_offsets` may be empty: all rows are one group. Layouts as ActivationView describes them.
-void decode_staged(const ActivationView& a, std::span<const int32_t> group_offsets,
-                   const DecodedRows& decoded, void* stream);
+/// Rows [first_row, first_row + rows) of staged activations that a caller brings -> as many decoded rows and
+/// a global scale for each (1 where `a` has none). `group_offsets` are those of all of `a`, and may be empty:
+/// all rows are one group. Layouts as ActivationView describes them.
+void decode_staged(const ActivationView& a, std::span<const int32_t> group_offsets, int64_t first_row,
+                   int64_t rows, const DecodedRows& decoded, void* stream);
 
 }  // namespace fourfold::cuda

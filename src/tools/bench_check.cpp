@@ -32,7 +32,6 @@ constexpr double kWorstTokenLimit = 0x1p-5;
 
 constexpr int64_t kLeastRows = 256;
 constexpr int64_t kTokens = 64;
-constexpr int64_t kEndToEndTokens = 16;
 
 /// Rows of a matrix in some memory, brought to the host: [rows, cols]. Runs of rows travel together.
 template <class T>
@@ -52,24 +51,24 @@ std::vector<T> download_rows(const Memory& memory, const MatrixView<T>& matrix,
 
 /// Staged activations with room for all rows, in a testbed's memory.
 struct DeviceStaged {
-  DeviceArray<Bf16> values;
-  DeviceArray<uint8_t> codes, scales, residual_codes, residual_scales;
-  DeviceArray<float> row_scales;
+  TestbedArray<Bf16> values;
+  TestbedArray<uint8_t> codes, scales, residual_codes, residual_scales;
+  TestbedArray<float> row_scales;
   StagedActivations views;
 
   DeviceStaged(const Memory& memory, ActivationFormat format, int64_t rows, int64_t cols) {
-    const auto bytes = [&](DeviceArray<uint8_t>& array, int64_t width) {
-      array = DeviceArray<uint8_t>(memory, rows * width);
+    const auto bytes = [&](TestbedArray<uint8_t>& array, int64_t width) {
+      array = TestbedArray<uint8_t>(memory, rows * width);
       array.poison();
       return array.matrix(rows, width);
     };
     if (format == ActivationFormat::kBf16) {
-      values = DeviceArray<Bf16>(memory, rows * cols);
+      values = TestbedArray<Bf16>(memory, rows * cols);
       values.poison();
       views.values = values.matrix(rows, cols);
       return;
     }
-    row_scales = DeviceArray<float>(memory, rows);
+    row_scales = TestbedArray<float>(memory, rows);
     row_scales.poison();
     views.row_scales = row_scales.span();
     views.codes = bytes(codes, format == ActivationFormat::kFp8 ? cols : cols / 2);
@@ -186,7 +185,8 @@ class LayerCheck {
         permutation_(permute_by_expert(subject.routing, config_.experts)),
         y_(std::get<MatrixView<Bf16>>(subject.args.y)) {
     report_.depth = depth;
-    tokens_ = sample_tokens(subject.x.rows, depth == CheckDepth::kEndToEnd ? kEndToEndTokens : kTokens);
+    tokens_ = sample_tokens(
+        subject.x.rows, depth == CheckDepth::kEndToEnd ? subject.testbed->most_checked_tokens() : kTokens);
     report_.tokens = static_cast<int64_t>(tokens_.size());
   }
 
@@ -215,11 +215,11 @@ class LayerCheck {
   void compare_stages(const std::vector<Bf16>& y_untapped) {
     const int64_t slots = subject_.routing.tokens() * config_.top_k;
     const ActivationFormat format = options_.activations;
-    const DeviceArray<int32_t> offsets(memory_, config_.experts + 1), slot_of_row(memory_, slots),
+    const TestbedArray<int32_t> offsets(memory_, config_.experts + 1), slot_of_row(memory_, slots),
         row_of_slot(memory_, slots);
     const DeviceStaged staged_x(memory_, format, slots, config_.hidden),
         staged_intermediate(memory_, format, slots, config_.intermediate);
-    const DeviceArray<Bf16> h(memory_, slots * config_.h_columns()),
+    const TestbedArray<Bf16> h(memory_, slots * config_.h_columns()),
         activation(memory_, slots * config_.intermediate), z(memory_, slots * config_.hidden);
     for (const auto* array : {&offsets, &slot_of_row, &row_of_slot}) array->poison();
     for (const auto* array : {&h, &activation, &z}) array->poison();

@@ -27,6 +27,7 @@ struct StageCheck {
 
 struct CheckReport {
   CheckDepth depth = CheckDepth::kStageByStage;
+  std::string why_end_to_end;  ///< why it is not stage by stage
   int64_t rows = 0;           ///< sampled rows, of the permuted order
   int64_t whole_experts = 0;  ///< experts all of whose rows are among them
   int64_t tokens = 0;         ///< sampled tokens of y

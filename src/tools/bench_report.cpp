@@ -53,6 +53,7 @@ Json check_json(const CheckReport& check) {
                       {"worst_row_limit", stage.worst_row_limit}});
   }
   return {{"depth", check.depth == CheckDepth::kStageByStage ? "stages" : "end to end"},
+          {"why_end_to_end", check.why_end_to_end},
           {"rows", check.rows},
           {"whole_experts", check.whole_experts},
           {"tokens", check.tokens},
@@ -151,18 +152,20 @@ std::string stage_lines(const BenchResult& result) {
 }  // namespace
 
 std::string format_machine(const MachineReport& machine) {
-  const auto rate = [](const Ceiling& ceiling, double unit, std::string_view name) {
-    return ceiling.per_second ? fmt::format("{} {:.4g} {}", ceiling.name, *ceiling.per_second / unit, name)
-                              : fmt::format("{} not measured: {}", ceiling.name, ceiling.note);
+  const auto rate = [](const Ceiling& ceiling, std::string_view unit) {
+    if (!ceiling.per_second) return fmt::format("{} not measured: {}", ceiling.name, ceiling.note);
+    const double giga = 1e-9 * *ceiling.per_second;
+    return giga < 1000.0 ? fmt::format("{} {:.4g} G{}", ceiling.name, giga, unit)
+                         : fmt::format("{} {:.4g} T{}", ceiling.name, 1e-3 * giga, unit);
   };
   std::string text = fmt::format(
       "machine      {}{}; last-level cache {:.0f} MB\n", machine.machine,
       machine.threads > 0 ? fmt::format(", {} thread{}", machine.threads, machine.threads == 1 ? "" : "s")
                           : "",
       1e-6 * static_cast<double>(machine.cache_bytes));
-  text += fmt::format("ceilings     {}\n", rate(machine.read_bandwidth, 1e9, "GB/s"));
+  text += fmt::format("ceilings     {}\n", rate(machine.read_bandwidth, "B/s"));
   for (const Ceiling& peak : machine.peaks) {
-    text += fmt::format("             {}\n", rate(peak, 1e12, "TFLOP/s"));
+    text += fmt::format("             {}\n", rate(peak, "FLOP/s"));
   }
   return text;
 }

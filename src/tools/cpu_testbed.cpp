@@ -112,6 +112,7 @@ class CpuTestbed final : public Testbed {
   }
   int64_t most_checked_columns() const override { return 96; }
   int64_t most_checked_rows_of_expert() const override { return 128; }
+  int64_t most_checked_tokens() const override { return 16; }
 
  private:
   static double time_call(const LayerCall& call) {

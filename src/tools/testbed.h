@@ -58,9 +58,11 @@ class Testbed {
   /// The GEMM of sampled rows in float64; reference/sampled_multiply.h is the contract.
   virtual std::vector<float> multiply(const ExpertWeights& weights, ExpertGemm gemm, const SampledRows& rows,
                                       std::span<const int64_t> columns) const = 0;
-  /// How much of a case the oracle can afford: columns of an output, and rows of one expert.
+  /// How much of a case the oracle can afford: columns of an output, rows of one expert, and whole tokens
+  /// from end to end.
   virtual int64_t most_checked_columns() const = 0;
   virtual int64_t most_checked_rows_of_expert() const = 0;
+  virtual int64_t most_checked_tokens() const = 0;
 };
 
 /// Its ceilings and times are those of as many threads as OpenMP takes when they are measured.
@@ -81,13 +83,13 @@ class StageSums {
 
 /// An array in a testbed's memory.
 template <class T>
-class DeviceArray {
+class TestbedArray {
  public:
-  DeviceArray() = default;
-  DeviceArray(const Memory& memory, int64_t count)
+  TestbedArray() = default;
+  TestbedArray(const Memory& memory, int64_t count)
       : memory_(&memory), buffer_(memory.allocate(static_cast<size_t>(count) * sizeof(T))), count_(count) {}
-  DeviceArray(const Memory& memory, std::span<const T> values)
-      : DeviceArray(memory, static_cast<int64_t>(values.size())) {
+  TestbedArray(const Memory& memory, std::span<const T> values)
+      : TestbedArray(memory, static_cast<int64_t>(values.size())) {
     memory.copy_from_host(data(), values.data(), values.size_bytes());
   }
 

@@ -291,7 +291,7 @@ class Layertest {
     reference::down(run.staged_intermediate.views.view(options.activations, run.rows, run.intermediate),
                     offsets, weights, options, matrix(expected.z, run.z_view()));
     reference::combine(run.z_view(), run.permutation.row_of_slot, request_.inputs->routing().topk_weights,
-                       request_.config, matrix(expected.y, run.y_view()));
+                       request_.config, {}, matrix(expected.y, run.y_view()));
     judge_staging(run);
 
     std::vector<StageReport> stages = compare_traces(expected, run, request_);

@@ -38,6 +38,7 @@ PUBLIC_HEADERS = {
     "routing.h": "moe",
     "safetensors.h": "checkpoint",
     "checkpoint.h": "checkpoint",
+    "model_family.h": "checkpoint",
     "reference.h": "reference",
 }
 

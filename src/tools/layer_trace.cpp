@@ -1,6 +1,7 @@
 #include "tools/layer_trace.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace fourfold {
 
@@ -37,6 +38,22 @@ MatrixView<Bf16> poisoned_tap(std::vector<Bf16>& values, int64_t rows, int64_t c
   return {values.data(), rows, cols};
 }
 
+SharedTrace make_shared_trace(const LayerConfig& config, ActivationFormat format, int64_t tokens,
+                              SharedTaps& taps) {
+  const LayerConfig own = shared_config(config);
+  SharedTrace trace;
+  trace.intermediate = own.intermediate;
+  trace.h_columns = own.h_columns();
+  trace.staged_x = StagedBuffers(format, tokens, own.hidden);
+  trace.staged_intermediate = StagedBuffers(format, tokens, own.intermediate);
+  trace.z_weight.assign(static_cast<size_t>(tokens), std::numeric_limits<float>::quiet_NaN());
+  taps.h = poisoned_tap(trace.h, tokens, own.h_columns());
+  taps.activation = poisoned_tap(trace.activation, tokens, own.intermediate);
+  taps.z = poisoned_tap(trace.z, tokens, own.hidden);
+  taps.z_weight = trace.z_weight;
+  return trace;
+}
+
 }  // namespace
 
 void StagedBuffers::trim(int64_t rows) {
@@ -54,7 +71,7 @@ void StagedBuffers::trim(int64_t rows) {
   views.row_scales = row_scales;
 }
 
-LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs) {
+LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs, const SharedExpert* shared) {
   const LayerConfig& config = layer.config();
   const ActivationFormat format = layer.options().activations;
   const int64_t slots = inputs.tokens * inputs.top_k;
@@ -86,6 +103,12 @@ LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs) {
   args.taps.activation = poisoned_tap(trace.activation, slots, config.intermediate);
   args.taps.staged_intermediate = &trace.staged_intermediate.views;
   args.taps.z = poisoned_tap(trace.z, slots, config.hidden);
+  if (shared != nullptr) {
+    const ActivationFormat shared_format = shared_options(*shared, layer.options()).activations;
+    trace.shared = make_shared_trace(config, shared_format, inputs.tokens, args.taps.shared);
+    args.taps.shared.staged_x = &trace.shared->staged_x.views;
+    args.taps.shared.staged_intermediate = &trace.shared->staged_intermediate.views;
+  }
   layer.forward(plan, args);
 
   // The rows that there are, by the layer's own word.

@@ -74,7 +74,7 @@ enum class TileScaleType : uint8_t { kE8m0, kF32 };
 struct Fp8View {
   int64_t rows = 0;
   int64_t cols = 0;
-  MatrixView<const uint8_t> codes;  ///< [rows, cols]
+  MatrixView<const uint8_t> codes;    ///< [rows, cols]
   const std::byte* scales = nullptr;  ///< row-major [ceil(rows / tile_rows), ceil(cols / tile_cols)]
   TileScaleType scale_type = TileScaleType::kF32;
   int64_t tile_rows = 128, tile_cols = 128;

@@ -22,12 +22,12 @@ struct ModelConfig {
   std::string model_type;
   std::string architecture;
   std::optional<int64_t> hidden, intermediate, experts, top_k, layers;
-  std::string hidden_act;              ///< e.g. "silu"; empty when it says none
-  std::optional<float> swiglu_limit;   ///< the clamp of DeepSeek-V4 and gpt-oss
-  std::optional<float> swiglu_alpha;   ///< gpt-oss: the factor in its sigmoid
-  std::string scoring_func;            ///< the router's scores, where it says: "sigmoid", "sqrtsoftplus"
-  std::optional<int64_t> shared_experts;       ///< n_shared_experts
-  std::optional<bool> renormalise;             ///< norm_topk_prob
+  std::string hidden_act;                 ///< e.g. "silu"; empty when it says none
+  std::optional<float> swiglu_limit;      ///< the clamp of DeepSeek-V4 and gpt-oss
+  std::optional<float> swiglu_alpha;      ///< gpt-oss: the factor in its sigmoid
+  std::string scoring_func;               ///< the router's scores, where it says: "sigmoid", "sqrtsoftplus"
+  std::optional<int64_t> shared_experts;  ///< n_shared_experts
+  std::optional<bool> renormalise;        ///< norm_topk_prob
   std::optional<float> routed_scaling_factor;  ///< multiplies routing weights: DeepSeek
   std::optional<int64_t> groups, top_groups;   ///< n_group, topk_group: DeepSeek-V3
   std::string quantization;                    ///< e.g. "modelopt NVFP4"; empty when it claims none

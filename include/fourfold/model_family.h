@@ -29,8 +29,8 @@ struct RuleOverrides {
   bool weight_on_input = false;                  ///< also where the family says otherwise
 };
 
-/// The rules of `config`, by model_type or, where it has none, architectures. Throws Error where the family is
-/// not known and `overrides` name no activation, listing the families that are known and the options that
+/// The rules of `config`, by model_type or, where it has none, architectures. Throws Error where the family
+/// is not known and `overrides` name no activation, listing the families that are known and the options that
 /// would be needed; and for parameters that do not fit the family.
 LayerRules rules_of(const ModelConfig& config, const RuleOverrides& overrides = {});
 

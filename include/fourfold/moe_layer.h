@@ -219,8 +219,8 @@ BackendChoice choose_backend(std::string_view forced, const ExpertWeights& weigh
                              const LayerOptions& options);
 
 /// The default scale policies: static where every expert has usable input scales (the shared one too, where
-/// it is NVFP4), dynamic-token where none has any. Otherwise throws Error naming the missing ones. Formats other than NVFP4 get dynamic-token, which
-/// they ignore.
+/// it is NVFP4), dynamic-token where none has any. Otherwise throws Error naming the missing ones. Formats
+/// other than NVFP4 get dynamic-token, which they ignore.
 struct DefaultPolicies {
   ScalePolicy x = ScalePolicy::kDynamicToken;
   ScalePolicy intermediate = ScalePolicy::kDynamicToken;

@@ -210,8 +210,8 @@ class LayerLoader {
     std::string layout = "fused";
     if (order != GateUpOrder::kGateFirst) layout += fmt::format(", {}", to_string(order));
     if (transposed) layout += ", transposed: repacked";
-    layer.scheme = scheme_text({fmt::format("{} ({})", gate_up.scheme(), layout),
-                                fmt::format("{} ({})", down.scheme(), layout)});
+    layer.scheme = scheme_text(
+        {fmt::format("{} ({})", gate_up.scheme(), layout), fmt::format("{} ({})", down.scheme(), layout)});
     return layer;
   }
 
@@ -300,11 +300,11 @@ class LayerLoader {
     const std::string gate = block_.prefix + std::string(kSharedGate);
     for (const Tensor* tensor : tensors_under(checkpoint_, gate)) {
       if (!layer.weights.shared || tensor->name != gate + "weight") {
-        fail(ErrorCode::kUnsupported, "{}: tensor '{}': expected a shared expert and its '{}weight', found {}",
-             tensor->file, tensor->name, gate, tensor->describe());
+        fail(ErrorCode::kUnsupported,
+             "{}: tensor '{}': expected a shared expert and its '{}weight', found {}", tensor->file,
+             tensor->name, gate, tensor->describe());
       }
-      layer.weights.shared->gate =
-          dense_tensor(*tensor, {1, cols_of(layer.weights.shared->expert.up)});
+      layer.weights.shared->gate = dense_tensor(*tensor, {1, cols_of(layer.weights.shared->expert.up)});
     }
   }
 

@@ -109,8 +109,8 @@ BlockScaledView FusedReader::block_scaled_matrix(int64_t expert, bool transposed
   if (cols % block != 0) bad_tensor(*weight_, fmt::format("whole blocks of {} (two codes a byte)", block));
   const int64_t blocks = cols / block;
   if (kind_ == Kind::kNvfp4) {
-    const std::vector<int64_t> expected = transposed ? std::vector{experts(), blocks, rows}
-                                                     : std::vector{experts(), rows, blocks};
+    const std::vector<int64_t> expected =
+        transposed ? std::vector{experts(), blocks, rows} : std::vector{experts(), rows, blocks};
     if (scales_->dtype != DType::kF8E4m3 || scales_->shape != expected) {
       bad_tensor(*scales_, fmt::format("F8_E4M3 [{}]", fmt::join(expected, ", ")));
     }

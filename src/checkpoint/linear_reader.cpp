@@ -166,9 +166,8 @@ WeightView LinearReader::mxfp4(const Tensor& weight) const {
   if (const void* nan = std::memchr(view.scales, kE8m0NanCode, static_cast<size_t>(count))) {
     const int64_t at = static_cast<const uint8_t*>(nan) - view.scales;
     const Tensor& scale = required(".scale");
-    fail(ErrorCode::kBadFile,
-         "{}: tensor '{}': expected powers of two, found 0xFF (NaN) at row {}, block {}", scale.file,
-         scale.name, at / view.blocks_per_row(), at % view.blocks_per_row());
+    fail(ErrorCode::kBadFile, "{}: tensor '{}': expected powers of two, found 0xFF (NaN) at row {}, block {}",
+         scale.file, scale.name, at / view.blocks_per_row(), at % view.blocks_per_row());
   }
   return view;
 }

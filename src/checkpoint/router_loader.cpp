@@ -57,8 +57,8 @@ std::optional<CheckpointRouter> load_router(const Checkpoint& checkpoint, int64_
     router.name = name;
   }
   if (weight == nullptr) {
-    why_not = fmt::format("the checkpoint has no '{}gate.weight' or '{}router.weight'", block.prefix,
-                          block.prefix);
+    why_not =
+        fmt::format("the checkpoint has no '{}gate.weight' or '{}router.weight'", block.prefix, block.prefix);
     return std::nullopt;
   }
   router.weights.weight = dense_tensor(*weight, {experts, hidden});

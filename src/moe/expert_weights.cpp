@@ -84,7 +84,8 @@ struct DerivedStorage {
 
 /// The view `half` with scales of the larger global scale, where gate and up are NVFP4 and differ in it.
 void fold(Expert& expert, DerivedStorage& storage, FoldReport& counts) {
-  if (!is_stored_as(expert.gate, QuantFormat::kNvfp4) || !is_stored_as(expert.up, QuantFormat::kNvfp4)) return;
+  if (!is_stored_as(expert.gate, QuantFormat::kNvfp4) || !is_stored_as(expert.up, QuantFormat::kNvfp4))
+    return;
   auto &gate = std::get<BlockScaledView>(expert.gate), &up = std::get<BlockScaledView>(expert.up);
   const float gate_global = gate.global.multiplier(), up_global = up.global.multiplier();
   if (gate_global == up_global) return;

@@ -24,7 +24,9 @@ class InputRouter {
   }
 
  private:
-  bool tests_all_experts() const { return task_.experts.weights.count() == task_.experts.experts_in_checkpoint; }
+  bool tests_all_experts() const {
+    return task_.experts.weights.count() == task_.experts.experts_in_checkpoint;
+  }
 
   std::string config_file() const {
     const std::string& file = task_.checkpoint.config().file;
@@ -50,17 +52,18 @@ class InputRouter {
     inputs_.top_k = decision.top_k;
     inputs_.topk_ids = decision.topk_ids;
     inputs_.topk_weights = decision.topk_weights;
-    inputs_.routing_origin = fmt::format(
-        "{}: {}", router->name, describe_router(task_.rules, router->hash_table != nullptr));
+    inputs_.routing_origin =
+        fmt::format("{}: {}", router->name, describe_router(task_.rules, router->hash_table != nullptr));
     return true;
   }
 
   void require_rule() const {
     if (task_.rules.router) return;
-    fail(ErrorCode::kUnsupported,
-         "{}: expected a known family ({}), which tells how its router works, found '{}'; give --router (e.g. "
-         "softmax,top-k=8), or topk_ids and topk_weights in --input",
-         config_file(), known_families(), task_.checkpoint.config().model_type);
+    fail(
+        ErrorCode::kUnsupported,
+        "{}: expected a known family ({}), which tells how its router works, found '{}'; give --router (e.g. "
+        "softmax,top-k=8), or topk_ids and topk_weights in --input",
+        config_file(), known_families(), task_.checkpoint.config().model_type);
   }
 
   /// Hash routing goes by token ids: the input's, or made up with x.
@@ -73,10 +76,11 @@ class InputRouter {
       }
     }
     if (inputs_.token_ids.empty()) {
-      reject(inputs_.x_origin,
-             fmt::format("'token_ids' [T] beside x, since {} routes by token id; or topk_ids and topk_weights",
-                         router.name),
-             "none of them");
+      reject(
+          inputs_.x_origin,
+          fmt::format("'token_ids' [T] beside x, since {} routes by token id; or topk_ids and topk_weights",
+                      router.name),
+          "none of them");
     }
   }
 
@@ -123,8 +127,7 @@ class InputRouter {
   }
 
   void note_idle_experts() {
-    const Permutation permutation =
-        permute_by_expert(inputs_.routing(), task_.experts.weights.count());
+    const Permutation permutation = permute_by_expert(inputs_.routing(), task_.experts.weights.count());
     int64_t idle = 0;
     for (size_t e = 0; e + 1 < permutation.group_offsets.size(); ++e) {
       idle += permutation.group_offsets[e] == permutation.group_offsets[e + 1];

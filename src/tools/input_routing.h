@@ -21,8 +21,8 @@ struct RoutingTask {
 };
 
 /// Fills in what `inputs` lack of top_k, topk_ids, topk_weights and routing_origin, and makes ids positions
-/// among the experts under test; -1 for the others. Returns notes for the report. Throws Error where the rules
-/// do not say how to route, and for ids and routers that do not fit the checkpoint.
+/// among the experts under test; -1 for the others. Returns notes for the report. Throws Error where the
+/// rules do not say how to route, and for ids and routers that do not fit the checkpoint.
 std::vector<std::string> route_inputs(const RoutingTask& task, LayerInputs& inputs);
 
 }  // namespace fourfold

@@ -33,7 +33,8 @@ LayerInputs make_inputs(int64_t tokens, int64_t hidden, uint64_t seed, bool outl
 void route_at_random(LayerInputs& inputs, int64_t experts, int64_t top_k, uint64_t seed);
 
 /// Reads `x` [T, H] (bf16, f16 or f32: rounded to bf16), and `topk_ids` and `topk_weights` [T, K], and
-/// `token_ids` [T], where they are. At most `max_tokens` tokens (0: all). Throws Error naming file, tensor, expected and found.
+/// `token_ids` [T], where they are. At most `max_tokens` tokens (0: all). Throws Error naming file, tensor,
+/// expected and found.
 LayerInputs read_inputs(const std::filesystem::path& path, int64_t hidden, int64_t max_tokens);
 
 /// Writes what read_inputs reads.

@@ -132,8 +132,9 @@ class Layertest {
         }
       }
       if (bad > 0 && ++bad_matrices <= kShownFindings) {
-        add_finding("checkpoint", fmt::format("weights: {} {}: {} of {} block scales are NaN or negative",
-                                              expert.name, which, bad, blocks.rows * blocks.blocks_per_row()));
+        add_finding("checkpoint",
+                    fmt::format("weights: {} {}: {} of {} block scales are NaN or negative", expert.name,
+                                which, bad, blocks.rows * blocks.blocks_per_row()));
       }
     }
   }
@@ -214,8 +215,8 @@ class Layertest {
     const SharedTrace& shared = *emulation_.shared;
     const std::array<int32_t, 2> all_tokens = {0, static_cast<int32_t>(emulation_.tokens)};
     if (request_.options.x_scale != ScalePolicy::kDynamicToken) {
-      report_.shared_x_scale = judge_input_scale("x of the shared expert", request_.inputs->x_view(),
-                                                 shared.staged_x, all_tokens);
+      report_.shared_x_scale =
+          judge_input_scale("x of the shared expert", request_.inputs->x_view(), shared.staged_x, all_tokens);
     }
     if (request_.options.intermediate_scale != ScalePolicy::kDynamicToken) {
       report_.shared_intermediate_scale =

@@ -212,8 +212,8 @@ class Run {
     config_ = layer_config(nvfp4_, rules_);
     fact("family", rules_.family == "given" ? "unknown: the command line says how the layer is computed"
                                             : rules_.family);
-    fact("activation", fmt::format("{}{}", describe(config_.activation),
-                                   overrides.activation ? " (--activation)" : ""));
+    fact("activation",
+         fmt::format("{}{}", describe(config_.activation), overrides.activation ? " (--activation)" : ""));
     if (original_config_) note_other_rules(overrides);
     describe_shared();
     options_.activations = *parse_activation_format(arguments_.activations);
@@ -235,8 +235,8 @@ class Run {
     if (family_name(*original_config_).empty()) return;
     const LayerRules original = rules_of(*original_config_, overrides);
     if (describe(original.activation) != describe(config_.activation)) {
-      subject_.notes.push_back(fmt::format("the original's config says another activation: {}",
-                                           describe(original.activation)));
+      subject_.notes.push_back(
+          fmt::format("the original's config says another activation: {}", describe(original.activation)));
     }
     if (original.router && rules_.router && describe_router(original) != describe_router(rules_)) {
       subject_.notes.push_back(
@@ -250,11 +250,11 @@ class Run {
     std::string original;
     if (original_) original = fmt::format("; original: {}", original_->shared_scheme);
     fact("shared",
-         fmt::format("{}: {}, intermediate {}{}{}; activations {}, {}", nvfp4_.shared_naming,
-                     nvfp4_.shared_scheme, shared.intermediate, shared.gate ? ", x sigmoid of its gate" : "",
-                     original,
-                     is_all_nvfp4(shared.expert) ? arguments_.activations : "bf16 (its weights are not NVFP4)",
-                     describe(config_.shared_activation)));
+         fmt::format(
+             "{}: {}, intermediate {}{}{}; activations {}, {}", nvfp4_.shared_naming, nvfp4_.shared_scheme,
+             shared.intermediate, shared.gate ? ", x sigmoid of its gate" : "", original,
+             is_all_nvfp4(shared.expert) ? arguments_.activations : "bf16 (its weights are not NVFP4)",
+             describe(config_.shared_activation)));
   }
 
   /// max-over-experts is over the checkpoint's experts, whichever of them are under test.
@@ -265,7 +265,8 @@ class Run {
       return;
     }
     const ExpertWeights all =
-        load_experts(checkpoint_, arguments_.layer, {}, parse_gate_up_order(arguments_.gate_up_order)).weights;
+        load_experts(checkpoint_, arguments_.layer, {}, parse_gate_up_order(arguments_.gate_up_order))
+            .weights;
     const std::vector<float> x = x_input_scales(all), intermediate = intermediate_input_scales(all);
     options_.x_max_scale = *std::max_element(x.begin(), x.end());
     options_.intermediate_max_scale = *std::max_element(intermediate.begin(), intermediate.end());
@@ -278,8 +279,8 @@ class Run {
                   ? make_inputs(tokens > 0 ? tokens : kDefaultTokens, config_.hidden, arguments_.seed, false)
                   : read_inputs(arguments_.input, config_.hidden, tokens);
     if (!arguments_.input.empty()) require_run_memory(inputs_.tokens);
-    const RoutingTask task{*checkpoint_, arguments_.layer, nvfp4_, rules_, !arguments_.router.empty(),
-                           arguments_.seed};
+    const RoutingTask task{*checkpoint_, arguments_.layer,           nvfp4_,
+                           rules_,       !arguments_.router.empty(), arguments_.seed};
     for (std::string& note : route_inputs(task, inputs_)) subject_.notes.push_back(std::move(note));
     config_.top_k = inputs_.top_k;
     fact("input", fmt::format("{} tokens, x: {}; routing: {}", inputs_.tokens, inputs_.x_origin,
@@ -336,8 +337,9 @@ void add_layertest(CLI::App& app, int& exit_code) {
       ->check(whole_number<int64_t>())
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
   command
-      ->add_option("--input", arguments->input,
-                   "safetensors with x [T, H], and optionally topk_ids and topk_weights [T, K], or token_ids [T]")
+      ->add_option(
+          "--input", arguments->input,
+          "safetensors with x [T, H], and optionally topk_ids and topk_weights [T, K], or token_ids [T]")
       ->check(nonempty());
   command->add_option("--seed", arguments->seed, "seed of generated inputs and routing")
       ->capture_default_str()
@@ -350,13 +352,15 @@ void add_layertest(CLI::App& app, int& exit_code) {
       "global scale of NVFP4 activations: static, max-over-experts, dynamic-tensor or dynamic-token; two, "
       "with a comma, for x and the intermediate (default: static where every expert has input_scale, "
       "dynamic-token where none has)");
-  command->add_option("--activation", arguments->activation,
-                      "the function between the GEMMs, instead of the config's: swiglu, swiglu-step, geglu, "
-                      "geglu-tanh, relu2, silu or gelu, with ,alpha=A ,beta=B ,limit=L, e.g. swiglu,limit=10");
-  command->add_option("--router", arguments->router,
-                      "how the checkpoint's router is computed, instead of the config's: softmax, "
-                      "softmax-of-top-k, sigmoid or sqrt-softplus, with ,top-k=K ,renormalise=yes|no ,scale=F "
-                      ",groups=G ,top-groups=N");
+  command->add_option(
+      "--activation", arguments->activation,
+      "the function between the GEMMs, instead of the config's: swiglu, swiglu-step, geglu, "
+      "geglu-tanh, relu2, silu or gelu, with ,alpha=A ,beta=B ,limit=L, e.g. swiglu,limit=10");
+  command->add_option(
+      "--router", arguments->router,
+      "how the checkpoint's router is computed, instead of the config's: softmax, "
+      "softmax-of-top-k, sigmoid or sqrt-softplus, with ,top-k=K ,renormalise=yes|no ,scale=F "
+      ",groups=G ,top-groups=N");
   command->add_flag("--weight-on-input", arguments->weight_on_input,
                     "routing weights multiply an expert's input instead of its output (Llama-4)");
   command

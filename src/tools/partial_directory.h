@@ -6,8 +6,8 @@
 
 namespace fourfold {
 
-/// A directory for files in the making, beside their destination; removed with what is left in it. Leftovers of
-/// runs that were killed are removed, too.
+/// A directory for files in the making, beside their destination; removed with what is left in it. Leftovers
+/// of runs that were killed are removed, too.
 class PartialDirectory {
  public:
   /// Throws Error when it can't be created.

@@ -117,7 +117,8 @@ LayerTrace expected_stages(const LayerTrace& run, const LayertestRequest& reques
     stages.h_columns = run.shared->h_columns;
     const ExpertWeights weights = shared_as_layer(*request.nvfp4);
     replay_stages({weights, shared_options(expert, request.options), config.shared_activation, all_tokens},
-                  *run.shared, run.shared_h_view(), run.shared_activation_view(), run.shared_z_view(), stages);
+                  *run.shared, run.shared_h_view(), run.shared_activation_view(), run.shared_z_view(),
+                  stages);
     stages.z_weight.resize(static_cast<size_t>(run.tokens));
     reference::weigh_shared(request.inputs->x_view(), expert, stages.z_weight);
     shared = {run.shared_z_view(), stages.z_weight};

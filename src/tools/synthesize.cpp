@@ -138,7 +138,9 @@ class Synthesizer {
     const auto hidden = static_cast<double>(request_.hidden), tokens = static_cast<double>(request_.tokens);
     const auto inner = static_cast<double>(request_.intermediate);
     const auto layers = static_cast<double>(request_.layers), experts = static_cast<double>(request_.experts);
-    const double original_bytes = is_mxfp4() ? 17.0 / 32.0 : request_.original == OriginalFormat::kFp8 ? 1.0 : 2.0;
+    const double original_bytes = is_mxfp4()                                  ? 17.0 / 32.0
+                                  : request_.original == OriginalFormat::kFp8 ? 1.0
+                                                                              : 2.0;
     const double values = layers * experts * 3.0 * hidden * inner;
     const double shared = request_.whole_family ? layers * 2.0 * 3.0 * hidden * inner * 4.0 : 0.0;
     const double routers = 2.0 * layers * experts * (hidden * 2.0 + 4.0);
@@ -180,8 +182,7 @@ class Synthesizer {
       const std::string name = layout.router(layer);
       writer.write(name + ".weight", bytes_of(to_bf16(values_.router_weight(layer))));
       if (layout.is_hashed(layer)) {
-        writer.write(name + ".tid2eid",
-                     bytes_of(values_.hash_table(layer, SyntheticLayout::kVocabulary)));
+        writer.write(name + ".tid2eid", bytes_of(values_.hash_table(layer, SyntheticLayout::kVocabulary)));
       } else if (!family_.router_bias.empty()) {
         const std::vector<float> bias = values_.router_bias(layer);
         const std::string bias_name = name + std::string(family_.router_bias);
@@ -416,10 +417,11 @@ class Synthesizer {
   }
 
   static BlockScaledMatrix interleave_mxfp4(const Expert& expert, bool is_down) {
-    std::vector<const BlockScaledView*> parts = {&std::get<BlockScaledView>(is_down ? expert.down : expert.gate)};
+    std::vector<const BlockScaledView*> parts = {
+        &std::get<BlockScaledView>(is_down ? expert.down : expert.gate)};
     if (!is_down) parts.push_back(&std::get<BlockScaledView>(expert.up));
-    BlockScaledMatrix matrix{QuantFormat::kMxfp4,
-                             static_cast<int64_t>(parts.size()) * parts[0]->rows, parts[0]->cols, {}, {}, {}};
+    BlockScaledMatrix matrix{
+        QuantFormat::kMxfp4, static_cast<int64_t>(parts.size()) * parts[0]->rows, parts[0]->cols, {}, {}, {}};
     for (int64_t row = 0; row < parts[0]->rows; ++row) {
       for (const BlockScaledView* part : parts) {
         matrix.codes.insert(matrix.codes.end(), part->codes.row(row), part->codes.row(row) + part->cols / 2);

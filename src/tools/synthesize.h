@@ -26,8 +26,8 @@ struct SynthesizeRequest {
   std::filesystem::path directory;
   int64_t experts = 0, hidden = 0, intermediate = 0, top_k = 0, layers = 1;
   std::string family = "deepseek-v4";  ///< whose names and config; see synthetic_layout.cpp
-  /// With everything that the family's MoE layers have beside a router and experts: shared expert, hash-routed
-  /// layers, and inputs that its router routes (x and token_ids alone).
+  /// With everything that the family's MoE layers have beside a router and experts: shared expert,
+  /// hash-routed layers, and inputs that its router routes (x and token_ids alone).
   bool whole_family = false;
   OriginalFormat original = OriginalFormat::kMxfp4;
   WeightProfile profile = WeightProfile::kRealistic;

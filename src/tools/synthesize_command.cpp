@@ -66,11 +66,15 @@ OriginalFormat original_of(const SyntheticFamily& family) {
 
 /// Family and original: each follows from the other where one is left out.
 void set_family(SynthesizeRequest& request, const std::string& family, const std::string& original) {
-  if (family.empty() && original.empty()) throw CLI::ValidationError("expected --original or --family, found neither");
+  if (family.empty() && original.empty())
+    throw CLI::ValidationError("expected --original or --family, found neither");
   request.whole_family = !family.empty();
-  const char* const of_original = original == "mxfp4" ? "deepseek-v4" : original == "fp8" ? "deepseek-v3" : "qwen3-moe";
+  const char* const of_original = original == "mxfp4" ? "deepseek-v4"
+                                  : original == "fp8" ? "deepseek-v3"
+                                                      : "qwen3-moe";
   request.family = family.empty() ? of_original : family;
-  request.original = original.empty() ? original_of(*find_synthetic_family(family)) : parse_original(original);
+  request.original =
+      original.empty() ? original_of(*find_synthetic_family(family)) : parse_original(original);
 }
 
 int execute(const SynthesizeRequest& request) {
@@ -112,9 +116,10 @@ void add_synthesize(CLI::App& app, int& exit_code) {
                    fmt::format("E,H,I,K (experts, hidden, intermediate, top-k), or {}", shape_names()))
       ->required();
   command
-      ->add_option("--original", arguments->original,
-                   "format of the original: names of DeepSeek-V4 with mxfp4, Qwen3-MoE with bf16, DeepSeek-V3 "
-                   "with fp8 (default: the family's)")
+      ->add_option(
+          "--original", arguments->original,
+          "format of the original: names of DeepSeek-V4 with mxfp4, Qwen3-MoE with bf16, DeepSeek-V3 "
+          "with fp8 (default: the family's)")
       ->check(CLI::IsMember({"mxfp4", "bf16", "fp8"}));
   command
       ->add_option("--family", arguments->family,

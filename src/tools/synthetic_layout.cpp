@@ -185,7 +185,8 @@ std::vector<TensorSpec> SyntheticLayout::specs() const {
 Json SyntheticLayout::config() const {
   Json json;
   const bool is_deepseek = family_.name.starts_with("deepseek");
-  const bool is_local = family_.name == "mixtral" || family_.is_fused;  // num_local_experts, intermediate_size
+  const bool is_local =
+      family_.name == "mixtral" || family_.is_fused;  // num_local_experts, intermediate_size
   json["architectures"] = {family_.architecture};
   json["model_type"] = family_.model_type;
   json["hidden_size"] = request_.hidden;

@@ -89,8 +89,7 @@ std::vector<int64_t> SyntheticValues::hash_table(int64_t layer, int64_t vocabula
 }
 
 std::vector<float> SyntheticValues::shared_gate(int64_t layer) const {
-  return normal_values(request_.hidden, 0.02, Purpose::kSharedGate,
-                       static_cast<uint64_t>(layer));
+  return normal_values(request_.hidden, 0.02, Purpose::kSharedGate, static_cast<uint64_t>(layer));
 }
 
 }  // namespace fourfold

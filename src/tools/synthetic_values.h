@@ -37,7 +37,8 @@ class SyntheticValues {
   std::vector<float> shared_gate(int64_t layer) const;  ///< [hidden]
 
  private:
-  std::vector<float> normal_values(int64_t count, double sigma, Random::Purpose purpose, uint64_t stream) const;
+  std::vector<float> normal_values(int64_t count, double sigma, Random::Purpose purpose,
+                                   uint64_t stream) const;
 
   const SynthesizeRequest& request_;
 };

@@ -65,7 +65,8 @@ BlockScaledMatrix convert(const WeightView& original, const std::string& name) {
 
 /// What a sound converter loses on `before` where the result is stored like `after`.
 ErrorSums sound_loss(const WeightView& before, const WeightView& after, const std::string& name) {
-  if (is_stored_as(after, QuantFormat::kNvfp4)) return measure(before, convert(before, name).view(), false).sums;
+  if (is_stored_as(after, QuantFormat::kNvfp4))
+    return measure(before, convert(before, name).view(), false).sums;
   const ErrorSums loss = measure(before, after, false).sums;
   return format_name(before) == format_name(after) ? measure(before, before, false).sums : loss;
 }
@@ -78,8 +79,8 @@ void compare_expert(const Expert& before, const Expert& after, int64_t index, We
     if (rows_of(before.*member) == 0) continue;  // an expert without a gate
     const bool count_blocks = is_mxfp4(before.*member);
     const Loss loss = measure(before.*member, after.*member, count_blocks);
-    const ErrorSums sound = sound_loss(before.*member, after.*member,
-                                       fmt::format("original of {} {}", before.name, which));
+    const ErrorSums sound =
+        sound_loss(before.*member, after.*member, fmt::format("original of {} {}", before.name, which));
     comparison.matrices.push_back({fmt::format("{} {}", after.name, which), index, loss.sums,
                                    kSlack * sound.relative_l2() + kRounding, loss.blocks});
     comparison.total += loss.sums;

@@ -50,7 +50,7 @@ void check_combine(const CombineCase& c, uint64_t salt) {
                                   << sizeof(T) << " bytes");
   const CombineInputs inputs(c, salt);
   std::vector<T> expected(static_cast<size_t>(c.tokens * c.hidden));
-  reference::combine(inputs.z_view, inputs.row_of_slot, inputs.weight_view, inputs.config,
+  reference::combine(inputs.z_view, inputs.row_of_slot, inputs.weight_view, inputs.config, {},
                      MatrixView<T>(expected.data(), c.tokens, c.hidden));
 
   const DeviceArray<Bf16> z(inputs.z);

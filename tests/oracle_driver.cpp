@@ -210,7 +210,7 @@ void fold(Job& job) {
   Expert expert;
   expert.gate = view(gate, job.values<float>("gate_global")[0]);
   expert.up = view(up, job.values<float>("up_global")[0]);
-  ExpertWeights weights{cols, gate.rows, {expert}, nullptr};
+  ExpertWeights weights{cols, gate.rows, {expert}, std::nullopt, nullptr};
   FoldReport report;
   const ExpertWeights folded = fold_gate_up(weights, &report);
   for (const auto& [name, half] :
@@ -294,9 +294,9 @@ void combine(Job& job) {
   const auto weights = job.matrix<float>("topk_weights");
   const LayerConfig config;
   const std::vector<int64_t> shape = {weights.rows, z.cols};
-  reference::combine(z, rows, weights, config,
+  reference::combine(z, rows, weights, config, {},
                      MatrixView<Bf16>(job.result<Bf16>("y", DType::kBf16, shape), shape[0], shape[1]));
-  reference::combine(z, rows, weights, config,
+  reference::combine(z, rows, weights, config, {},
                      MatrixView<float>(job.result<float>("y32", DType::kF32, shape), shape[0], shape[1]));
 }
 

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <string>
 
-#include "cuda/check.cuh"
 #include "cuda/combine.h"
+#include "cuda/launch.cuh"
 
 namespace fourfold::cuda {
 namespace {
@@ -71,6 +71,7 @@ __device__ void add_slots(const Params& p, int64_t token, int32_t first, int32_t
 template <class Out>
 __global__ void __launch_bounds__(kThreads)
     combine_rows(const __grid_constant__ Params p, Out* y, int64_t y_stride) {
+  start_after_previous();
   const auto column = static_cast<int32_t>(blockIdx.y * kThreads + threadIdx.x);
   if (column >= p.columns) return;
   for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
@@ -104,10 +105,11 @@ void combine(const CombineArgs& args, void* stream) {
                   static_cast<unsigned>((params.columns + kThreads - 1) / kThreads));
   std::visit(
       [&](const auto& y) {
-        combine_rows<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params, y.data, y.stride);
+        using Out = std::remove_pointer_t<decltype(y.data)>;
+        launch_after_previous("combine_rows", combine_rows<Out>, grid, kThreads, 0, stream, params, y.data,
+                              y.stride);
       },
       args.y);
-  check_launch("combine_rows");
 }
 
 }  // namespace fourfold::cuda

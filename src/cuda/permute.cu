@@ -11,7 +11,7 @@
 #include <string>
 
 #include "cuda/block_scan.cuh"
-#include "cuda/check.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/permute.h"
 
 namespace fourfold::cuda {
@@ -139,6 +139,7 @@ __global__ void count_slots(Ids<Id> ids, int32_t chunk_slots, int32_t chunks, in
 /// of the chunks. Writes totals [experts].
 __global__ void sum_chunks(int32_t* counts, int32_t chunks, int32_t experts, int32_t* totals) {
   __shared__ int32_t parts[32][33];
+  start_after_previous();
   const auto x = static_cast<int32_t>(threadIdx.x), y = static_cast<int32_t>(threadIdx.y);
   const int32_t expert = static_cast<int32_t>(blockIdx.x) * 32 + x;
   const int32_t span = (chunks + 31) / 32, first = min(y * span, chunks), end = min(first + span, chunks);
@@ -169,6 +170,7 @@ template <class Id>
 __global__ void place_slots(Ids<Id> ids, int32_t chunk_slots, int32_t chunks, int32_t* counts,
                             const int32_t* totals, Outputs out) {
   extern __shared__ int32_t offsets[];
+  start_after_previous();
   block_exclusive_offsets(totals, ids.experts, offsets);
   if (blockIdx.x == 0) {
     for (auto i = static_cast<int32_t>(threadIdx.x); i <= ids.experts; i += kWarpsPerBlock * 32) {
@@ -221,13 +223,11 @@ void launch(const Ids<Id>& ids, const Outputs& out, std::span<std::byte> scratch
   count_slots<<<blocks, kWarpsPerBlock * 32, 0, stream>>>(ids, chunks.slots_each, chunks.count, counts,
                                                           out.status);
   check_launch("count_slots");
-  sum_chunks<<<static_cast<unsigned>((ids.experts + 31) / 32), dim3(32, 32), 0, stream>>>(
-      counts, chunks.count, ids.experts, totals);
-  check_launch("sum_chunks");
+  launch_after_previous("sum_chunks", sum_chunks, static_cast<unsigned>((ids.experts + 31) / 32),
+                        dim3(32, 32), 0, stream, counts, chunks.count, ids.experts, totals);
   const size_t shared_bytes = static_cast<size_t>(ids.experts + 1) * sizeof(int32_t);
-  place_slots<<<blocks, kWarpsPerBlock * 32, shared_bytes, stream>>>(ids, chunks.slots_each, chunks.count,
-                                                                     counts, totals, out);
-  check_launch("place_slots");
+  launch_after_previous("place_slots", place_slots<Id>, blocks, kWarpsPerBlock * 32, shared_bytes, stream,
+                        ids, chunks.slots_each, chunks.count, counts, totals, out);
 }
 
 [[noreturn]] void reject(const std::string& what, const std::string& expected, int64_t found) {

@@ -71,11 +71,13 @@ struct BitPosition {
 };
 
 /// The two code words of a pair hold 64 bits: 2 k-steps x 4 registers x 2 halves x 4 bits. The decode takes
-/// register r of k-step s in the pair from a word, rotated left by kPairRotation[4 s + r], at the bits where
+/// register r of k-step s in the pair from a word, rotated left by pair_rotation(4 s + r), at the bits where
 /// bf16 has its sign (15) and the lowest three bits that e2m1 needs (8 to 6), in both halves. Three rotations
 /// of that bit pattern fit one word without overlap; register 3 of both k-steps takes the bits that are left,
 /// from the words that kSpreadMask selects.
-inline constexpr int kPairRotation[8] = {0, 4, 10, 8, 2, 6, 12, 14};
+FOURFOLD_HOST_DEVICE constexpr int pair_rotation(int slot) {
+  return static_cast<int>(0xEC628A40u >> (4 * slot) & 15u);  // 0, 4, 10, 8, 2, 6, 12, 14
+}
 /// Bits that the spread registers take from the first word of a pair; the others come from the second.
 inline constexpr uint32_t kSpreadMask = 0x06030603u;
 
@@ -85,7 +87,7 @@ FOURFOLD_HOST_DEVICE constexpr BitPosition code_bit_position(int row, int k, int
   const int step = k / 16, upper_k = k % 16 / 8, t = k % 8 / 2, half = k % 2;
   const int lane = 4 * g + t, slot = 4 * (step % 2) + 2 * upper_k + upper_row;
   const int decoded_bit = (code_bit == 3 ? 15 : 6 + code_bit) + 16 * half;
-  const int word_bit = (decoded_bit - kPairRotation[slot] + 32) % 32;
+  const int word_bit = (decoded_bit - pair_rotation(slot) + 32) % 32;
   const bool spread = slot % 4 == 3;
   const bool second_word = spread ? ((kSpreadMask >> word_bit) & 1u) == 0 : step % 2 == 1;
   const int word = step / 2 * 2 + (second_word ? 1 : 0);
@@ -102,6 +104,10 @@ struct ScalePosition {
 FOURFOLD_HOST_DEVICE constexpr ScalePosition scale_position(int row, int step) {
   const int warp = row / 16, upper_row = row % 16 / 8, g = row % 8;
   return {kUnitCodeBytes + (warp * 8 + g) * 8 + step / 2 * 4, 4 + 16 * upper_row + 8 * (step % 2)};
+}
+
+FOURFOLD_HOST_DEVICE constexpr uint32_t rotate_left(uint32_t word, int bits) {
+  return bits == 0 ? word : (word << bits) | (word >> (32 - bits));
 }
 
 /// How an e4m3 block scale is stored: as a byte with a 5-bit exponent and 3 bits of mantissa, value

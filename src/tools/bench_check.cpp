@@ -227,8 +227,15 @@ class LayerCheck {
                            activation_rows = activation.matrix(slots, config_.intermediate),
                            z_rows = z.matrix(slots, config_.hidden);
     ForwardArgs args = subject_.args;
-    args.taps = {offsets.span(), slot_of_row.span(), row_of_slot.span(),         &staged_x.views,
-                 h_rows,         activation_rows,    &staged_intermediate.views, z_rows};
+    args.taps = {offsets.span(),
+                 slot_of_row.span(),
+                 row_of_slot.span(),
+                 &staged_x.views,
+                 h_rows,
+                 activation_rows,
+                 &staged_intermediate.views,
+                 z_rows,
+                 {}};
     const std::vector<Bf16> y = run_layer(args);
     if (y != y_untapped) add_finding("a run with taps gives another y than one without");
     if (!same_permutation(offsets.download(), slot_of_row.download(), row_of_slot.download())) return;

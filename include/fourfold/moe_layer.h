@@ -210,6 +210,8 @@ class Backend {
 
 /// The backend "reference": plain loops (fourfold/reference.h).
 const Backend& reference_backend();
+/// The backend "sm90": Hopper GPUs. In libraries built with CUDA alone.
+const Backend& sm90_backend();
 
 /// Every backend compiled in, best first; the reference is last and can always run.
 std::span<const Backend* const> backends();

@@ -40,8 +40,7 @@ struct ExpertRows {
   MatrixView<const Bf16> tokens[2];
   const float* row_scales = nullptr;
   std::span<const int32_t> group_offsets;
-  int64_t rows = 0;           // at most
-  bool after_kernel = false;  // the stream's previous kernel is ours, and wrote neither offsets nor weights
+  int64_t rows = 0;  // at most
 };
 
 template <class T>
@@ -249,8 +248,8 @@ class Sm90Layer final : public MoeLayer {
     cuda::stage(stage, args.stream);
     const MatrixView<Bf16> z = tap_or(taps.z, space.z);
     const float* row_scales = restages() ? space.x_row_scales.data() : nullptr;
-    run_experts(space, {{space.x[0], space.x[1]}, row_scales, permutation.group_offsets, slots, true}, taps,
-                z, walk, whole, args.stream);
+    run_experts(space, {{space.x[0], space.x[1]}, row_scales, permutation.group_offsets, slots}, taps, z,
+                walk, whole, args.stream);
     if (walk != Walk::kCompute) return;
     cuda::combine(
         {z, permutation.row_of_slot.data(), args.routing.topk_weights, config_.weight_on_input, args.y},
@@ -283,8 +282,8 @@ class Sm90Layer final : public MoeLayer {
     const ActivationView& a = args.activations;
     const bool scaled = restages() || !a.row_scales.empty() || !a.group_scales.empty();
     const float* row_scales = scaled ? space.x_row_scales.data() : nullptr;
-    run_experts(space, {{space.x[0], space.x[1]}, row_scales, group_offsets, rows, false}, taps, z, walk,
-                whole, args.stream);
+    run_experts(space, {{space.x[0], space.x[1]}, row_scales, group_offsets, rows}, taps, z, walk, whole,
+                args.stream);
     if (walk != Walk::kCompute) return;
     const auto copy_rows = [&](const MatrixView<Bf16>& to) {
       constexpr auto kBytes = static_cast<int64_t>(sizeof(Bf16));
@@ -298,6 +297,7 @@ class Sm90Layer final : public MoeLayer {
   /// Both GEMMs and what lies between.
   void run_experts(const Space& space, const ExpertRows& rows, const StageTaps& taps,
                    const MatrixView<Bf16>& z, Walk walk, bool whole, void* stream) const {
+    if (config_.experts == 0) return;
     const int64_t planned_rows = space.activation.rows;
     ExpertGemm gemm = gate_up_gemm(planned_rows);
     std::copy_n(rows.tokens, 2, gemm.tokens);
@@ -306,7 +306,7 @@ class Sm90Layer final : public MoeLayer {
     gemm.d = space.activation;
     if (!taps.h.empty()) gemm.h = with_rows(taps.h, planned_rows);
     gemm.workspace = space.gemm;
-    gemm.overlap_previous = rows.after_kernel;
+    gemm.overlap_previous = true;  // after a kernel that staged or decoded x
     launch_expert_gemm(gemm, stream);
 
     cuda::StageArgs stage;

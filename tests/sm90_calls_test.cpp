@@ -45,12 +45,13 @@ class Call {
     gpu().synchronize();
   }
 
-  void enqueue(void* stream, const StageTaps& taps = {}) const {
+  void enqueue(void* stream, const StageTaps& taps = {}, std::span<const int32_t> local_experts = {}) const {
     const LayerConfig& config = layer_.config();
     ForwardArgs args;
     args.x = x_.matrix(tokens_, config.hidden);
     args.routing.topk_ids = MatrixView<const int32_t>(ids_.matrix(tokens_, config.top_k));
     args.routing.topk_weights = weights_.matrix(tokens_, config.top_k);
+    args.routing.local_experts = local_experts;
     args.y = y_.matrix(tokens_, config.hidden);
     args.workspace = workspace_.span();
     args.stream = stream;
@@ -111,6 +112,7 @@ TEST(Sm90Calls, CapturedOnceGiveForEveryRoutingWhatEagerCallsGive) {
   for (const int64_t tokens : {3, 150}) {
     RandomLayerShape shape;
     shape.tokens = tokens;
+    shape.shared_intermediate = 48;
     const RandomLayer layer(shape, test_seed());
     for (const LayerOptions& options : kOptions) {
       const auto moe = make(layer, options);
@@ -177,8 +179,25 @@ TEST(Sm90Calls, TappedGiveWhatUntappedGive) {
   }
 }
 
+TEST(Sm90Calls, MapTheModelsExpertsToThoseOfTheRank) {
+  const RandomLayer layer({.tokens = 60}, test_seed());
+  const auto moe = make(layer);
+  LayerInputs model = layer.inputs;  // ids of a model of 18 experts, of which 6 to 11 are here
+  for (int32_t& id : model.topk_ids) id += 6;
+  LayerInputs rank = layer.inputs;
+  for (size_t slot = 0; slot < rank.topk_ids.size(); slot += 4) {
+    rank.topk_ids[slot] = -1;
+    model.topk_ids[slot] = slot % 8 == 0 ? 2 : 17;
+  }
+  const DeviceArray<int32_t> map(local_expert_range(6, 6, 18));
+  Call call(*moe, 60);
+  call.set(model);
+  call.enqueue(nullptr, {}, map.span());
+  EXPECT_EQ(call.y(), run(*moe, rank, 60));
+}
+
 TEST(Sm90Calls, GraphsSurviveNewWeights) {
-  const RandomLayerShape shape{.biases = Biases::kSome};
+  const RandomLayerShape shape{.biases = Biases::kSome, .shared_intermediate = 80, .shared_gate = true};
   const RandomLayer before(shape, test_seed()), after(shape, test_seed() + 1);
   const auto moe = make(before);
   Call captured(*moe, shape.tokens);
@@ -195,6 +214,7 @@ TEST(Sm90Calls, RefuseNewWeightsOfAnotherShapeOrWithOtherBiases) {
   const RandomLayer layer({}, test_seed());
   const auto moe = make(layer);
   EXPECT_THROW(moe->update_weights(RandomLayer({.hidden = 208}, 1).weights), Error);
+  EXPECT_THROW(moe->update_weights(RandomLayer({.shared_intermediate = 64}, 1).weights), Error);
   EXPECT_THROW(moe->update_weights(RandomLayer({.biases = Biases::kAll}, 1).weights), Error);
   EXPECT_THROW(moe->update_weights(RandomLayer({.scale_layout = ScaleLayout::kSwizzled128x4}, 1).weights),
                Error);

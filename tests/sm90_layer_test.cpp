@@ -133,6 +133,21 @@ TEST(Sm90Layer, IsSoundForWeightsInEveryLayout) {
   }
 }
 
+TEST(Sm90Layer, IsSoundWithASharedExpert) {
+  uint64_t salt = 450;
+  for (const ActivationFormat format : {ActivationFormat::kNvfp4, ActivationFormat::kNvfp4x2,
+                                        ActivationFormat::kFp8, ActivationFormat::kBf16}) {
+    for (const ScalePolicy policy : {ScalePolicy::kStatic, ScalePolicy::kMaxOverExperts,
+                                     ScalePolicy::kDynamicTensor, ScalePolicy::kDynamicToken}) {
+      RandomLayerShape shape;
+      shape.shared_intermediate = 16 * static_cast<int64_t>(1 + salt % 20);
+      shape.shared_gate = salt % 2 == 0;
+      shape.biases = salt % 3 == 0 ? Biases::kAll : Biases::kNone;
+      expect_sound(shape, options_for(format, policy, policy), ++salt);
+    }
+  }
+}
+
 TEST(Sm90Layer, IsSoundForRandomCombinations) {
   Engine random = engine(500);
   const auto pick = [&](const auto& list) { return list[below(random, std::ssize(list))]; };

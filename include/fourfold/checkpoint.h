@@ -18,7 +18,7 @@ namespace fourfold {
 
 /// What `config.json` says of the layer; absent members are unknown. Tensors are the truth, this is compared.
 struct ModelConfig {
-  std::string file;  ///< path of config.json, for messages; empty where there is none
+  std::string file;  ///< where config.json is, or would be, for messages
   std::string model_type;
   std::string architecture;
   std::optional<int64_t> hidden, intermediate, experts, top_k, layers;

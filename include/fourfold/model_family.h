@@ -44,7 +44,8 @@ std::string known_families();
 /// `by_token_id`: experts come from a hash table.
 std::string describe_router(const LayerRules& rules, bool by_token_id = false);
 
-/// The layer as its tensors and rules say; top_k is the router's, 0 where there is none.
+/// The layer as its tensors and rules say; top_k is the router's, 0 where there is none. Throws Error where
+/// the experts have a gate and the activation has none, or the reverse.
 LayerConfig layer_config(const ExpertLayer& layer, const LayerRules& rules);
 
 /// "swiglu", "swiglu-step", "geglu", "geglu-tanh", "relu2", "silu" or "gelu", then ",alpha=A", ",beta=B" and

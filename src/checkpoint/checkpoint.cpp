@@ -155,12 +155,12 @@ void Checkpoint::open_shards(const std::filesystem::path& index_path) {
 
 void Checkpoint::read_config() {
   const std::filesystem::path directory = path_.extension() == ".safetensors" ? path_.parent_path() : path_;
+  const std::string file = (directory / "config.json").string();
+  config_.file = file;
   if (file_exists(directory / "config.json")) {
-    const std::string file = (directory / "config.json").string();
     const nlohmann::json root = read_json_object(directory / "config.json");
     const auto text = root.find("text_config");  // multimodal models nest their language model's
     const nlohmann::json& config = text != root.end() && text->is_object() ? *text : root;
-    config_.file = file;
     config_.model_type = string_in(config, "model_type");
     if (const auto it = root.find("architectures");
         it != root.end() && it->is_array() && !it->empty() && it->front().is_string()) {

@@ -128,9 +128,22 @@ class LayerLoader {
     for (const int64_t id : layer.expert_ids) {
       layer.weights.experts.push_back(read_expert(fmt::format("{}{}", prefix, id), schemes));
     }
+    require_same_gates(layer);
     layer.naming = fmt::format("{}E.{}", prefix, linear_names(layer.weights.experts.front()));
     layer.scheme = scheme_text(schemes);
     return layer;
+  }
+
+  /// All experts have a gate, or none has.
+  void require_same_gates(const ExpertLayer& layer) const {
+    const std::vector<Expert>& experts = layer.weights.experts;
+    const bool any =
+        std::any_of(experts.begin(), experts.end(), [](const Expert& e) { return e.has_gate(); });
+    for (const Expert& expert : experts) {
+      if (expert.has_gate() == any) continue;
+      fail(ErrorCode::kBadFile, "{}: expected a tensor '{}.{}.weight', as other experts have, found none",
+           checkpoint_.path().string(), expert.name, block_.names.gate);
+    }
   }
 
   /// Other layouts under the same prefix are named, not overlooked.

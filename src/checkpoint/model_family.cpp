@@ -171,15 +171,11 @@ const Family* find_family(const ModelConfig& config) {
   return it == kFamilies.end() ? nullptr : &*it;
 }
 
-std::string config_name(const ModelConfig& config) {
-  return config.file.empty() ? "config.json" : config.file;
-}
-
 /// What config.json calls the model, for messages.
 std::string identity(const ModelConfig& config) {
   if (!config.model_type.empty()) return fmt::format("model_type '{}'", config.model_type);
   if (!config.architecture.empty()) return fmt::format("architecture '{}'", config.architecture);
-  return "neither";
+  return "neither, or no such file";
 }
 
 /// The family's activation, with the limit and alpha of config.json; hidden_act may replace SiLU as the
@@ -195,8 +191,7 @@ ActivationFunction activation_of(const Family& family, const ModelConfig& config
   if (takes_gelu && name == "gelu") return {ActivationKind::kGeglu};
   if (takes_gelu && (name == "gelu_pytorch_tanh" || name == "gelu_new")) return {ActivationKind::kGegluTanh};
   fail(ErrorCode::kUnsupported, "{}: hidden_act: expected {} for {}, found '{}'; --activation overrides it",
-       config_name(config), takes_gelu ? "silu, gelu or gelu_pytorch_tanh" : describe(function), family.name,
-       name);
+       config.file, takes_gelu ? "silu, gelu or gelu_pytorch_tanh" : describe(function), family.name, name);
 }
 
 /// config.json may name the scores; then they must be the family's.
@@ -210,7 +205,7 @@ void require_scores(const Family& family, const ModelConfig& config) {
     if (name == config.scoring_func && score == family.score) return;
   }
   fail(ErrorCode::kUnsupported, "{}: scoring_func: expected that of {}, found '{}'; --router overrides it",
-       config_name(config), family.name, config.scoring_func);
+       config.file, family.name, config.scoring_func);
 }
 
 RouterConfig router_of(const Family& family, const ModelConfig& config) {
@@ -251,7 +246,7 @@ LayerRules rules_of(const ModelConfig& config, const RuleOverrides& overrides) {
          "{}: expected a model_type or architecture of a known family ({}), found {}; say how the layer is "
          "computed: --activation (e.g. swiglu), and --router (e.g. softmax,top-k=8) or topk_ids and "
          "topk_weights in --input",
-         config_name(config), known_families(), identity(config));
+         config.file, known_families(), identity(config));
   }
   LayerRules rules;
   rules.family = family ? family->name : "given";
@@ -289,6 +284,11 @@ std::string describe_router(const LayerRules& rules, bool by_token_id) {
 }
 
 LayerConfig layer_config(const ExpertLayer& layer, const LayerRules& rules) {
+  if (layer.weights.experts.front().has_gate() != is_gated(rules.activation.kind)) {
+    reject(fmt::format("{}, for {}", layer.naming, describe(rules.activation)),
+           is_gated(rules.activation.kind) ? "experts with a gate" : "experts without a gate",
+           "the other kind; --activation overrides the config's");
+  }
   LayerConfig config;
   config.hidden = layer.weights.hidden;
   config.intermediate = layer.weights.intermediate;

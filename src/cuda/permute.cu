@@ -30,10 +30,15 @@ struct Ids {
   const Id* data;
   int64_t stride;
   int32_t top_k, slots, experts;
+  const int32_t* local_experts;  // null: ids are this rank's
+  int64_t known;                 // experts that it maps
 
-  /// Expert of `slot`; -1 where it has none here. Sets a bit of `bad` for an id that is no expert.
+  /// Expert of `slot`; -1 where it has none here. Sets `bad` for an id that is no expert.
   __device__ int32_t expert_of(int32_t slot, bool& bad) const {
-    const int64_t id = data[slot / top_k * stride + slot % top_k];
+    int64_t id = data[slot / top_k * stride + slot % top_k];
+    if (local_experts != nullptr && id != kAbsentExpert) {
+      id = id >= 0 && id < known ? local_experts[id] : experts;  // one beyond the last: no expert
+    }
     const bool present = id >= 0 && id < experts;
     bad |= !present && id != kAbsentExpert;
     return present ? static_cast<int32_t>(id) : -1;
@@ -259,13 +264,19 @@ void permute(const PermuteArgs& args, void* stream) {
     reject("permute: scratch", std::to_string(permute_scratch_bytes(slots, experts)) + " bytes",
            static_cast<int64_t>(args.scratch.size()));
   }
+  const std::span<const int32_t> local = args.routing.local_experts;
   const Outputs out{args.out.group_offsets.data(), args.out.slot_of_row.data(), args.out.row_of_slot.data(),
                     args.status};
   std::visit(
       [&](const auto& ids) {
         using Id = std::remove_const_t<std::remove_pointer_t<decltype(ids.data)>>;
-        const Ids<Id> typed{ids.data, ids.stride, static_cast<int32_t>(args.routing.top_k()),
-                            static_cast<int32_t>(slots), static_cast<int32_t>(experts)};
+        const Ids<Id> typed{ids.data,
+                            ids.stride,
+                            static_cast<int32_t>(args.routing.top_k()),
+                            static_cast<int32_t>(slots),
+                            static_cast<int32_t>(experts),
+                            local.empty() ? nullptr : local.data(),
+                            static_cast<int64_t>(local.size())};
         launch(typed, out, args.scratch, static_cast<cudaStream_t>(stream));
       },
       args.routing.topk_ids);

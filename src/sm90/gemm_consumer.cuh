@@ -38,7 +38,7 @@ class Consumer {
         (row_part_ * Traits::kRowBlocks * Traits::kDepthParts + depth_part_) * kUnitBytes;
     codes_ = weights + thread_ * 16;
     scales_ = weights + kUnitCodeBytes + thread_ / 4 * 8;
-    tokens_ = ptx::matrix_descriptor(shared_ + depth_part_ * Traits::kTokenBoxBytes);
+    tokens_ = ptx::matrix_descriptor(shared_);
     my_units_ = (args.depth_units - depth_part_ + Traits::kDepthParts - 1) / Traits::kDepthParts;
     steps_ = (args.depth_units + Traits::kDepthParts - 1) / Traits::kDepthParts;
   }
@@ -58,6 +58,10 @@ class Consumer {
   }
 
  private:
+  /// Tokens of one k unit in shared memory, in the descriptor's units of 16 bytes.
+  template <int kN>
+  static constexpr uint64_t kUnitTokens = kN* kUnitDepth * 2 / 16;
+
   __device__ uint32_t full_barrier(int stage) const { return shared_ + Traits::kFullOffset + stage * 8; }
 
   /// One arrival a warp.
@@ -107,8 +111,8 @@ class Consumer {
     for (int step = 0; step < Traits::kGroup; ++step) {
 #pragma unroll
       for (int term = 0; term < Traits::kTerms; ++term) {
-        constexpr uint64_t kTermStride = Traits::kDepthParts * Traits::kTokenBoxBytes / 16;
-        const uint64_t b_operand = tokens + term * kTermStride + (kFirst + step) * 2;
+        const uint64_t b_operand =
+            tokens + term * Traits::kDepthParts * kUnitTokens<kN> + (kFirst + step) * 2;
 #pragma unroll
         for (int b = 0; b < Traits::kRowBlocks; ++b)
           ptx::Wgmma<kN>::mma(sums.of[b], a.of[step][b], b_operand);
@@ -124,7 +128,8 @@ class Consumer {
   template <int kN>
   __device__ __forceinline__ void multiply_unit(PackedRegisters<Traits>& packed, DecodedRegisters<Traits>& a,
                                                 int next, uint32_t next_phase, Sums<Traits>& sums) {
-    const uint64_t tokens = tokens_ + stage_ * (Traits::kTokenStageBytes / 16);
+    const uint64_t tokens =
+        tokens_ + stage_ * (Traits::kTokenStageBytes / 16) + depth_part_ * kUnitTokens<kN>;
     DecodedRegisters<Traits> other;
     issue<0, kN>(a, tokens, sums);
     if constexpr (Traits::kGroup == 1) {

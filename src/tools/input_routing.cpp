@@ -28,11 +28,6 @@ class InputRouter {
     return task_.experts.weights.count() == task_.experts.experts_in_checkpoint;
   }
 
-  std::string config_file() const {
-    const std::string& file = task_.checkpoint.config().file;
-    return file.empty() ? task_.checkpoint.path().string() : file;
-  }
-
   /// The checkpoint's own router, on the tokens at hand. Not for made-up tokens on a part of the experts:
   /// most would go elsewhere.
   bool route_by_checkpoint() {
@@ -63,7 +58,7 @@ class InputRouter {
         ErrorCode::kUnsupported,
         "{}: expected a known family ({}), which tells how its router works, found '{}'; give --router (e.g. "
         "softmax,top-k=8), or topk_ids and topk_weights in --input",
-        config_file(), known_families(), task_.checkpoint.config().model_type);
+        task_.checkpoint.config().file, known_families(), task_.checkpoint.config().model_type);
   }
 
   /// Hash routing goes by token ids: the input's, or made up with x.
@@ -89,18 +84,19 @@ class InputRouter {
     try {
       return route(router.config, router.weights, inputs_.x_view(), inputs_.token_ids);
     } catch (const Error& error) {
-      fail(ErrorCode::kBadFile, "{}: {}; give topk_ids and topk_weights in --input", config_file(),
-           error.what());
+      fail(ErrorCode::kBadFile, "{}: {}; give topk_ids and topk_weights in --input",
+           task_.checkpoint.config().file, error.what());
     }
   }
 
   void route_uniformly() {
     const int64_t top_k = task_.rules.router->top_k;
     if (top_k < 1) {
+      const auto found = task_.checkpoint.config().top_k;
       fail(ErrorCode::kInvalidArgument,
-           "{}: expected num_experts_per_tok from 1 in config.json, found none; give topk_ids and "
-           "topk_weights in --input, or --router with top-k",
-           task_.checkpoint.path().string());
+           "{}: expected num_experts_per_tok from 1, found {}; give topk_ids and topk_weights in --input, or "
+           "--router with top-k",
+           task_.checkpoint.config().file, found ? std::to_string(*found) : "none");
     }
     const int64_t experts = task_.experts.weights.count();
     route_at_random(inputs_, experts, std::min(top_k, experts), task_.seed);

@@ -306,6 +306,7 @@ TEST(Check, PassesTheReferenceInEveryFormatAndPolicy) {
       const CheckReport whole = check_backend(reference_backend(), CheckDepth::kEndToEnd, options);
       EXPECT_TRUE(whole.passed()) << to_string(format) << " " << to_string(policy) << ": "
                                   << whole.findings[0];
+      EXPECT_LT(whole.worst(), 4e-3);  // half the limit
     }
   }
 }

@@ -25,13 +25,18 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-/// Anonymous memory in large pages where the system gives them.
+/// Anonymous memory in large pages where the system gives them; less than asked for where it gives no more.
 class HugeMapping {
  public:
   explicit HugeMapping(size_t bytes) : bytes_(bytes) {
-    void* const data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data == MAP_FAILED) fail(ErrorCode::kIo, "can't map {} bytes to measure the memory's speed", bytes);
-    madvise(data, bytes, MADV_HUGEPAGE);
+    constexpr size_t kLeastBytes = size_t{16} << 20;
+    void* data = MAP_FAILED;
+    for (bytes_ *= 2; data == MAP_FAILED && bytes_ / 2 >= kLeastBytes;) {
+      bytes_ /= 2;
+      data = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    }
+    if (data == MAP_FAILED) fail(ErrorCode::kIo, "can't map {} bytes to measure the memory's speed", bytes_);
+    madvise(data, bytes_, MADV_HUGEPAGE);
     words_ = static_cast<uint64_t*>(data);
   }
   ~HugeMapping() { munmap(words_, bytes_); }
@@ -39,6 +44,7 @@ class HugeMapping {
   HugeMapping& operator=(const HugeMapping&) = delete;
 
   uint64_t* words() const { return words_; }
+  size_t bytes() const { return bytes_; }
   size_t count() const { return bytes_ / sizeof(uint64_t); }
 
  private:
@@ -118,8 +124,10 @@ Ceiling measure_dram_read(int64_t bytes) {
     const double seconds = time_read(mapping, bytes_read);
     rates.push_back(static_cast<double>(bytes_read) / seconds);
   }
+  const bool in_cache = static_cast<int64_t>(mapping.bytes()) <= last_level_cache_bytes();
   return {"DRAM read", median(rates),
-          fmt::format("{:.1f} GB, sequential, huge pages", 1e-9 * static_cast<double>(bytes))};
+          fmt::format("{:.1f} GB, sequential, huge pages{}", 1e-9 * static_cast<double>(mapping.bytes()),
+                      in_cache ? "; no more than the cache: there was no memory for more" : "")};
 }
 
 std::vector<Ceiling> measure_cpu_peaks() {

@@ -42,8 +42,8 @@ template <class Traits>
 class Epilogue {
  public:
   /// Before the multiplication, so that the loads are done by its end.
-  __device__ Epilogue(const GemmKernelArgs& args, uint32_t shared, int row_part, int depth_part,
-                      const WorkTile& tile)
+  __device__ __forceinline__ Epilogue(const GemmKernelArgs& args, uint32_t shared, int row_part,
+                                      int depth_part, const WorkTile& tile)
       : args_(args),
         shared_(shared),
         row_part_(row_part),
@@ -64,7 +64,7 @@ class Epilogue {
   }
 
   /// Called by every consumer warpgroup; those of other depth parts only hand over their sums.
-  __device__ void finish(Sums<Traits>& sums) {
+  __device__ __forceinline__ void finish(Sums<Traits>& sums) {
     if constexpr (Traits::kDepthParts > 1) {
       if (depth_part_ != 0) return hand_over(sums);
       collect(sums);
@@ -94,12 +94,12 @@ class Epilogue {
   static constexpr int kPartialsFree = 1, kPartialsFull = 2, kFirstStaging = 3;
   static constexpr int kPartialThreads = 128 * Traits::kConsumers;
 
-  __device__ uint32_t partials(int part) const {
+  __device__ __forceinline__ uint32_t partials(int part) const {
     return shared_ + Traits::kPartialOffset +
            (row_part_ * (Traits::kDepthParts - 1) + part - 1) * Traits::kPartialBytes + thread_ * 4;
   }
 
-  __device__ void hand_over(const Sums<Traits>& sums) const {
+  __device__ __forceinline__ void hand_over(const Sums<Traits>& sums) const {
     ptx::bar_sync(kPartialsFree, kPartialThreads);
 #pragma unroll
     for (int i = 0; i < Traits::kRowBlocks * kSums; ++i) {
@@ -109,7 +109,7 @@ class Epilogue {
   }
 
   /// Adds the other parts' sums in order.
-  __device__ void collect(Sums<Traits>& sums) const {
+  __device__ __forceinline__ void collect(Sums<Traits>& sums) const {
     ptx::bar_arrive(kPartialsFree, kPartialThreads);
     ptx::bar_sync(kPartialsFull, kPartialThreads);
 #pragma unroll
@@ -121,13 +121,13 @@ class Epilogue {
     }
   }
 
-  __device__ uint32_t alphas() const {
+  __device__ __forceinline__ uint32_t alphas() const {
     return shared_ + Traits::kAlphaOffset + row_part_ * Traits::kAlphaBytes;
   }
 
   /// alpha of every token and half, including what the decode left out. Scaling by a power of two commutes
   /// with rounding, unless alpha is beyond 2^121.
-  __device__ void publish_alphas() const {
+  __device__ __forceinline__ void publish_alphas() const {
 #pragma unroll
     for (int i = 0; i < kScalesPerThread; ++i) {
       const int token = i * 128 + thread_;
@@ -142,12 +142,12 @@ class Epilogue {
     ptx::bar_sync(kFirstStaging + row_part_, 128);
   }
 
-  __device__ int first_block() const {
+  __device__ __forceinline__ int first_block() const {
     return tile_.row_tile * Traits::kTileBlocks + row_part_ * Traits::kRowBlocks;
   }
 
   /// Bias of the lower (0) or upper (1) row of this thread in a row block. Absent: -0, which changes no sum.
-  __device__ float bias(int block, int upper) const {
+  __device__ __forceinline__ float bias(int block, int upper) const {
     if (args_.bias == nullptr) return -0.0f;
     const int slab = (first_block() + block) * 4 + thread_ / 32, g = thread_ % 32 / 4;
     const int channel = Traits::kPaired ? slab * 8 + g : slab * 16 + upper * 8 + g;
@@ -157,7 +157,7 @@ class Epilogue {
   }
 
   /// alpha * sum + bias with the specified roundings.
-  static __device__ float scaled(float alpha, float sum, float bias) {
+  static __device__ __forceinline__ float scaled(float alpha, float sum, float bias) {
     return __fadd_rn(__fmul_rn(alpha, sum), bias);
   }
 
@@ -200,7 +200,7 @@ class Epilogue {
   }
 
   /// Where chunk `chunk` of staged token `token` lies; the swizzle spreads a column over all banks.
-  static __device__ uint32_t staged(uint32_t buffer, int token, int chunk) {
+  static __device__ __forceinline__ uint32_t staged(uint32_t buffer, int token, int chunk) {
     return buffer + token * Traits::kStagingRowBytes + (chunk ^ (token % 8)) * 16;
   }
 
@@ -236,7 +236,7 @@ class Epilogue {
     }
   }
 
-  __device__ void write_rows(int round, uint32_t buffer) const {
+  __device__ __forceinline__ void write_rows(int round, uint32_t buffer) const {
 #pragma unroll
     for (int i = thread_; i < kRound * kChunks; i += 128) {
       const int token = i / kChunks, chunk = i % kChunks, row = round * kRound + token;
@@ -250,7 +250,7 @@ class Epilogue {
     }
   }
 
-  __device__ void write_activations(int round, uint32_t buffer) const {
+  __device__ __forceinline__ void write_activations(int round, uint32_t buffer) const {
 #pragma unroll
     for (int i = thread_; i < kRound * kChunks / 2; i += 128) {
       const int token = i / (kChunks / 2), pair = i % (kChunks / 2), row = round * kRound + token;
@@ -273,7 +273,7 @@ class Epilogue {
     }
   }
 
-  __device__ uint32_t activate(uint32_t gates, uint32_t ups) const {
+  __device__ __forceinline__ uint32_t activate(uint32_t gates, uint32_t ups) const {
     return ptx::cvt_rn_bf16x2(swiglu(args_, high_bf16(gates), high_bf16(ups)),
                               swiglu(args_, low_bf16(gates), low_bf16(ups)));
   }

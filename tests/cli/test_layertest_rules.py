@@ -319,6 +319,7 @@ def test_unusable_input_scales_are_all_named(tmp_path: Path) -> None:
 STRANGERS = [
     "foo",
     "norm.weight",
+    "fc1_latent_proj.weight",
     "expert_bias",
     "experts.0.gate_proj.g_idx",
     "experts.0.gate_proj.weight_zero_point",

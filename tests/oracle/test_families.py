@@ -17,6 +17,7 @@ import checkpoint_oracle
 import moe_oracle
 import nvfp4_oracle as oracle
 from checkpoint_oracle import CheckpointLayer, read_file, read_layer
+from compare import assert_same
 from layertest_figures import (
     FINE,
     FINDING,
@@ -30,7 +31,8 @@ from layertest_figures import (
     worst,
 )
 from nvfp4_oracle import Array
-from tensor_file import NAME_OF_DTYPE
+from tensor_file import NAME_OF_DTYPE, run_driver
+from test_layer import assert_same_activation
 
 SHAPE = "8,64,96,2"  # V3's groups are two of four experts
 EXPERTS, HIDDEN, INNER, TOP_K, TOKENS = 8, 64, 96, 2, 40
@@ -209,8 +211,8 @@ class LayerUnderTest:
         self.folder, self.layer = folder, layer
         self.original, self.nvfp4 = (read_layer(folder / which, layer) for which in ("original", "nvfp4"))
         inputs = {name: stored.array for name, stored in read_file(folder / "inputs.safetensors").items()}
-        self.x = inputs["x"]
-        self.ids, self.weights = self.nvfp4.route(self.x, inputs.get("token_ids"))
+        self.x, self.token_ids = inputs["x"], inputs.get("token_ids")
+        self.ids, self.weights = self.nvfp4.route(self.x, self.token_ids)
         self.original_run = self.run(self.original.layer("bf16", ("dynamic-token",) * 2))
         self.dequantized_run = self.run(self.nvfp4.layer("bf16", ("dynamic-token",) * 2).dequantized())
 
@@ -313,3 +315,30 @@ def test_figures(layer: LayerUnderTest, activations: str, policies: str) -> None
         check_input_scales(report["input_scales"], emulation, emulation_run)
     else:
         assert "input_scales" not in report
+
+
+@pytest.mark.parametrize("activations", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("which", ["original", "nvfp4"])
+def test_loaded_layer(layer: LayerUnderTest, which: str, activations: str) -> None:
+    """Bit for bit: the layer as the library reads, routes and runs it, of either checkpoint."""
+    inputs = {"x": layer.x}
+    if layer.token_ids is not None:
+        inputs["token_ids"] = layer.token_ids
+    options = {"checkpoint": layer.folder / which, "layer": layer.layer, "activations": activations, "out": "f32"}
+    found = run_driver("checkpoint_layer", inputs, **options)
+
+    own = layer.original if which == "original" else layer.nvfp4
+    ids, weights = own.route(layer.x, layer.token_ids)
+    assert_same("topk_ids", found["topk_ids"], ids)
+    # As in test_router.py: one ulp of float32 is another libm's.
+    assert np.all(np.abs(found["topk_weights"] - weights) <= 2.0**-23 * weights)
+    given = {name: found[name] for name in ("a", "shared_a", "shared_z_weight") if name in found}
+    run = own.layer(activations, ("dynamic-token",) * 2).run(layer.x, ids, found["topk_weights"], given=given)
+    for name, expected in {"h": run.h, "z": run.z, "y": run.y32}.items():
+        assert_same(name, found[name], expected)
+    assert_same_activation(found["a"], run.a)
+    assert (run.shared is not None) == ("shared_h" in found)
+    if run.shared is not None:
+        assert_same("shared_h", found["shared_h"], run.shared.h)
+        assert_same("shared_z", found["shared_z"], run.shared.z)
+        assert_same_activation(found["shared_a"], run.shared.a)

@@ -3,20 +3,21 @@
 
     python3 -m pip install torch transformers safetensors
     cmake --preset release && cmake --build --preset release --target oracle_driver
-    python3 scripts/transformers_check.py [--driver build/release/tests/oracle_driver] [CASE ...]
+    python3 scripts/transformers_check.py [--driver build/release/tests/oracle_driver] [--fused] [CASE ...]
 
-For every case a tiny model with random weights in bf16 and router biases that matter is built by transformers and
-saved by its save_pretrained, which writes config.json and the tensor names of the family's published checkpoints.
-The driver then reads one layer of that directory as layertest does (load_experts, rules_of, load_router), routes
-by the checkpoint's router and runs the reference with bf16 activations. Compared are the chosen experts, the
-routing weights and the layer's output.
+For every case a tiny model with random weights in bf16 and router biases that matter is built by transformers
+and saved by its save_pretrained, which writes config.json and the tensor names of the family's published
+checkpoints (with --fused, its own names, experts as one tensor). The driver then reads one layer of that directory as layertest does (load_experts, rules_of,
+load_router), routes by the checkpoint's router and runs the reference with bf16 activations. Compared are the
+chosen experts, the routing weights and the layer's output.
 
 Three runs of transformers' module stand on the other side, on the same input:
-- "rounded": in float32, but rounded to bf16 where fourfold rounds (docs/formats.md, section 7). What is left are
-  float32 sums in another order, so that this comparison is tight: it judges the formulas.
+- "rounded": in float32, but rounded to bf16 where fourfold rounds (docs/formats.md, section 7). What is left
+  are float32 sums in another order, so that this comparison is tight: it judges the formulas.
 - "float32": in float32 throughout: shows what fourfold's rounding points cost.
 - "bf16": as transformers serves the model. It rounds at more points (products with routing weights, partial
-  sums over experts and, in most families, the router's logits, which moves near choices). Reported, not judged.
+  sums over experts and, in most families, the router's logits, which moves near choices). Reported, not
+  judged.
 
 Not part of the test suite: the packages are heavy. Exit status: 0 all agree, 1 some do not, 2 usage.
 docs/transformers.md records what it showed.
@@ -43,21 +44,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 HIDDEN, INNER, EXPERTS, TOP_K, TOKENS, VOCABULARY = 128, 96, 8, 2, 256, 64
 DEFAULT_DRIVER = Path(__file__).parents[1] / "build/release/tests/oracle_driver"
 
-# Of the "rounded" run. A float32 sum of H = 128 products differs from the same sum in another order by less than
-# 2^-17 of its terms' magnitudes, typically by 2^-21; it falls on the other side of a bf16 boundary, which lie 2^-8
-# apart, for at most one element in 2^8 then, typically for one in 2^12. Such an element is off by one ulp, at most
-# 2^-7, which makes a relative L2 of 2^-7 x sqrt(2^-8) = 2^-11 a stage at worst, 2^-13 typically. Three stages round
-# (h, activation, z): 2^-10 allows two thirds of the worst and twice the typical in each.
-ROUNDED_TOLERANCE = 2.0**-10
-# Of the "float32" run. Every rounding to bf16 is off by at most 2^-9. What h is off by reaches the activation at
-# most 3.3-fold (silu(g) u: 2.3 through g where silu is not small, 1 through u; relu(u)^2: 2), then two more
-# roundings: 5.3 x 2^-9, if all errors had one sign.
+# Of the "rounded" run. Float32 sums of H = 128 products in another order differ by some 2^-22 of their size,
+# and boundaries of bf16 lie 2^-8 apart: one element in 2^13 rounds to its neighbour. If as many as one in 64
+# did, the relative L2 would be 2^-8 x sqrt(1/64). A limit, a bias, a factor or a choice that is wrong costs
+# 2^-7 or more.
+ROUNDED_TOLERANCE = 2.0**-11
+# Of the "float32" run. Every rounding to bf16 is off by at most 2^-9. What h is off by reaches the activation
+# at most 3.3-fold (silu(g) u: 2.3 through g where silu is not small, 1 through u; relu(u)^2: 2), then two
+# more roundings: 5.3 x 2^-9, if all errors had one sign.
 FLOAT32_TOLERANCE = 5.3 * 2.0**-9
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model to build: transformers' model_type, config members beside the common ones, and the layer to test."""
+    """A model to build: transformers' model_type, members of its config, and the layer to test."""
 
     model_type: str
     config: dict
@@ -93,7 +93,8 @@ CASES = {
     "qwen3-moe-default": Case("qwen3_moe", QWEN | {"head_dim": 32}, without=("norm_topk_prob",)),
     "qwen3-next": Case(
         "qwen3_next",
-        QWEN | {"shared_expert_intermediate_size": 2 * INNER, "layer_types": ["full_attention"], "head_dim": 32},
+        QWEN
+        | {"shared_expert_intermediate_size": 2 * INNER, "layer_types": ["full_attention"], "head_dim": 32},
     ),
     "deepseek-v3": Case("deepseek_v3", V3 | latent_attention(), top_k=3),
     "deepseek-v3-default": Case(
@@ -112,7 +113,14 @@ CASES = {
     ),
     "glm4-moe": Case(
         "glm4_moe",
-        V3 | {"n_shared_experts": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5, "head_dim": 32},
+        V3
+        | {
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.5,
+            "head_dim": 32,
+        },
     ),
     "gpt-oss": Case("gpt_oss", LOCAL | {"swiglu_limit": 2.0}, top_k=3),
     "gpt-oss-default": Case("gpt_oss", LOCAL, without=("swiglu_limit", "swiglu_alpha")),
@@ -134,7 +142,12 @@ CASES = {
 
 
 def build_model(case: Case) -> torch.nn.Module:
-    common = {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, "num_hidden_layers": 1, "num_attention_heads": 4}
+    common = {
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     common |= {"num_key_value_heads": 2, "num_experts_per_tok": case.top_k}
     config = AutoConfig.for_model(case.model_type, **(common | case.config))
     config._experts_implementation = "eager"
@@ -143,8 +156,12 @@ def build_model(case: Case) -> torch.nn.Module:
 
 def moe_of(model: torch.nn.Module, layer: int) -> torch.nn.Module:
     """The MoE module of a layer, by the name that its family has for it."""
-    block = model.base_model.layers[layer] if hasattr(model.base_model, "layers") else model.model.layers[layer]
-    return next(getattr(block, name) for name in ("mlp", "feed_forward", "mixer", "ffn") if hasattr(block, name))
+    block = (
+        model.base_model.layers[layer] if hasattr(model.base_model, "layers") else model.model.layers[layer]
+    )
+    return next(
+        getattr(block, name) for name in ("mlp", "feed_forward", "mixer", "ffn") if hasattr(block, name)
+    )
 
 
 def router_of(moe: torch.nn.Module) -> torch.nn.Module:
@@ -167,12 +184,12 @@ def randomise(moe: torch.nn.Module) -> None:
 
 
 class RoundingPoints(TorchFunctionMode):
-    """Rounds a float32 module's intermediate values to bf16 where docs/formats.md, section 7, rounds. `experts` is the
-    number of experts.
+    """Rounds a float32 module's intermediate values to bf16 where docs/formats.md, section 7, rounds.
+    `experts` is the number of experts.
 
-    What enters a matrix product is rounded (x and weighted x, the activation), and what leaves one (h, z), gpt-oss's
-    after its bias. Logits and scores, of routers and of the shared expert's gate, stay float32: they are told by their
-    width.
+    What enters a matrix product is rounded (x and weighted x, the activation), and what leaves one (h, z),
+    gpt-oss's after its bias. Logits and scores, of routers and of the shared expert's gate, stay float32:
+    they are told by their width.
     """
 
     def __init__(self, experts: int) -> None:
@@ -192,6 +209,10 @@ class RoundingPoints(TorchFunctionMode):
 
 def rounded(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.bfloat16).to(values.dtype)
+
+
+class Refused(Exception):
+    """fourfold does not read a checkpoint; the message says why."""
 
 
 @dataclass
@@ -217,8 +238,8 @@ def run_module(moe: torch.nn.Module, x: torch.Tensor, token_ids: torch.Tensor, t
 
 
 def chosen(result: tuple, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a router returned -> experts and weights (T, K). Llama-4's gives a score for every expert, 0 for those
-    that are not chosen.
+    """What a router returned -> experts and weights (T, K). Llama-4's gives a score for every expert, 0 for
+    those that are not chosen.
     """
     if len(result) == 2:
         weights, experts = result[0].topk(top_k, dim=-1)
@@ -235,11 +256,16 @@ def by_expert(experts: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tenso
 # ---- fourfold ----------------------------------------------------------------------------------------------
 
 
-def run_fourfold(driver: Path, model: Path, layer: int, x: torch.Tensor, token_ids: torch.Tensor) -> ModuleRun:
+def run_fourfold(
+    driver: Path, model: Path, layer: int, x: torch.Tensor, token_ids: torch.Tensor
+) -> ModuleRun:
     source, result = model / "in.tensors", model / "out.tensors"
     save_file({"x": x, "token_ids": token_ids}, source)
     options = [f"checkpoint={model}", f"layer={layer}", "activations=bf16", "out=f32"]
-    subprocess.run([driver, "checkpoint_layer", source, result, *options], check=True)
+    command = [driver, "checkpoint_layer", source, result, *options]
+    process = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if process.returncode != 0:
+        raise Refused(process.stderr.strip())
     tensors = load_file(result)
     return ModuleRun(*by_expert(tensors["topk_ids"].long(), tensors["topk_weights"]), tensors["y"].double())
 
@@ -266,14 +292,15 @@ def relative_l2(reference: torch.Tensor, candidate: torch.Tensor) -> float:
 
 
 def weight_tolerance(moe: torch.nn.Module, x: torch.Tensor) -> float:
-    """Relative. A float32 sum of H products is off by less than H x 2^-24 of their magnitudes' sum, on either side.
-    A weight moves by at most twice what logits move (softmax and every normalised score), and by a few roundings.
+    """Relative. A float32 sum of H products is off by less than H x 2^-24 of their magnitudes' sum, on either
+    side. A weight moves by at most twice what logits move (softmax and every normalised score), and by a few
+    roundings.
     """
     magnitudes = (x.abs().double() @ router_of(moe).weight.double().abs().T).max()
     return float(2 * 2 * HIDDEN * 2.0**-24 * magnitudes + 2.0**-20)
 
 
-def judge(case: Case, driver: Path) -> Verdict:
+def judge(case: Case, driver: Path, fused: bool) -> Verdict:
     torch.manual_seed(1)
     model = build_model(case)
     moe = moe_of(model, case.layer)
@@ -281,9 +308,12 @@ def judge(case: Case, driver: Path) -> Verdict:
     x = torch.randn(TOKENS, HIDDEN).bfloat16()
     token_ids = torch.randint(0, VOCABULARY, (TOKENS,))
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_original_format=not fused)
         forget(Path(folder) / "config.json", case.without)
-        ours = run_fourfold(driver, Path(folder), case.layer, x, token_ids)
+        try:
+            ours = run_fourfold(driver, Path(folder), case.layer, x, token_ids)
+        except Refused as refusal:
+            return Verdict(problems=[str(refusal)])
 
     as_served = run_module(moe, x, token_ids, case.top_k)
     moe.float()
@@ -295,7 +325,8 @@ def judge(case: Case, driver: Path) -> Verdict:
 
     verdict = Verdict()
     differs = (ours.experts != in_float32.experts).any(dim=1)
-    # Two float32 sums may decide a near tie differently. It is one where float64 disagrees with either of them.
+    # Two float32 sums may decide a near tie differently. It is one where float64 disagrees with either of
+    # them.
     near_tie = differs & (in_float64.experts != in_float32.experts).any(dim=1)
     verdict.other_choices, verdict.near_ties = int(differs.sum()), int(near_tie.sum())
     same = ~differs
@@ -327,31 +358,35 @@ def forget(config: Path, keys: tuple[str, ...]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--driver", type=Path, default=DEFAULT_DRIVER, help="the oracle_driver of a build")
+    parser.add_argument(
+        "--fused", action="store_true", help="save experts fused, as transformers holds them in memory"
+    )
     parser.add_argument("case", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.case if name not in CASES]
     if unknown:
         parser.error(f"unknown case {', '.join(unknown)}; expected one of {', '.join(CASES)}")
     if not arguments.driver.exists():
-        parser.error(f"no driver {arguments.driver}; build the target oracle_driver, or name it with --driver")
+        parser.error(
+            f"no driver {arguments.driver}; build the target oracle_driver, or name it with --driver"
+        )
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}; {TOKENS} tokens, hidden {HIDDEN}, intermediate {INNER}")
-    print("choices: tokens with other experts; weights: largest relative difference; the rest: relative L2 of the output")
-    print(f"{'':22}  {'choices':>8} {'weights':>9} {'rounded':>9} {'float32':>9} {'bf16':>9} {'choices':>8}")
-    failed = False
-    for name in arguments.case or CASES:
-        verdict = judge(CASES[name], arguments.driver)
-        figures = f"{verdict.weights:9.1e} {verdict.rounded:9.1e} {verdict.float32:9.1e} {verdict.bf16:9.1e}"
-        print(f"{name:22}  {verdict.other_choices:8} {figures} {verdict.bf16_choices:8}")
-        for problem in verdict.problems:
-            print(f"  {problem}")
-        failed |= bool(verdict.problems)
-    return 1 if failed else 0
+    print(
+        f"transformers {transformers.__version__}, torch {torch.__version__}; {TOKENS} tokens, hidden
+        {HIDDEN}, intermediate {INNER}" ) print( "choices: tokens with other experts; weights: largest
+        relative difference; the rest: relative L2 of the output" ) print(f"{'':22}  {'choices':>8}
+        {'weights':>9} {'rounded':>9} {'float32':>9} {'bf16':>9} {'choices':>8}") failed = False for name in
+        arguments.case or CASES: verdict = judge(CASES[name], arguments.driver, arguments.fused) figures =
+        f"{verdict.weights:9.1e} {verdict.rounded:9.1e} {verdict.float32:9.1e} {verdict.bf16:9.1e}"
+        print(f"{name:22}  {verdict.other_choices:8} {figures} {verdict.bf16_choices:8}") for problem in
+        verdict.problems: print(f"  {problem}") failed |= bool(verdict.problems) return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Where layertest's rules come from: families by config.json, or --activation, --router, --weight-on-input and
---gate-up-order; and that nothing is guessed and nothing ignored (docs/formats.md, section 4).
+"""Where layertest's rules come from: families by config.json, or --activation, --router, --weight-on-input
+and --gate-up-order; and that nothing is guessed and nothing ignored (docs/formats.md, section 4).
 """
 
 import json
@@ -86,7 +86,14 @@ def test_activation_changes_the_figures(tmp_path: Path, routed: Path) -> None:
         report = report_of(tmp_path, routed, *given, "--activation-scale", "dynamic-token")
         return report["comparisons"]["activations"]
 
-    texts = ["swiglu", "swiglu,limit=1", "swiglu,alpha=1.702,beta=1,limit=1", "swiglu-step,limit=1", "geglu", "geglu-tanh"]
+    texts = [
+        "swiglu",
+        "swiglu,limit=1",
+        "swiglu,alpha=1.702,beta=1,limit=1",
+        "swiglu-step,limit=1",
+        "geglu",
+        "geglu-tanh",
+    ]
     found = [figures("--activation", text) for text in texts]
     assert found[0] == figures()  # Qwen3-MoE's
     assert len({figure["activation"]["rel_l2"] for figure in found}) == len(texts)
@@ -184,7 +191,13 @@ def test_router_that_makes_no_sense(routed: Path, text: str, part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["softmax,top-k=5", "softmax,groups=3,top-groups=1", "softmax,groups=2,top-groups=3", "softmax,top-k=3,groups=2,top-groups=1"]
+    "text",
+    [
+        "softmax,top-k=5",
+        "softmax,groups=3,top-groups=1",
+        "softmax,groups=2,top-groups=3",
+        "softmax,top-k=3,groups=2,top-groups=1",
+    ],
 )
 def test_router_that_does_not_fit_the_experts(routed: Path, text: str) -> None:
     """It was given on the command line, so config.json is not to blame."""
@@ -195,7 +208,9 @@ def test_router_that_does_not_fit_the_experts(routed: Path, text: str) -> None:
 
 def test_router_without_a_router_in_the_checkpoint(tmp_path: Path) -> None:
     directory = write(tmp_path / "nvfp4", NVFP4.tensors)
-    assert_refused(layertest(directory, "--router", "softmax"), "--router", f"{BLOCK}gate.weight", "expected", "found")
+    assert_refused(
+        layertest(directory, "--router", "softmax"), "--router", f"{BLOCK}gate.weight", "expected", "found"
+    )
 
 
 def test_weight_on_input(tmp_path: Path, routed: Path) -> None:
@@ -204,7 +219,8 @@ def test_weight_on_input(tmp_path: Path, routed: Path) -> None:
     assert_fine(result)
     assert "weight on the expert's input" in fact(result, "input")
     plain, weighted = (
-        report_of(tmp_path, routed, *given)["comparisons"]["activations"] for given in ((), ("--weight-on-input",))
+        report_of(tmp_path, routed, *given)["comparisons"]["activations"]
+        for given in ((), ("--weight-on-input",))
     )
     assert all(plain[stage]["rel_l2"] != weighted[stage]["rel_l2"] for stage in plain)
 
@@ -260,14 +276,27 @@ def test_gate_up_order_of_an_unknown_family(tmp_path: Path, input_file: Path) ->
 # ---- families that are not known ----
 
 UNKNOWN = [{"model_type": "mystery"}, {"model_type": "mystery", "architectures": ["Qwen3MoeForCausalLM"]}]
-UNKNOWN += [{"model_type": None, "architectures": ["MysteryForCausalLM"]}, {"model_type": None}, {"model_type": ""}]
+UNKNOWN += [
+    {"model_type": None, "architectures": ["MysteryForCausalLM"]},
+    {"model_type": None},
+    {"model_type": ""},
+]
 
 
 @pytest.mark.parametrize("config", UNKNOWN, ids=str)
 def test_unknown_family(tmp_path: Path, config: dict) -> None:
     """Refused with all that is known and needed; with that, it runs."""
     directory = write(tmp_path / "nvfp4", **config)
-    needed = ("--activation", "--router", "--input", "qwen3-moe", "deepseek-v4", "nemotron-h", "expected", "found")
+    needed = (
+        "--activation",
+        "--router",
+        "--input",
+        "qwen3-moe",
+        "deepseek-v4",
+        "nemotron-h",
+        "expected",
+        "found",
+    )
     assert_refused(layertest(directory), directory / "config.json", *needed)
     assert_refused(layertest(directory, "--router", "softmax"), directory, "--activation")
     assert_refused(layertest(directory, "--activation", "swiglu"), directory, "--router", "--input")
@@ -344,11 +373,14 @@ STRANGERS = [
 
 @pytest.mark.parametrize("name", STRANGERS)
 def test_tensor_that_nothing_reads(tmp_path: Path, name: str) -> None:
-    """Under the MoE block every tensor has a meaning, or the layer is refused by its name: Qwen3-MoE's router has
-    no biases, and one name."""
+    """Under the MoE block every tensor has a meaning, or the layer is refused by its name: Qwen3-MoE's router
+    has no biases, and one name.
+    """
     shapes = {"router.weight": (EXPERTS, HIDDEN), "shared_expert_gate.weight": (1, HIDDEN)}
     tensors = ROUTED | {BLOCK + name: zeros("F32", *shapes.get(name, (EXPERTS,)))}
-    assert_refused(layertest(write(tmp_path / "nvfp4", tensors)), BLOCK + name.split(".")[0], "expected", "found")
+    assert_refused(
+        layertest(write(tmp_path / "nvfp4", tensors)), BLOCK + name.split(".")[0], "expected", "found"
+    )
 
 
 # ---- hash routing ----
@@ -380,7 +412,12 @@ def test_hash_routed_layer_needs_token_ids(tmp_path: Path, hashed: Path) -> None
 def test_token_ids_choose_the_experts(tmp_path: Path, hashed: Path) -> None:
     """Not the order of tokens, not x: the same x with other ids gives other figures."""
     first, second = (
-        report_of(tmp_path, hashed, "--input", x_alone(tmp_path / "x.safetensors", token_ids=np.arange(begin, begin + 12)))
+        report_of(
+            tmp_path,
+            hashed,
+            "--input",
+            x_alone(tmp_path / "x.safetensors", token_ids=np.arange(begin, begin + 12)),
+        )
         for begin in (0, 100)
     )
     out = [report["comparisons"]["activations"]["out"]["rel_l2"] for report in (first, second)]
@@ -426,19 +463,25 @@ def test_family_whose_router_has_a_correction_bias(tmp_path: Path) -> None:
     """DeepSeek-V3 without it: refused by name, not routed without."""
     config = {"model_type": "deepseek_v3", "n_group": 1, "topk_group": 1, "n_routed_experts": EXPERTS}
     directory = write(tmp_path / "nvfp4", **config)
-    assert_refused(layertest(directory), directory, f"{BLOCK}gate.e_score_correction_bias", "expected", "found")
+    assert_refused(
+        layertest(directory), directory, f"{BLOCK}gate.e_score_correction_bias", "expected", "found"
+    )
     bias = Tensor.of(np.array([0, 0, 9, 9], np.float32))
     tensors = ROUTED | {f"{BLOCK}gate.e_score_correction_bias": bias}
     result = layertest(write(tmp_path / "biased", tensors, **config))
     assert_fine(result)
-    assert "by biased score" in fact(result, "input") and any("2 of 4 experts get no token" in n for n in notes(result))
+    assert "by biased score" in fact(result, "input") and any(
+        "2 of 4 experts get no token" in n for n in notes(result)
+    )
 
 
 def test_bf16_router(tmp_path: Path, routed: Path) -> None:
     """Weights of either type; the same values, the same routing."""
     weight = ROUTER[f"{BLOCK}gate.weight"].array().astype(ml_dtypes.bfloat16)
     both = [
-        layertest(write(tmp_path / name, NVFP4.tensors | {f"{BLOCK}gate.weight": Tensor.of(array)})).stdout.replace(name, "")
+        layertest(
+            write(tmp_path / name, NVFP4.tensors | {f"{BLOCK}gate.weight": Tensor.of(array)})
+        ).stdout.replace(name, "")
         for name, array in (("narrow", weight), ("wide", weight.astype(np.float32)))
     ]
     assert both[0] == both[1]

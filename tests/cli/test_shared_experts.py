@@ -1,5 +1,6 @@
-"""Shared experts in checkpoints: what layertest says of them, and what it refuses where they are damaged, or where
-config.json or the original disagree."""
+"""Shared experts in checkpoints: what layertest says of them, and what it refuses where they are damaged, or
+where config.json or the original disagree.
+"""
 
 import json
 import re
@@ -36,7 +37,9 @@ class Pair:
         quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
         self.configs["nvfp4"].setdefault("quantization_config", quantization)
 
-    def write(self, directory: Path, which: str, change: dict[str, Tensor | None] | None = None, **config: object) -> Path:
+    def write(
+        self, directory: Path, which: str, change: dict[str, Tensor | None] | None = None, **config: object
+    ) -> Path:
         """One of the two with tensors replaced, added or left out (None), and members of its config."""
         tensors = self.tensors[which]
         for name, tensor in (change or {}).items():
@@ -51,7 +54,9 @@ class Pair:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     root = tmp_path_factory.mktemp("shared")
     for family in FAMILIES:
-        assert_fine(run("synthesize", root / family, "--family", family, "--shape", f"{EXPERTS},{HIDDEN},{INNER},2"))
+        assert_fine(
+            run("synthesize", root / family, "--family", family, "--shape", f"{EXPERTS},{HIDDEN},{INNER},2")
+        )
     pairs = {family: Pair(root / family) for family in FAMILIES}
     return lambda family: pairs[family]
 
@@ -65,8 +70,15 @@ def notes(result: Result) -> list[str]:
 # ---- what is said ----
 
 FACTS = {
-    "deepseek-v4": ("w1,w3,w2}: fp8, intermediate 96;", "activations bf16 (its weights are not NVFP4)", "clamp(u, -10, 10)"),
-    "deepseek-v3": ("gate_proj,up_proj,down_proj}: nvfp4, intermediate 96;", "activations nvfp4, silu(g) * u"),
+    "deepseek-v4": (
+        "w1,w3,w2}: fp8, intermediate 96;",
+        "activations bf16 (its weights are not NVFP4)",
+        "clamp(u, -10, 10)",
+    ),
+    "deepseek-v3": (
+        "gate_proj,up_proj,down_proj}: nvfp4, intermediate 96;",
+        "activations nvfp4, silu(g) * u",
+    ),
     "qwen2-moe": ("nvfp4, intermediate 192, x sigmoid of its gate;", "activations nvfp4, silu(g) * u"),
 }
 
@@ -132,14 +144,26 @@ def test_shared_expert_in_one_of_the_two(
         change |= {SHARED_GATE: None}
     changes = {without: change}
     original, nvfp4 = (both.write(tmp_path, which, changes.get(which)) for which in ("original", "nvfp4"))
-    assert_refused(layertest(nvfp4, "--original", original), "--original", original, nvfp4, "shared expert", "expected", "found")
+    assert_refused(
+        layertest(nvfp4, "--original", original),
+        "--original",
+        original,
+        nvfp4,
+        "shared expert",
+        "expected",
+        "found",
+    )
 
 
 def test_shared_experts_of_other_sizes(tmp_path: Path, pair: Callable[[str], Pair]) -> None:
     both = pair("qwen2-moe")
     smaller = {
         f"{SHARED['qwen2-moe']}{half}.weight": zeros("BF16", rows, cols)
-        for half, rows, cols in (("gate_proj", 96, HIDDEN), ("up_proj", 96, HIDDEN), ("down_proj", HIDDEN, 96))
+        for half, rows, cols in (
+            ("gate_proj", 96, HIDDEN),
+            ("up_proj", 96, HIDDEN),
+            ("down_proj", HIDDEN, 96),
+        )
     }
     result = layertest(both.write(tmp_path, "nvfp4"), "--original", both.write(tmp_path, "original", smaller))
     assert_refused(result, "shared expert", "192", "96", "expected", "found")
@@ -176,9 +200,24 @@ DAMAGE: dict[str, tuple[str, str, str, Tensor | None]] = {
     "tile-scales-u8": ("deepseek-v4", "nvfp4", f"{V4}w1.scale", zeros("U8", 1, 1)),
     "tile-scales-scalar": ("deepseek-v4", "nvfp4", f"{V4}w1.scale", zeros("F8_E8M0")),
     "tile-scale-nan": ("deepseek-v4", "nvfp4", f"{V4}w1.scale", NAN_E8M0),
-    "scale-inv-nan": ("deepseek-v3", "original", f"{V3}up_proj.weight_scale_inv", Tensor.of(np.float32([[np.nan]]))),
-    "scale-inv-inf": ("deepseek-v3", "original", f"{V3}up_proj.weight_scale_inv", Tensor.of(np.float32([[np.inf]]))),
-    "scale-inv-negative": ("deepseek-v3", "original", f"{V3}up_proj.weight_scale_inv", Tensor.of(np.float32([[-1]]))),
+    "scale-inv-nan": (
+        "deepseek-v3",
+        "original",
+        f"{V3}up_proj.weight_scale_inv",
+        Tensor.of(np.float32([[np.nan]])),
+    ),
+    "scale-inv-inf": (
+        "deepseek-v3",
+        "original",
+        f"{V3}up_proj.weight_scale_inv",
+        Tensor.of(np.float32([[np.inf]])),
+    ),
+    "scale-inv-negative": (
+        "deepseek-v3",
+        "original",
+        f"{V3}up_proj.weight_scale_inv",
+        Tensor.of(np.float32([[-1]])),
+    ),
     "scale-inv-bf16": ("deepseek-v3", "original", f"{V3}up_proj.weight_scale_inv", zeros("BF16", 1, 1)),
     "scale-inv-rank-3": ("deepseek-v3", "original", f"{V3}up_proj.weight_scale_inv", zeros("F32", 1, 1, 1)),
     "scale-inv-too-many": ("deepseek-v3", "original", f"{V3}up_proj.weight_scale_inv", zeros("F32", 2, 1)),
@@ -186,7 +225,12 @@ DAMAGE: dict[str, tuple[str, str, str, Tensor | None]] = {
     "nvfp4-rows": ("qwen2-moe", "nvfp4", f"{Q2}up_proj.weight", zeros("U8", 191, 32)),
     "nvfp4-scales": ("qwen2-moe", "nvfp4", f"{Q2}up_proj.weight_scale", zeros("F8_E4M3", 192, 3)),
     "nvfp4-no-scales": ("qwen2-moe", "nvfp4", f"{Q2}up_proj.weight_scale", None),
-    "nvfp4-global-nan": ("qwen2-moe", "nvfp4", f"{Q2}up_proj.weight_scale_2", Tensor.of(np.float32(np.nan).reshape(()))),
+    "nvfp4-global-nan": (
+        "qwen2-moe",
+        "nvfp4",
+        f"{Q2}up_proj.weight_scale_2",
+        Tensor.of(np.float32(np.nan).reshape(())),
+    ),
     "nvfp4-no-up": ("qwen2-moe", "nvfp4", f"{Q2}up_proj.weight", None),
     "gate-columns": ("qwen2-moe", "nvfp4", SHARED_GATE, zeros("BF16", 1, HIDDEN + 1)),
     "gate-rank-1": ("qwen2-moe", "nvfp4", SHARED_GATE, zeros("BF16", HIDDEN)),
@@ -200,9 +244,13 @@ def test_damaged_shared_expert(
 ) -> None:
     """Refused, with the checkpoint, the shared expert and what was found."""
     both = pair(family)
-    directories = {w: both.write(tmp_path, w, {name: tensor} if w == which else None) for w in ("original", "nvfp4")}
+    directories = {
+        w: both.write(tmp_path, w, {name: tensor} if w == which else None) for w in ("original", "nvfp4")
+    }
     result = layertest(directories["nvfp4"], "--original", directories["original"])
-    assert_refused(result, directories[which], name.split(".weight")[0].rsplit(".", 1)[0], "expected", "found")
+    assert_refused(
+        result, directories[which], name.split(".weight")[0].rsplit(".", 1)[0], "expected", "found"
+    )
 
 
 @pytest.mark.parametrize("half", ["gate_proj", "down_proj"])
@@ -219,7 +267,9 @@ def test_missing_gate_of_the_output(tmp_path: Path, pair: Callable[[str], Pair])
     assert_refused(layertest(directory), directory, SHARED_GATE, "expected", "found")
 
 
-@pytest.mark.parametrize(("code", "what"), [(0x7F, "shared_l1: NaN"), (0x81, "block scales")], ids=["nan", "negative"])
+@pytest.mark.parametrize(
+    ("code", "what"), [(0x7F, "shared_l1: NaN"), (0x81, "block scales")], ids=["nan", "negative"]
+)
 def test_bad_block_scale(tmp_path: Path, pair: Callable[[str], Pair], code: int, what: str) -> None:
     """A finding of the checkpoint that names the matrix."""
     q2, name = pair("qwen2-moe"), f"{Q2}up_proj.weight_scale"
@@ -227,7 +277,9 @@ def test_bad_block_scale(tmp_path: Path, pair: Callable[[str], Pair], code: int,
     scales[5] = code
     tensor = Tensor("F8_E4M3", q2.tensors["nvfp4"][name].shape, bytes(scales))
     result = layertest(q2.write(tmp_path, "nvfp4", {name: tensor}))
-    assert_finding(result, "verdict: checkpoint", f"{Q2[:-1]} up: 1 of 768 block scales are NaN or negative", what)
+    assert_finding(
+        result, "verdict: checkpoint", f"{Q2[:-1]} up: 1 of 768 block scales are NaN or negative", what
+    )
 
 
 def test_nan_among_fp8_codes(tmp_path: Path, pair: Callable[[str], Pair]) -> None:
@@ -236,7 +288,9 @@ def test_nan_among_fp8_codes(tmp_path: Path, pair: Callable[[str], Pair]) -> Non
     codes = bytearray(v4.tensors["nvfp4"][name].data)
     codes[100] = 0x7F
     tensor = Tensor("F8_E4M3", v4.tensors["nvfp4"][name].shape, bytes(codes))
-    assert_finding(layertest(v4.write(tmp_path, "nvfp4", {name: tensor})), "verdict: checkpoint", "shared_l2", "NaN")
+    assert_finding(
+        layertest(v4.write(tmp_path, "nvfp4", {name: tensor})), "verdict: checkpoint", "shared_l2", "NaN"
+    )
 
 
 def test_input_scale_of_the_shared_expert(tmp_path: Path, pair: Callable[[str], Pair]) -> None:
@@ -244,14 +298,20 @@ def test_input_scale_of_the_shared_expert(tmp_path: Path, pair: Callable[[str], 
     for value in (None, np.inf, 0.0):
         tensor = None if value is None else Tensor.of(np.float32(value).reshape(()))
         directory = pair("qwen2-moe").write(tmp_path, "nvfp4", {f"{Q2}down_proj.input_scale": tensor})
-        assert_refused(layertest(directory), "input_scale", f"{Q2[:-1]} down", "--activation-scale dynamic-token")
+        assert_refused(
+            layertest(directory), "input_scale", f"{Q2[:-1]} down", "--activation-scale dynamic-token"
+        )
         assert_fine(layertest(directory, "--activation-scale", "dynamic-token"))
 
 
 def test_two_shared_experts(tmp_path: Path, pair: Callable[[str], Pair]) -> None:
     """Under both names at once."""
     q2 = pair("qwen2-moe")
-    again = {name.replace("shared_expert.", "shared_experts."): t for name, t in q2.tensors["nvfp4"].items() if name.startswith(Q2)}
+    again = {
+        name.replace("shared_expert.", "shared_experts."): t
+        for name, t in q2.tensors["nvfp4"].items()
+        if name.startswith(Q2)
+    }
     assert_refused(layertest(q2.write(tmp_path, "nvfp4", again)), "shared_expert", "expected", "found")
 
 

@@ -1,8 +1,8 @@
-"""layertest's figures on a layer of every family against the oracle's own reading and running of the same files:
-names, layouts, config rules, routers, biases, shared experts, all of it twice and independently.
+"""layertest's figures on a layer of every family against the oracle's own reading and running of the same
+files: names, layouts, config rules, routers, biases, shared experts, all of it twice and independently.
 
-`fourfold synthesize --family` makes most of the checkpoints; Llama-4 and Nemotron-H are written here, under the
-names that their models have.
+`fourfold synthesize --family` makes most of the checkpoints; Llama-4 and Nemotron-H are written here, under
+the names that their models have.
 """
 
 import json
@@ -151,13 +151,15 @@ X_SCALE, INNER_SCALE = 5 / 2688, 8 / 2688
 
 
 def write_llama_4(folder: Path) -> None:
-    """Llama-4: transposed fused experts, gate first; a shared expert; a router of sigmoids, top-1, whose weight
-    multiplies the input. The config is nested, as in multimodal models."""
+    """Llama-4: transposed fused experts, gate first; a shared expert; a router of sigmoids, top-1, whose
+    weight multiplies the input. The config is nested, as in multimodal models.
+    """
     writer, prefix = Writer(4), "language_model.model.layers.0.feed_forward."
     writer.both(f"{prefix}router.weight", writer.random(EXPERTS, HIDDEN))
     writer.transposed(f"{prefix}experts.gate_up_proj", EXPERTS, 2 * INNER, HIDDEN, X_SCALE)
     writer.transposed(f"{prefix}experts.down_proj", EXPERTS, HIDDEN, INNER, INNER_SCALE)
-    for half, rows, cols in (("gate_proj", INNER, HIDDEN), ("up_proj", INNER, HIDDEN), ("down_proj", HIDDEN, INNER)):
+    shapes = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+    for half, (rows, cols) in shapes.items():
         writer.linear(f"{prefix}shared_expert.{half}", rows, cols, None)
     text = {
         "model_type": "llama4_text",
@@ -286,7 +288,8 @@ def check_input_scales(found: dict, layer: moe_oracle.Layer, run: moe_oracle.Run
                 offsets = part.permutation.group_offsets
                 losses = staging_ratios(rows, scales, layer.activations, policy, offsets)
                 ratios[prefix + name] = max(losses.values())
-    assert {name: entry["ratio"] for name, entry in found.items()} == pytest.approx(ratios, rel=0, abs=TOLERANCE)
+    found_ratios = {name: entry["ratio"] for name, entry in found.items()}
+    assert found_ratios == pytest.approx(ratios, rel=0, abs=TOLERANCE)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -324,8 +327,8 @@ def test_loaded_layer(layer: LayerUnderTest, which: str, activations: str) -> No
     inputs = {"x": layer.x}
     if layer.token_ids is not None:
         inputs["token_ids"] = layer.token_ids
-    options = {"checkpoint": layer.folder / which, "layer": layer.layer, "activations": activations, "out": "f32"}
-    found = run_driver("checkpoint_layer", inputs, **options)
+    options = {"checkpoint": layer.folder / which, "layer": layer.layer, "activations": activations}
+    found = run_driver("checkpoint_layer", inputs, out="f32", **options)
 
     own = layer.original if which == "original" else layer.nvfp4
     ids, weights = own.route(layer.x, layer.token_ids)

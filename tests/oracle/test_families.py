@@ -1,8 +1,8 @@
-"""layertest's figures on a layer of every family against the oracle's own reading and running of the same files:
-names, layouts, config rules, routers, biases, shared experts, all of it twice and independently.
+"""layertest's figures on a layer of every family against the oracle's own reading and running of the same
+files: names, layouts, config rules, routers, biases, shared experts, all of it twice and independently.
 
-`fourfold synthesize --family` makes most of the checkpoints; Llama-4 and Nemotron-H are written here, under the
-names that their models have.
+`fourfold synthesize --family` makes most of the checkpoints; Llama-4 and Nemotron-H are written here, under
+the names that their models have.
 """
 
 import json
@@ -17,6 +17,7 @@ import checkpoint_oracle
 import moe_oracle
 import nvfp4_oracle as oracle
 from checkpoint_oracle import CheckpointLayer, read_file, read_layer
+from compare import assert_same
 from layertest_figures import (
     FINE,
     FINDING,
@@ -30,7 +31,8 @@ from layertest_figures import (
     worst,
 )
 from nvfp4_oracle import Array
-from tensor_file import NAME_OF_DTYPE
+from tensor_file import NAME_OF_DTYPE, run_driver
+from test_layer import assert_same_activation
 
 SHAPE = "8,64,96,2"  # V3's groups are two of four experts
 EXPERTS, HIDDEN, INNER, TOP_K, TOKENS = 8, 64, 96, 2, 40
@@ -149,13 +151,15 @@ X_SCALE, INNER_SCALE = 5 / 2688, 8 / 2688
 
 
 def write_llama_4(folder: Path) -> None:
-    """Llama-4: transposed fused experts, gate first; a shared expert; a router of sigmoids, top-1, whose weight
-    multiplies the input. The config is nested, as in multimodal models."""
+    """Llama-4: transposed fused experts, gate first; a shared expert; a router of sigmoids, top-1, whose
+    weight multiplies the input. The config is nested, as in multimodal models.
+    """
     writer, prefix = Writer(4), "language_model.model.layers.0.feed_forward."
     writer.both(f"{prefix}router.weight", writer.random(EXPERTS, HIDDEN))
     writer.transposed(f"{prefix}experts.gate_up_proj", EXPERTS, 2 * INNER, HIDDEN, X_SCALE)
     writer.transposed(f"{prefix}experts.down_proj", EXPERTS, HIDDEN, INNER, INNER_SCALE)
-    for half, rows, cols in (("gate_proj", INNER, HIDDEN), ("up_proj", INNER, HIDDEN), ("down_proj", HIDDEN, INNER)):
+    shapes = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+    for half, (rows, cols) in shapes.items():
         writer.linear(f"{prefix}shared_expert.{half}", rows, cols, None)
     text = {
         "model_type": "llama4_text",
@@ -209,8 +213,8 @@ class LayerUnderTest:
         self.folder, self.layer = folder, layer
         self.original, self.nvfp4 = (read_layer(folder / which, layer) for which in ("original", "nvfp4"))
         inputs = {name: stored.array for name, stored in read_file(folder / "inputs.safetensors").items()}
-        self.x = inputs["x"]
-        self.ids, self.weights = self.nvfp4.route(self.x, inputs.get("token_ids"))
+        self.x, self.token_ids = inputs["x"], inputs.get("token_ids")
+        self.ids, self.weights = self.nvfp4.route(self.x, self.token_ids)
         self.original_run = self.run(self.original.layer("bf16", ("dynamic-token",) * 2))
         self.dequantized_run = self.run(self.nvfp4.layer("bf16", ("dynamic-token",) * 2).dequantized())
 
@@ -284,7 +288,8 @@ def check_input_scales(found: dict, layer: moe_oracle.Layer, run: moe_oracle.Run
                 offsets = part.permutation.group_offsets
                 losses = staging_ratios(rows, scales, layer.activations, policy, offsets)
                 ratios[prefix + name] = max(losses.values())
-    assert {name: entry["ratio"] for name, entry in found.items()} == pytest.approx(ratios, rel=0, abs=TOLERANCE)
+    found_ratios = {name: entry["ratio"] for name, entry in found.items()}
+    assert found_ratios == pytest.approx(ratios, rel=0, abs=TOLERANCE)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -313,3 +318,30 @@ def test_figures(layer: LayerUnderTest, activations: str, policies: str) -> None
         check_input_scales(report["input_scales"], emulation, emulation_run)
     else:
         assert "input_scales" not in report
+
+
+@pytest.mark.parametrize("activations", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("which", ["original", "nvfp4"])
+def test_loaded_layer(layer: LayerUnderTest, which: str, activations: str) -> None:
+    """Bit for bit: the layer as the library reads, routes and runs it, of either checkpoint."""
+    inputs = {"x": layer.x}
+    if layer.token_ids is not None:
+        inputs["token_ids"] = layer.token_ids
+    options = {"checkpoint": layer.folder / which, "layer": layer.layer, "activations": activations}
+    found = run_driver("checkpoint_layer", inputs, out="f32", **options)
+
+    own = layer.original if which == "original" else layer.nvfp4
+    ids, weights = own.route(layer.x, layer.token_ids)
+    assert_same("topk_ids", found["topk_ids"], ids)
+    # As in test_router.py: one ulp of float32 is another libm's.
+    assert np.all(np.abs(found["topk_weights"] - weights) <= 2.0**-23 * weights)
+    given = {name: found[name] for name in ("a", "shared_a", "shared_z_weight") if name in found}
+    run = own.layer(activations, ("dynamic-token",) * 2).run(layer.x, ids, found["topk_weights"], given=given)
+    for name, expected in {"h": run.h, "z": run.z, "y": run.y32}.items():
+        assert_same(name, found[name], expected)
+    assert_same_activation(found["a"], run.a)
+    assert (run.shared is not None) == ("shared_h" in found)
+    if run.shared is not None:
+        assert_same("shared_h", found["shared_h"], run.shared.h)
+        assert_same("shared_z", found["shared_z"], run.shared.z)
+        assert_same_activation(found["shared_a"], run.shared.a)

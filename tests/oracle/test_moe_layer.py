@@ -93,7 +93,9 @@ def make_expert(
 ) -> tuple[Expert, Tensors]:
     """One expert, and its tensors under the driver's names."""
     shapes = {"gate": (inner, HIDDEN), "up": (inner, HIDDEN), "down": (HIDDEN, inner)}
-    halves = {half: stored(rng, form, *shape, biased) for half, shape in shapes.items() if gated or half != "gate"}
+    halves = {
+        half: stored(rng, form, *shape, biased) for half, shape in shapes.items() if gated or half != "gate"
+    }
     tensors = {f"{name}.{half}.{key}": t for half, s in halves.items() for key, t in s.tensors.items()}
     gate = halves["gate"].projection if gated else None
     return Expert(gate, halves["up"].projection, halves["down"].projection), tensors
@@ -274,7 +276,9 @@ def test_shared_expert_without_an_input_scale_is_refused(policy: str, half: str)
 def test_shared_expert_that_is_not_nvfp4_needs_no_input_scale(shared: str) -> None:
     case = make_case(shared=shared, policies=("static", "static"))
     case.tensors = {
-        name: t for name, t in case.tensors.items() if not (name.startswith("shared.") and "input_scale" in name)
+        name: t
+        for name, t in case.tensors.items()
+        if not (name.startswith("shared.") and "input_scale" in name)
     }
     check(case, make_x(11), *make_routing(11))
 
@@ -338,9 +342,7 @@ def test_dequantized_weights(shared: str | None) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_weight_on_input(activations: str, policy: str) -> None:
     """bf16(weight * x) is staged; the output is summed unweighted, the shared expert sees plain x."""
-    case = make_case(
-        shared="nvfp4", weight_on_input=True, activations=activations, policies=(policy, policy)
-    )
+    case = make_case(shared="nvfp4", weight_on_input=True, activations=activations, policies=(policy, policy))
     check(case, make_x(22), *make_routing(23))
 
 
@@ -388,7 +390,9 @@ def test_ranks_add_up() -> None:
     first, second = np.array([0, 1, -1, -1, -1], np.int32), np.array([-1, -1, 0, 1, 2], np.int32)
     parts = []
     for experts, local, with_shared in ((range(2), first, True), (range(2, 5), second, False)):
-        names = {f"{e}.": f"{i}." for i, e in enumerate(experts)} | ({"shared": "shared"} if with_shared else {})
+        names = {f"{e}.": f"{i}." for i, e in enumerate(experts)} | (
+            {"shared": "shared"} if with_shared else {}
+        )
         tensors = {
             new + name[len(old) :]: t
             for old, new in names.items()
@@ -404,7 +408,9 @@ def test_ranks_add_up() -> None:
     # Each of the K + 1 additions rounds by 2^-24 of what it has summed so far, which is at most the sum of
     # magnitudes; both orders do. The magnitudes: the same layer with absolute values.
     z = np.abs(parts[0]) + np.abs(parts[1])
-    bound = 2 * (TOP_K + 1) * 2.0**-24 * (z + np.abs(whole)) + 2.0**-20 * np.abs(whole).max(axis=1, keepdims=True)
+    bound = 2 * (TOP_K + 1) * 2.0**-24 * (z + np.abs(whole)) + 2.0**-20 * np.abs(whole).max(
+        axis=1, keepdims=True
+    )
     assert np.all(np.abs(parts[0] + parts[1] - whole) <= bound)
 
 

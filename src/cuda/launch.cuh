@@ -14,12 +14,10 @@
 namespace fourfold::cuda {
 
 /// Waits until the previous kernel of the stream has ended and its writes are visible, then lets the next
-/// one be launched. Does nothing in a plain launch. `next_at_once`: lets it be launched before the wait; what
-/// the next kernel reads before its own wait must then be older than the previous kernel.
-__device__ inline void start_after_previous(bool next_at_once = false) {
-  if (next_at_once) cudaTriggerProgrammaticLaunchCompletion();
+/// one be launched. Does nothing in a plain launch.
+__device__ inline void start_after_previous() {
   cudaGridDependencySynchronize();
-  if (!next_at_once) cudaTriggerProgrammaticLaunchCompletion();
+  cudaTriggerProgrammaticLaunchCompletion();
 }
 
 /// Launches a kernel that begins with start_after_previous(). Throws Error naming it when CUDA refuses.

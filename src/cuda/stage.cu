@@ -45,7 +45,6 @@ struct Params {
   Rows<Bf16> values;
   Rows<uint8_t> codes, scales, residual_codes, residual_scales;
   float* tapped_row_scales;
-  bool next_at_once;
 };
 
 __device__ SourceRow row_of(const Source& source, int32_t row) {
@@ -186,7 +185,7 @@ constexpr int kResidentBlocks = kFormat == ActivationFormat::kNvfp4x2 ? 2 : 3;
 template <ActivationFormat kFormat>
 __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
     stage_rows(const __grid_constant__ Params p) {
-  start_after_previous(p.next_at_once);
+  start_after_previous();
   const int32_t rows = p.group_offsets[p.groups];
   for (auto row = static_cast<int32_t>(blockIdx.x); row < rows; row += static_cast<int32_t>(gridDim.x)) {
     const SourceRow source = row_of(p.source, row);
@@ -250,7 +249,6 @@ Params params_of(const StageArgs& args) {
   p.residual_codes = Rows<uint8_t>(staged.residual_codes);
   p.residual_scales = Rows<uint8_t>(staged.residual_scales);
   p.tapped_row_scales = staged.row_scales.data();
-  p.next_at_once = args.next_at_once;
   return p;
 }
 

@@ -39,9 +39,6 @@ struct StageArgs {
   const float* tensor_amax = nullptr;      ///< [1] from find_amax; policy dynamic-tensor
   DecodedRows decoded;
   StagedActivations staged = {};  ///< codes and scales, for taps; what is empty is not written
-  /// The stream's next kernel may be launched while the previous one still runs, to prefetch what was there
-  /// before that one began. Otherwise it may be launched once the previous one has ended.
-  bool next_at_once = false;
 };
 
 /// Throws Error unless cols is a multiple of 16 and max_rows at most 2^30.

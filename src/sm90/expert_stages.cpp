@@ -127,8 +127,6 @@ bool ExpertStages::restage(const ExpertSpace& space, const ExpertRows& rows, con
   stage.tensor_amax = &space.amaxes[1];
   stage.decoded = {space.intermediate[0], space.intermediate[1], space.intermediate_row_scales.data()};
   stage.staged = taps.staged_intermediate ? *taps.staged_intermediate : StagedActivations{};
-  // The second GEMM prefetches weights and offsets, which the first one did not write.
-  stage.next_at_once = true;
   if (restages() || taps.staged_intermediate) cuda::stage(stage, step.stream);
   return true;
 }

@@ -76,10 +76,25 @@ class Epilogue {
       biases[b][0] = bias(b, 0);
       biases[b][1] = bias(b, 1);
     }
+    if (!Traits::kPaired && args_.d_is_float32) {
+#pragma unroll
+      for (int round = 0; round < Traits::kTokens / kRound; ++round) {
+        if (round * kRound >= tile_.rows) return;
+        store_float32(sums, biases, round);
+      }
+      return;
+    }
+    const Piece piece = my_piece();
 #pragma unroll
     for (int round = 0; round < Traits::kTokens / kRound; ++round) {
       if (round * kRound >= tile_.rows) return;
-      finish_round(sums, biases, round);
+      // Two buffers take turns, so that one barrier a round is enough: whoever writes a buffer again has
+      // passed the barrier that all others reached after reading it. Between tiles, publish_alphas() has it.
+      const uint32_t buffer = shared_ + Traits::kStagingOffset + row_part_ * Traits::kStagingBytes +
+                              round % 2 * (Traits::kStagingBytes / 2);
+      stage_round(sums, biases, round, buffer);
+      ptx::bar_sync(kFirstStaging + row_part_, 128);
+      write_round(piece, round, buffer);
     }
   }
 
@@ -161,24 +176,6 @@ class Epilogue {
     return __fadd_rn(__fmul_rn(alpha, sum), bias);
   }
 
-  /// kRound tokens. Two buffers take turns, so that one barrier a round is enough: whoever writes a buffer
-  /// again has passed the barrier that all others reached after reading it. Between tiles, publish_alphas()
-  /// has it.
-  __device__ __forceinline__ void finish_round(const Sums<Traits>& sums,
-                                               const float (&biases)[Traits::kRowBlocks][2],
-                                               int round) const {
-    if (!Traits::kPaired && args_.d_is_float32) return store_float32(sums, biases, round);
-    const uint32_t buffer = shared_ + Traits::kStagingOffset + row_part_ * Traits::kStagingBytes +
-                            round % 2 * (Traits::kStagingBytes / 2);
-    stage_round(sums, biases, round, buffer);
-    ptx::bar_sync(kFirstStaging + row_part_, 128);
-    if constexpr (Traits::kPaired) {
-      write_activations(round, buffer);
-    } else {
-      write_rows(round, buffer);
-    }
-  }
-
   __device__ __forceinline__ void store_float32(const Sums<Traits>& sums,
                                                 const float (&biases)[Traits::kRowBlocks][2],
                                                 int round) const {
@@ -236,39 +233,43 @@ class Epilogue {
     }
   }
 
-  __device__ __forceinline__ void write_rows(int round, uint32_t buffer) const {
-#pragma unroll
-    for (int i = thread_; i < kRound * kChunks; i += 128) {
-      const int token = i / kChunks, chunk = i % kChunks, row = round * kRound + token;
-      const int channel = first_block() * kUnitRows + chunk * 8;
-      if (row < tile_.rows && channel < args_.channels) {
-        const uint4 values = ptx::ld_shared_v4(staged(buffer, token, chunk));
-        auto* d =
-            static_cast<uint16_t*>(args_.d) + (int64_t{tile_.first_row} + row) * args_.d_stride + channel;
-        *reinterpret_cast<uint4*>(d) = values;
-      }
-    }
+  /// What one thread writes of every round: 8 channels of every kStride-th token.
+  struct Piece {
+    int token;    ///< of the round: the first
+    int channel;  ///< the first
+    bool there;   ///< has channels and tokens at all
+    int64_t row;  ///< of the output, for round 0
+  };
+  static constexpr int kPieces = kChunks / kHalves;  ///< of a token
+  static constexpr int kStride = 128 / kPieces;
+
+  __device__ __forceinline__ Piece my_piece() const {
+    const int token = thread_ / kPieces;
+    const int channel = first_block() * (kUnitRows / kHalves) + thread_ % kPieces * 8;
+    return {token, channel, token < kRound && channel < args_.channels, int64_t{tile_.first_row} + token};
   }
 
-  __device__ __forceinline__ void write_activations(int round, uint32_t buffer) const {
+  __device__ __forceinline__ void write_round(const Piece& piece, int round, uint32_t buffer) const {
 #pragma unroll
-    for (int i = thread_; i < kRound * kChunks / 2; i += 128) {
-      const int token = i / (kChunks / 2), pair = i % (kChunks / 2), row = round * kRound + token;
-      const int channel = first_block() * (kUnitRows / 2) + pair * 8;
-      if (row < tile_.rows && channel < args_.channels) {
-        const uint4 gate = ptx::ld_shared_v4(staged(buffer, token, pair * 2));
-        const uint4 up = ptx::ld_shared_v4(staged(buffer, token, pair * 2 + 1));
-        const int64_t output_row = int64_t{tile_.first_row} + row;
+    for (int token = 0; token < kRound; token += kStride) {
+      if (!piece.there || round * kRound + token + piece.token >= tile_.rows) continue;
+      const int64_t row = piece.row + (round * kRound + token);
+      const int chunk = thread_ % kPieces * kHalves;
+      const uint4 first = ptx::ld_shared_v4(staged(buffer, token + piece.token, chunk));
+      auto* d = static_cast<uint16_t*>(args_.d) + row * args_.d_stride + piece.channel;
+      if constexpr (Traits::kPaired) {
+        const uint4 up = ptx::ld_shared_v4(staged(buffer, token + piece.token, chunk + 1));
         if (args_.d != nullptr) {
-          auto* d = static_cast<uint16_t*>(args_.d) + output_row * args_.d_stride + channel;
-          *reinterpret_cast<uint4*>(d) = {activate(gate.x, up.x), activate(gate.y, up.y),
-                                          activate(gate.z, up.z), activate(gate.w, up.w)};
+          *reinterpret_cast<uint4*>(d) = {activate(first.x, up.x), activate(first.y, up.y),
+                                          activate(first.z, up.z), activate(first.w, up.w)};
         }
         if (args_.h != nullptr) {
-          Bf16* h = args_.h + output_row * args_.h_stride + channel;
-          *reinterpret_cast<uint4*>(h) = gate;
+          Bf16* h = args_.h + row * args_.h_stride + piece.channel;
+          *reinterpret_cast<uint4*>(h) = first;
           *reinterpret_cast<uint4*>(h + args_.channels) = up;
         }
+      } else {
+        *reinterpret_cast<uint4*>(d) = first;
       }
     }
   }

@@ -1,6 +1,6 @@
-"""A whole MoE layer in numpy, of any weight format: biases, experts without a gate, routing weights on the input,
-a shared expert, a map from the model's expert numbers to a rank's. Written from docs/formats.md, sections 1 and
-4 to 7.
+"""A whole MoE layer in numpy, of any weight format: biases, experts without a gate, routing weights on the
+input, a shared expert, a map from the model's expert numbers to a rank's. Written from docs/formats.md,
+sections 1 and 4 to 7.
 
 Names in shapes: as in nvfp4_oracle.py; S is the shared expert's intermediate size.
 """
@@ -59,7 +59,7 @@ def mxfp4(packed: Array, exponents: Array, **members: object) -> Projection:
 
 
 def fp8(codes: Array, tile_scales: Array, tile: int = FP8_TILE, **members: object) -> Projection:
-    """e4m3 codes (N, K), float32 scales (ceil(N / tile), ceil(K / tile)): code x scale, rounded to float32."""
+    """e4m3 codes (N, K), float32 scales (ceil(N / tile), ceil(K / tile)): code x scale, rounded once."""
     rows, cols = (np.arange(extent) // tile for extent in codes.shape)
     return Projection(oracle.decode_e4m3(codes) * tile_scales[np.ix_(rows, cols)], **members)
 
@@ -185,8 +185,8 @@ class Layer:
         local_experts: Array | None = None,
         given: dict[str, Array] | None = None,
     ) -> Run:
-        """x (T, H) bf16 -> all stages. `given`: what other code computed where libms differ, to go on with: "a",
-        "shared_a" and "shared_z_weight".
+        """x (T, H) bf16 -> all stages. `given`: what other code computed where libms differ, to go on with:
+        "a", "shared_a" and "shared_z_weight".
         """
         given = given or {}
         local, _ = to_local(topk_ids, local_experts, len(self.experts))
@@ -221,7 +221,7 @@ class Layer:
         return Run(permutation, rows, staged_x, h, a, staged_a, z, np.zeros((0, z.shape[1]), np.float32))
 
     def run_shared(self, x: Array, given_a: Array | None) -> Run:
-        """A layer of one expert that every token goes to; activations stay bf16 unless its weights are NVFP4."""
+        """A layer of one expert that every token goes to; staged in bf16 unless its weights are NVFP4."""
         expert = self.shared.expert
         activations = self.activations if expert.is_nvfp4() else "bf16"
         alone = replace(self, experts=[expert], shared=None, activations=activations)

@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import checkpoint_oracle
 import moe_oracle
 import nvfp4_oracle as oracle
 from checkpoint_oracle import CheckpointLayer, read_file, read_layer

@@ -35,6 +35,7 @@ from tensor_file import NAME_OF_DTYPE, run_driver
 from test_layer import assert_same_activation
 
 SHAPE = "8,64,96,2"  # V3's groups are two of four experts
+TILED = "8,288,160,2"  # several 128 x 128 tiles each way, the last ones cut short
 EXPERTS, HIDDEN, INNER, TOP_K, TOKENS = 8, 64, 96, 2, 40
 
 
@@ -44,12 +45,16 @@ class Case:
 
     options: tuple[str, ...]
     layer: int = 0
+    shape: str = SHAPE
 
 
 CASES = {
     "deepseek-v4": Case(("--family", "deepseek-v4", "--layers", "4"), 3),
     "deepseek-v4-hash": Case(("--family", "deepseek-v4", "--layers", "4"), 1),
     "deepseek-v3": Case(("--family", "deepseek-v3")),
+    "deepseek-v3-tiled": Case(("--family", "deepseek-v3"), shape=TILED),
+    "deepseek-v4-tiled": Case(("--family", "deepseek-v4"), shape=TILED),
+    "gpt-oss-tiled": Case(("--family", "gpt-oss"), shape=TILED),
     "qwen3-moe": Case(("--family", "qwen3-moe")),
     "qwen2-moe": Case(("--family", "qwen2-moe")),
     "mixtral": Case(("--family", "mixtral")),
@@ -307,7 +312,7 @@ def layer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param in WRITERS:
         WRITERS[request.param](folder)
     else:
-        fixed = ["--shape", SHAPE, "--tokens", TOKENS, "--seed", 2]
+        fixed = ["--shape", case.shape, "--tokens", TOKENS, "--seed", 2]
         run_command([fourfold(), "synthesize", folder, *fixed, *case.options])
     return LayerUnderTest(folder, case.layer)
 

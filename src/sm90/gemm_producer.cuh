@@ -1,0 +1,210 @@
+// The producer warps of the grouped GEMM: one keeps the pipeline full of weights, one of token rows. Both
+// find the work for themselves.
+#pragma once
+
+#include <cstdint>
+
+#include "sm90/gemm_kernel_args.cuh"
+#include "sm90/ptx.cuh"
+#include "sm90/tile_schedule.h"
+
+namespace fourfold::sm90 {
+
+/// Item number -> tile, by one warp together. Each lane counts the items of a segment of neighbouring
+/// experts; a look-up finds the segment, then the expert in it. Items must be asked for in ascending order to
+/// be quick.
+template <class Traits>
+class WorkFinder {
+ public:
+  __device__ WorkFinder(const int32_t* group_offsets, int experts, int row_tiles)
+      : offsets_(group_offsets), experts_(experts), row_tiles_(row_tiles), lane_(threadIdx.x % 32) {
+    segment_ = (experts + 31) / 32;
+    const int begin = min(lane_ * segment_, experts), end = min(begin + segment_, experts);
+    int items = 0, row = offsets_[begin];
+#pragma unroll 4
+    for (int e = begin; e < end; ++e) {
+      const int next_row = offsets_[e + 1];
+      items += tile_tokens(next_row - row, Traits::kTokens, Traits::kGranule).tiles * row_tiles_;
+      row = next_row;
+    }
+    segment_end_ = inclusive_sum(items);
+    segment_begin_ = segment_end_ - items;
+  }
+
+  /// No rows when there are no more items.
+  __device__ WorkTile find(int item) {
+    if (item < expert_begin_ || item >= expert_end_) {
+      if (!find_expert(item)) return {};
+    }
+    return work_tile(item - expert_begin_, expert_, group_begin_, group_rows_, Traits::kTokens,
+                     Traits::kGranule);
+  }
+
+ private:
+  static __device__ int inclusive_sum(int value) {
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int other = __shfl_up_sync(~0u, value, distance);
+      if (threadIdx.x % 32 >= distance) value += other;
+    }
+    return value;
+  }
+
+  __device__ bool find_expert(int item) {
+    const uint32_t holders = __ballot_sync(~0u, item >= segment_begin_ && item < segment_end_);
+    if (holders == 0) return false;
+    const int holder = __ffs(static_cast<int>(holders)) - 1;
+    int begin = __shfl_sync(~0u, segment_begin_, holder);
+    for (int first = holder * segment_;; first += 32) {
+      const int e = first + lane_;
+      const bool mine = e < min((holder + 1) * segment_, experts_);
+      const int row = mine ? offsets_[e] : 0, rows = mine ? offsets_[e + 1] - row : 0;
+      const int items = tile_tokens(rows, Traits::kTokens, Traits::kGranule).tiles * row_tiles_;
+      const int end = begin + inclusive_sum(items);
+      const uint32_t hit = __ballot_sync(~0u, item >= end - items && item < end);
+      if (hit != 0) {
+        const int source = __ffs(static_cast<int>(hit)) - 1;
+        expert_ = first + source;
+        expert_begin_ = __shfl_sync(~0u, end - items, source);
+        expert_end_ = __shfl_sync(~0u, end, source);
+        group_begin_ = __shfl_sync(~0u, row, source);
+        group_rows_ = __shfl_sync(~0u, rows, source);
+        return true;
+      }
+      begin = __shfl_sync(~0u, end, 31);
+    }
+  }
+
+  const int32_t* offsets_;
+  int experts_, row_tiles_, lane_, segment_;
+  int segment_begin_, segment_end_;  ///< items of this lane's experts
+  int expert_ = 0, expert_begin_ = 0, expert_end_ = 0, group_begin_ = 0, group_rows_ = 0;
+};
+
+/// What both producer warps do: walk the tiles of this CTA, and the stages of each.
+template <class Traits>
+class Producer {
+ public:
+  __device__ Producer(const GemmKernelArgs& args, const TokenMaps& maps, uint32_t shared)
+      : args_(args),
+        maps_(maps),
+        shared_(shared),
+        finder_(args.group_offsets, args.experts,
+                (args.row_blocks + Traits::kTileBlocks - 1) / Traits::kTileBlocks) {}
+
+  /// The weights of every tile, then the end. Weights do not depend on the kernel before this one, so nothing
+  /// here waits for it.
+  __device__ void run_weights() {
+    const uint64_t policy = ptx::createpolicy_evict_first();
+    for (int item = static_cast<int>(blockIdx.x);; item += static_cast<int>(gridDim.x)) {
+      const WorkTile tile = finder_.find(item);
+      if (threadIdx.x % 32 == 0) {
+        if (tile.rows > 0) {
+          load_weights(tile, policy);
+        } else {
+          wait_for_slot();
+          post_tile(tile);
+          ptx::mbarrier_arrive(full_barrier());
+        }
+      }
+      __syncwarp();
+      if (tile.rows == 0) return;
+    }
+  }
+
+  /// The token rows of every tile, once the kernel before this one has written them.
+  __device__ void run_tokens() {
+    ptx::griddepcontrol_wait();
+    ptx::griddepcontrol_launch_dependents();
+    for (int item = static_cast<int>(blockIdx.x);; item += static_cast<int>(gridDim.x)) {
+      const WorkTile tile = finder_.find(item);
+      if (threadIdx.x % 32 == 0) {
+        if (tile.rows > 0) {
+          load_tokens(tile);
+        } else {
+          wait_for_slot();
+          ptx::mbarrier_arrive(full_barrier());
+        }
+      }
+      __syncwarp();
+      if (tile.rows == 0) return;
+    }
+  }
+
+ private:
+  __device__ uint32_t full_barrier() const { return shared_ + Traits::kFullOffset + slot_ * 8; }
+
+  __device__ void wait_for_slot() const {
+    ptx::mbarrier_wait_parity(shared_ + Traits::kEmptyOffset + slot_ * 8, phase_ ^ 1u);
+  }
+
+  __device__ void next_slot() {
+    if (++slot_ == Traits::kStages) {
+      slot_ = 0;
+      phase_ ^= 1u;
+    }
+  }
+
+  /// Tells the consumers which tile the stage belongs to.
+  __device__ void post_tile(const WorkTile& tile) const {
+    ptx::st_shared_v4(shared_ + Traits::kTileOffset + slot_ * 16, tile.expert, tile.row_tile, tile.first_row,
+                      tile.rows);
+  }
+
+  __device__ void load_weights(const WorkTile& tile, uint64_t policy) {
+    const int first_block = tile.row_tile * Traits::kTileBlocks;
+    // The last tile may have fewer blocks. What the others then multiply are rows that nobody stores.
+    const int blocks = min(Traits::kTileBlocks, args_.row_blocks - first_block);
+    const int64_t block_bytes = int64_t{args_.depth_units} * kUnitBytes;
+    const uint8_t* from =
+        args_.packed + tile.expert * args_.packed_bytes_per_expert + first_block * block_bytes;
+    for (int left = args_.depth_units; left > 0; left -= Traits::kDepthParts) {
+      const int bytes = min(Traits::kDepthParts, left) * kUnitBytes;
+      const uint32_t to = shared_ + Traits::kWeightOffset + slot_ * Traits::kWeightStageBytes;
+      wait_for_slot();
+      post_tile(tile);
+      ptx::mbarrier_arrive_expect_tx(full_barrier(), blocks * bytes);
+#pragma unroll
+      for (int b = 0; b < Traits::kTileBlocks; ++b) {
+        if (b < blocks) {
+          ptx::cp_async_bulk(to + b * Traits::kDepthParts * kUnitBytes, from + b * block_bytes, bytes,
+                             full_barrier(), policy);
+        }
+      }
+      from += bytes;
+      next_slot();
+    }
+  }
+
+  /// One box a term and stage, or a box a k unit where K is no multiple of 64 (TokenMaps).
+  __device__ void load_tokens(const WorkTile& tile) {
+    const int granules = (tile.rows + Traits::kGranule - 1) / Traits::kGranule;
+    const int unit_bytes = granules * Traits::kGranule * kUnitDepth * 2;
+    for (int unit = 0; unit < args_.depth_units; unit += Traits::kDepthParts) {
+      const int boxes = maps_.stage_in_a_box ? 1 : min(Traits::kDepthParts, args_.depth_units - unit);
+      const int box_bytes = maps_.stage_in_a_box ? Traits::kDepthParts * unit_bytes : unit_bytes;
+      wait_for_slot();
+      ptx::mbarrier_arrive_expect_tx(full_barrier(), Traits::kTerms * boxes * box_bytes);
+#pragma unroll
+      for (int term = 0; term < Traits::kTerms; ++term) {
+        const uint32_t to =
+            shared_ + slot_ * Traits::kTokenStageBytes + term * Traits::kDepthParts * unit_bytes;
+        for (int box = 0; box < boxes; ++box) {
+          ptx::cp_async_bulk_tensor_3d(to + box * box_bytes, &maps_.of[term][granules - 1],
+                                       maps_.stage_in_a_box ? 0 : (unit + box) * kUnitDepth, tile.first_row,
+                                       maps_.stage_in_a_box ? unit : 0, full_barrier());
+        }
+      }
+      next_slot();
+    }
+  }
+
+  const GemmKernelArgs& args_;
+  const TokenMaps& maps_;
+  uint32_t shared_;
+  WorkFinder<Traits> finder_;
+  int slot_ = 0;
+  uint32_t phase_ = 0;
+};
+
+}  // namespace fourfold::sm90

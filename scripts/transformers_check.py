@@ -3,13 +3,13 @@
 
     python3 -m pip install torch transformers safetensors
     cmake --preset release && cmake --build --preset release --target oracle_driver
-    python3 scripts/transformers_check.py [--driver build/release/tests/oracle_driver] [--fused] [CASE ...]
+    python3 scripts/transformers_check.py [--driver DRIVER] [--fused] [CASE ...]
 
 For every case a tiny model with random weights in bf16 and router biases that matter is built by transformers
 and saved by its save_pretrained, which writes config.json and the tensor names of the family's published
-checkpoints (with --fused, its own names, experts as one tensor). The driver then reads one layer of that directory as layertest does (load_experts, rules_of,
-load_router), routes by the checkpoint's router and runs the reference with bf16 activations. Compared are the
-chosen experts, the routing weights and the layer's output.
+checkpoints (with --fused, its own names, experts as one tensor). The driver then reads one layer of that
+directory as layertest does (load_experts, rules_of, load_router), routes by the checkpoint's router and runs
+the reference with bf16 activations. Compared are the chosen experts, the routing weights and the output.
 
 Three runs of transformers' module stand on the other side, on the same input:
 - "rounded": in float32, but rounded to bf16 where fourfold rounds (docs/formats.md, section 7). What is left
@@ -325,8 +325,7 @@ def judge(case: Case, driver: Path, fused: bool) -> Verdict:
 
     verdict = Verdict()
     differs = (ours.experts != in_float32.experts).any(dim=1)
-    # Two float32 sums may decide a near tie differently. It is one where float64 disagrees with either of
-    # them.
+    # Two float32 sums may decide a near tie differently: it is one where float64 does not confirm float32.
     near_tie = differs & (in_float64.experts != in_float32.experts).any(dim=1)
     verdict.other_choices, verdict.near_ties = int(differs.sum()), int(near_tie.sum())
     same = ~differs
@@ -378,15 +377,21 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    print(f"{versions}; {TOKENS} tokens, hidden {HIDDEN}, intermediate {INNER}")
     print(
-        f"transformers {transformers.__version__}, torch {torch.__version__}; {TOKENS} tokens, hidden
-        {HIDDEN}, intermediate {INNER}" ) print( "choices: tokens with other experts; weights: largest
-        relative difference; the rest: relative L2 of the output" ) print(f"{'':22}  {'choices':>8}
-        {'weights':>9} {'rounded':>9} {'float32':>9} {'bf16':>9} {'choices':>8}") failed = False for name in
-        arguments.case or CASES: verdict = judge(CASES[name], arguments.driver, arguments.fused) figures =
-        f"{verdict.weights:9.1e} {verdict.rounded:9.1e} {verdict.float32:9.1e} {verdict.bf16:9.1e}"
-        print(f"{name:22}  {verdict.other_choices:8} {figures} {verdict.bf16_choices:8}") for problem in
-        verdict.problems: print(f"  {problem}") failed |= bool(verdict.problems) return 1 if failed else 0
+        "choices: tokens with other experts; weights: largest relative difference; others: relative L2 of y"
+    )
+    print(f"{'':22}  {'choices':>8} {'weights':>9} {'rounded':>9} {'float32':>9} {'bf16':>9} {'choices':>8}")
+    failed = False
+    for name in arguments.case or CASES:
+        verdict = judge(CASES[name], arguments.driver, arguments.fused)
+        figures = f"{verdict.weights:9.1e} {verdict.rounded:9.1e} {verdict.float32:9.1e} {verdict.bf16:9.1e}"
+        print(f"{name:22}  {verdict.other_choices:8} {figures} {verdict.bf16_choices:8}")
+        for problem in verdict.problems:
+            print(f"  {problem}")
+        failed |= bool(verdict.problems)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

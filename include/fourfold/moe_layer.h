@@ -107,6 +107,9 @@ struct LayerPlan {
   std::string kernel;                   ///< which kernel will run, for reports
   std::string reason;                   ///< why that one
   std::shared_ptr<const void> details;  ///< the backend's own
+  /// On CPUs: which arithmetic its multiplications use, by the name of the peak that `fourfold bench` measures
+  /// (src/tools/cpu_ceilings.h), e.g. "int8-vnni-avx512".
+  std::string arithmetic = {};
 };
 
 /// Stages of the shared expert; rows are tokens, formats those of shared_options.
@@ -134,6 +137,15 @@ struct StageTaps {
   SharedTaps shared;
 };
 
+/// Told when a call has enqueued (on a CPU: computed) a stage: how `fourfold bench --stages` times them.
+class StageObserver {
+ public:
+  virtual ~StageObserver() = default;
+  /// `stage` names what came since the call before, e.g. "gemm1", or "gemm1+activate" where they are one
+  /// kernel. `stream` is that of the arguments.
+  virtual void after(std::string_view stage, void* stream) = 0;
+};
+
 struct ForwardArgs {
   MatrixView<const Bf16> x;  ///< [T, H]
   Routing routing;
@@ -142,6 +154,7 @@ struct ForwardArgs {
   void* stream = nullptr;     ///< cudaStream_t where the backend has streams
   int32_t* status = nullptr;  ///< StatusBits, in the backend's memory; may be null
   StageTaps taps = {};
+  StageObserver* observer = nullptr;  ///< may be null
 };
 
 /// The routed experts alone, for callers that permute and combine themselves (expert parallelism) and take

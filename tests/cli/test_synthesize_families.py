@@ -144,8 +144,9 @@ def test_gpt_oss_in_bf16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("which", ["original", "nvfp4"])
 def test_hash_routed_layers(tmp_path: Path, which: str) -> None:
-    """DeepSeek-V4's layers 0 to 2: a table of experts by token id instead of a bias. Every expert stands in it,
-    none twice for a token, and the inputs have token ids."""
+    """DeepSeek-V4's layers 0 to 2: a table of experts by token id instead of a bias. Every expert stands in
+    it, none twice for a token, and the inputs have token ids.
+    """
     directory = synthesize(tmp_path / "a", "deepseek-v4", "--layers", "4")
     found = found_tensors(directory / which)
     vocabulary = found["layers.0.ffn.gate.tid2eid"][1][0]
@@ -211,8 +212,9 @@ def test_config(made: Callable[[str], Path], family: str, which: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantization_in_configs(made: Callable[[str], Path], family: str) -> None:
-    """Originals say how they are quantized, if they are; NVFP4 is announced as ModelOpt does, and DeepSeek-V4 keeps
-    fp8 as its method."""
+    """Originals say how they are quantized, if they are; NVFP4 is announced as ModelOpt does, and DeepSeek-V4
+    keeps fp8 as its method.
+    """
     original, nvfp4 = (
         json.loads((made(family) / w / "config.json").read_text()) for w in ("original", "nvfp4")
     )
@@ -243,7 +245,7 @@ def test_inputs_leave_routing_to_the_model(made: Callable[[str], Path], family: 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layertest_calls_it_fine(made: Callable[[str], Path], family: str) -> None:
-    """With the input that comes with it, and with x of layertest's own; no note but of experts without tokens."""
+    """With the input that comes with it; no note but of experts without tokens."""
     directory = made(family)
     pair = ("--original", directory / "original")
     result = layertest(directory / "nvfp4", *pair, "--input", directory / "inputs.safetensors")

@@ -6,6 +6,7 @@ the names that their models have.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import checkpoint_oracle
 import moe_oracle
 import nvfp4_oracle as oracle
-from checkpoint_oracle import CheckpointLayer, read_file, read_layer
+from checkpoint_oracle import read_file, read_layer
 from compare import assert_same
 from layertest_figures import (
     FINE,
@@ -35,6 +35,7 @@ from tensor_file import NAME_OF_DTYPE, run_driver
 from test_layer import assert_same_activation
 
 SHAPE = "8,64,96,2"  # V3's groups are two of four experts
+TILED = "8,288,160,2"  # several 128 x 128 tiles each way, the last ones cut short
 EXPERTS, HIDDEN, INNER, TOP_K, TOKENS = 8, 64, 96, 2, 40
 
 
@@ -44,12 +45,16 @@ class Case:
 
     options: tuple[str, ...]
     layer: int = 0
+    shape: str = SHAPE
 
 
 CASES = {
     "deepseek-v4": Case(("--family", "deepseek-v4", "--layers", "4"), 3),
     "deepseek-v4-hash": Case(("--family", "deepseek-v4", "--layers", "4"), 1),
     "deepseek-v3": Case(("--family", "deepseek-v3")),
+    "deepseek-v3-tiled": Case(("--family", "deepseek-v3"), shape=TILED),
+    "deepseek-v4-tiled": Case(("--family", "deepseek-v4"), shape=TILED),
+    "gpt-oss-tiled": Case(("--family", "gpt-oss"), shape=TILED),
     "qwen3-moe": Case(("--family", "qwen3-moe")),
     "qwen2-moe": Case(("--family", "qwen2-moe")),
     "mixtral": Case(("--family", "mixtral")),
@@ -59,16 +64,24 @@ CASES = {
     "nemotron-h": Case(()),
 }
 
-# Formats and policies; "" is layertest's default, which is static: all of these checkpoints are calibrated.
+# Formats, policies and the step before. "" is layertest's default policy, static: all of these checkpoints
+# are calibrated.
 VARIANTS = [
-    ("nvfp4", ""),
-    ("nvfp4x2", ""),
-    ("bf16", ""),
-    ("fp8", ""),
-    ("nvfp4", "dynamic-token"),
-    ("nvfp4", "max-over-experts,dynamic-tensor"),
-    ("nvfp4x2", "dynamic-tensor,static"),
+    ("nvfp4", "", "exact"),
+    ("nvfp4x2", "", "exact"),
+    ("bf16", "", "exact"),
+    ("fp8", "", "exact"),
+    ("nvfp4", "dynamic-token", "exact"),
+    ("nvfp4", "max-over-experts,dynamic-tensor", "exact"),
+    ("nvfp4x2", "dynamic-tensor,static", "exact"),
+    ("nvfp4", "", "fold"),
+    ("nvfp4", "", "double-quantize"),
 ]
+STEPS: dict[str, tuple[list[str], Callable[[moe_oracle.Expert], moe_oracle.Expert]]] = {
+    "exact": ([], lambda expert: expert),
+    "fold": (["--gate-up", "fold"], moe_oracle.fold_gate_up),
+    "double-quantize": (["--double-quantize"], moe_oracle.quantize_again),
+}
 
 
 # ---- checkpoints written here ------------------------------------------------------------------------------
@@ -215,33 +228,34 @@ class LayerUnderTest:
         inputs = {name: stored.array for name, stored in read_file(folder / "inputs.safetensors").items()}
         self.x, self.token_ids = inputs["x"], inputs.get("token_ids")
         self.ids, self.weights = self.nvfp4.route(self.x, self.token_ids)
-        self.original_run = self.run(self.original.layer("bf16", ("dynamic-token",) * 2))
-        self.dequantized_run = self.run(self.nvfp4.layer("bf16", ("dynamic-token",) * 2).dequantized())
+        self.original_layer = self.original.layer("bf16", ("dynamic-token",) * 2)
+        self.original_run = self.run(self.original_layer)
 
     def run(self, layer: moe_oracle.Layer) -> moe_oracle.Run:
         return layer.run(self.x, self.ids, self.weights)
 
-    def report(self, activations: str, policies: str) -> dict:
+    def report(self, activations: str, policies: str, options_of_step: list[str]) -> dict:
         path = self.folder / "report.json"
         checkpoints = ["--original", self.folder / "original", "--nvfp4", self.folder / "nvfp4"]
         inputs = ["--layer", self.layer, "--input", self.folder / "inputs.safetensors"]
         scale = ["--activation-scale", policies] if policies else []
         options = ["--backend", "reference", "--json", path, "--activations", activations, *scale]
+        options += options_of_step
         run_command([fourfold(), "layertest", *checkpoints, *inputs, *options], (FINE, FINDING))
         return json.loads(path.read_text())
 
-    def weight_sums(self) -> Array:
-        """(P, 4) between original and dequantized weights, one row an expert, the shared one last."""
 
-        def experts(layer: CheckpointLayer) -> list[moe_oracle.Expert]:
-            return layer.experts + ([layer.shared.expert] if layer.shared else [])
+def weight_sums(original: moe_oracle.Layer, dequantized: moe_oracle.Layer) -> Array:
+    """(P, 4), one row an expert, the shared one last."""
 
-        def sums(original: moe_oracle.Expert, nvfp4: moe_oracle.Expert) -> Array:
-            pairs = zip(original.projections(), nvfp4.dequantized().projections(), strict=True)
-            return sum(error_sums(a.values, b.values).sum(axis=0) for a, b in pairs)
+    def experts(layer: moe_oracle.Layer) -> list[moe_oracle.Expert]:
+        return layer.experts + ([layer.shared.expert] if layer.shared else [])
 
-        pairs = zip(experts(self.original), experts(self.nvfp4), strict=True)
-        return np.array([sums(*pair) for pair in pairs])
+    def sums(*pair: moe_oracle.Expert) -> Array:
+        matrices = zip(*(expert.projections() for expert in pair), strict=True)
+        return sum(error_sums(a.values, b.values).sum(axis=0) for a, b in matrices)
+
+    return np.array([sums(*pair) for pair in zip(experts(original), experts(dequantized), strict=True)])
 
 
 def stages(run: moe_oracle.Run) -> dict[str, Array]:
@@ -298,21 +312,23 @@ def layer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param in WRITERS:
         WRITERS[request.param](folder)
     else:
-        fixed = ["--shape", SHAPE, "--tokens", TOKENS, "--seed", 2]
+        fixed = ["--shape", case.shape, "--tokens", TOKENS, "--seed", 2]
         run_command([fourfold(), "synthesize", folder, *fixed, *case.options])
     return LayerUnderTest(folder, case.layer)
 
 
-@pytest.mark.parametrize(("activations", "policies"), VARIANTS, ids=lambda text: text or "default")
-def test_figures(layer: LayerUnderTest, activations: str, policies: str) -> None:
-    report = layer.report(activations, policies)
+@pytest.mark.parametrize(("activations", "policies", "step"), VARIANTS, ids=lambda text: text or "default")
+def test_figures(layer: LayerUnderTest, activations: str, policies: str, step: str) -> None:
+    options, convert = STEPS[step]
+    report = layer.report(activations, policies, options)
     x_policy, _, a_policy = (policies or "static").partition(",")
-    emulation = layer.nvfp4.layer(activations, (x_policy, a_policy or x_policy))
-    emulation_run = layer.run(emulation)
+    emulation = layer.nvfp4.layer(activations, (x_policy, a_policy or x_policy)).converted(convert)
+    dequantized = emulation.dequantized()
+    emulation_run, dequantized_run = layer.run(emulation), layer.run(dequantized)
     checkpoint, activation_figures = (report["comparisons"][name] for name in ("checkpoint", "activations"))
-    check_figures("weights", checkpoint["weights"], layer.weight_sums())
-    check_stages(checkpoint, layer.original_run, layer.dequantized_run)
-    check_stages(activation_figures, layer.dequantized_run, emulation_run)
+    check_figures("weights", checkpoint["weights"], weight_sums(layer.original_layer, dequantized))
+    check_stages(checkpoint, layer.original_run, dequantized_run)
+    check_stages(activation_figures, dequantized_run, emulation_run)
     has_scales = activations in ("nvfp4", "nvfp4x2") and policies != "dynamic-token"
     if has_scales:
         check_input_scales(report["input_scales"], emulation, emulation_run)

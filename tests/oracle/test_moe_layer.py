@@ -2,8 +2,8 @@
 format, a shared expert, biases, activations, maps of expert numbers, routing weights on the input.
 
 Every layer runs twice, its workspace, taps and result filled with NaN and with zeros beforehand: what is read
-before it is written shows. Where another libm's exp decides (the activation, the shared expert's gate) the oracle
-goes on with the driver's own numbers, as in test_layer.py, which also derives the tolerance.
+before it is written shows. Where another libm's exp decides (the activation, the shared expert's gate) the
+oracle goes on with the driver's own numbers, as in test_layer.py, which also derives the tolerance.
 """
 
 from dataclasses import dataclass, replace
@@ -48,7 +48,7 @@ NOT_GATED = ("relu_squared", "silu", "gelu")
 
 @dataclass
 class Stored:
-    """A matrix as the oracle multiplies by it, and the driver's tensors of it by the last part of their names."""
+    """A matrix as the oracle multiplies by it, and the driver's tensors of it by their last names."""
 
     projection: Projection
     tensors: Tensors
@@ -314,8 +314,8 @@ def test_swizzled_weight_scales(layout: str) -> None:
 
 @pytest.mark.parametrize("dequantize", [0, 1])
 def test_divisors(dequantize: int) -> None:
-    """compressed-tensors' global scales: alpha takes the reciprocal, dequantization divides. (A multiplication by
-    the reciprocal in its place differs by one float32 ulp, which rounding to bf16 hides here.)
+    """compressed-tensors' global scales: alpha takes the reciprocal, dequantization divides. (A multiplication
+    by the reciprocal in its place differs by one float32 ulp, which rounding to bf16 hides here.)
     """
     case = make_case(shared="nvfp4", activations="bf16")
     for name in [name for name in case.tensors if name.endswith(".global")]:
@@ -330,7 +330,7 @@ def test_divisors(dequantize: int) -> None:
 
 @pytest.mark.parametrize("shared", [None, *FORMATS])
 def test_dequantized_weights(shared: str | None) -> None:
-    """layertest's reference in the dequantized weights: the global scale in the values, none in the epilogue."""
+    """layertest's reference in the dequantized weights: the global scale in the values, not in the epilogue."""
     case = make_case(shared=shared, shared_gate=shared is not None, activations="bf16")
     check(replace(case, layer=case.layer.dequantized()), make_x(20), *make_routing(21), dequantize=1)
 
@@ -354,7 +354,8 @@ MAP = np.array([3, -1, 0, 4, -1, 1, 2, -1, EXPERTS], np.int32)
 @pytest.mark.parametrize("last", [7, 8, 9, -1], ids=["known", "mapped-astray", "unknown", "absent"])
 def test_local_experts(dtype: type[np.integer], last: int) -> None:
     """Ids of the model are mapped; elsewhere, -1, outside the map and astray all count as absent, the last two
-    with a status."""
+    with a status.
+    """
     ids = np.random.default_rng(24).integers(-1, 8, (TOKENS, TOP_K)).astype(dtype)
     ids[4] = [0, 0, 3]  # the same expert twice
     ids[5, 1] = last

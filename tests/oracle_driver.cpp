@@ -5,91 +5,22 @@
 #include <fmt/format.h>
 
 #include <cstdio>
-#include <cstring>
-#include <deque>
 #include <functional>
-#include <limits>
 #include <map>
 #include <string>
 #include <vector>
 
 #include "fourfold/error.h"
 #include "fourfold/expert_weights.h"
-#include "fourfold/moe_layer.h"
 #include "fourfold/quantize.h"
 #include "fourfold/reference.h"
 #include "fourfold/router.h"
 #include "fourfold/safetensors.h"
 #include "fourfold/scale_layout.h"
-#include "tools/layer_trace.h"
+#include "oracle_job.h"
 
 namespace fourfold {
 namespace {
-
-class Job {
- public:
-  Job(const std::string& in, std::map<std::string, std::string> options)
-      : file_(SafetensorsFile::open(in)), options_(std::move(options)) {}
-
-  std::string option(const std::string& key, const std::string& fallback = "") const {
-    const auto it = options_.find(key);
-    return it == options_.end() ? fallback : it->second;
-  }
-
-  bool has(const std::string& name) const { return file_->find(name) != nullptr; }
-  const std::vector<int64_t>& shape(const std::string& name) const { return file_->at(name).shape; }
-
-  /// A tensor's elements, copied to where they are aligned.
-  template <class T>
-  std::vector<T> values(const std::string& name) const {
-    const Tensor& tensor = file_->at(name);
-    std::vector<T> copy(static_cast<size_t>(tensor.bytes) / sizeof(T));
-    if (!copy.empty()) std::memcpy(copy.data(), tensor.data, copy.size() * sizeof(T));
-    return copy;
-  }
-
-  /// A matrix kept alive by the job. Tensors of higher rank fold into [rows, last extent].
-  template <class T>
-  MatrixView<const T> matrix(const std::string& name) {
-    const std::vector<int64_t>& extents = shape(name);
-    const int64_t cols = extents.back();
-    auto& bytes = kept_.emplace_back(values<std::byte>(name));
-    const auto rows = cols == 0 ? 0 : static_cast<int64_t>(bytes.size() / sizeof(T)) / cols;
-    return {reinterpret_cast<const T*>(bytes.data()), rows, cols};
-  }
-
-  /// A result of `shape`, zeroed, to be filled in.
-  template <class T>
-  T* result(const std::string& name, DType type, std::vector<int64_t> shape) {
-    TensorSpec spec{name, type, std::move(shape)};
-    auto& bytes = results_.emplace_back(static_cast<size_t>(spec.bytes()));
-    specs_.push_back(std::move(spec));
-    return reinterpret_cast<T*>(bytes.data());
-  }
-
-  template <class T>
-  void result(const std::string& name, DType type, std::vector<int64_t> shape, const std::vector<T>& values) {
-    T* data = result<T>(name, type, std::move(shape));
-    if (!values.empty()) std::memcpy(data, values.data(), values.size() * sizeof(T));
-  }
-
-  void save(const std::string& out) const {
-    std::vector<TensorData> tensors;
-    for (size_t i = 0; i < specs_.size(); ++i) tensors.push_back({specs_[i], results_[i]});
-    write_safetensors(out, tensors);
-  }
-
- private:
-  std::shared_ptr<const SafetensorsFile> file_;
-  std::map<std::string, std::string> options_;
-  std::deque<std::vector<std::byte>> kept_;
-  std::deque<std::vector<std::byte>> results_;
-  std::vector<TensorSpec> specs_;
-};
-
-int64_t ssize_of(const auto& container) {
-  return static_cast<int64_t>(container.size());
-}
 
 void decode(Job& job) {
   float* e2m1 = job.result<float>("e2m1", DType::kF32, {16});
@@ -210,7 +141,7 @@ void fold(Job& job) {
   Expert expert;
   expert.gate = view(gate, job.values<float>("gate_global")[0]);
   expert.up = view(up, job.values<float>("up_global")[0]);
-  ExpertWeights weights{cols, gate.rows, {expert}, nullptr};
+  ExpertWeights weights{cols, gate.rows, {expert}, std::nullopt, nullptr};
   FoldReport report;
   const ExpertWeights folded = fold_gate_up(weights, &report);
   for (const auto& [name, half] :
@@ -256,29 +187,14 @@ void permute(Job& job) {
     routing.topk_ids = MatrixView<const int64_t>(wide.data(), shape[0], shape[1]);
   }
   routing.topk_weights = {weights.data(), shape[0], shape[1]};
+  const auto local_experts =
+      job.has("local_experts") ? job.values<int32_t>("local_experts") : std::vector<int32_t>{};
+  routing.local_experts = local_experts;
   const Permutation permutation = permute_by_expert(routing, experts);
   job.result("group_offsets", DType::kI32, {experts + 1}, permutation.group_offsets);
   job.result("slot_of_row", DType::kI32, {permutation.rows()}, permutation.slot_of_row);
   job.result("row_of_slot", DType::kI32, {static_cast<int64_t>(slots)}, permutation.row_of_slot);
   job.result<int32_t>("status", DType::kI32, {1})[0] = permutation.status;
-}
-
-ActivationFunction activation_of(const Job& job) {
-  static const std::map<std::string, ActivationKind> kinds = {
-      {"swiglu", ActivationKind::kSwiglu},
-      {"swiglu_step", ActivationKind::kSwigluStep},
-      {"geglu", ActivationKind::kGeglu},
-      {"geglu_tanh", ActivationKind::kGegluTanh},
-      {"relu_squared", ActivationKind::kReluSquared},
-      {"silu", ActivationKind::kSilu},
-      {"gelu", ActivationKind::kGelu},
-  };
-  ActivationFunction function;
-  function.kind = kinds.at(job.option("kind", "swiglu"));
-  if (!job.option("limit").empty()) function.limit = std::stof(job.option("limit"));
-  if (!job.option("alpha").empty()) function.alpha = std::stof(job.option("alpha"));
-  if (!job.option("beta").empty()) function.beta = std::stof(job.option("beta"));
-  return function;
 }
 
 void swiglu(Job& job) {
@@ -294,22 +210,10 @@ void combine(Job& job) {
   const auto weights = job.matrix<float>("topk_weights");
   const LayerConfig config;
   const std::vector<int64_t> shape = {weights.rows, z.cols};
-  reference::combine(z, rows, weights, config,
+  reference::combine(z, rows, weights, config, {},
                      MatrixView<Bf16>(job.result<Bf16>("y", DType::kBf16, shape), shape[0], shape[1]));
-  reference::combine(z, rows, weights, config,
+  reference::combine(z, rows, weights, config, {},
                      MatrixView<float>(job.result<float>("y32", DType::kF32, shape), shape[0], shape[1]));
-}
-
-Accumulation accumulation_of(const Job& job) {
-  return job.option("accumulate", "f32") == "f64" ? Accumulation::kFloat64 : Accumulation::kFloat32;
-}
-
-/// Swizzled scales whose padding is 0x7F, e4m3's NaN: a GEMM that reads padding shows it.
-std::vector<uint8_t> with_poisoned_padding(std::vector<uint8_t> swizzled, const std::vector<uint8_t>& used) {
-  for (size_t i = 0; i < swizzled.size(); ++i) {
-    if (used[i] == 0) swizzled[i] = kE4m3NanCode;
-  }
-  return swizzled;
 }
 
 void grouped_gemm(Job& job, bool grouped) {
@@ -351,90 +255,6 @@ void grouped_gemm(Job& job, bool grouped) {
   } else {
     reference::gemm({a, b.front(), d, accumulation_of(job)});
   }
-}
-
-/// What was staged, as results of the job; bf16 activations are not.
-void save_staged(Job& job, const std::string& name, const StagedBuffers& staged) {
-  const StagedActivations& views = staged.views;
-  const auto save = [&](const std::string& suffix, const MatrixView<uint8_t>& view,
-                        const std::vector<uint8_t>& bytes) {
-    if (view.cols > 0) job.result(name + suffix, DType::kU8, {view.rows, view.cols}, bytes);
-  };
-  save("_codes", views.codes, staged.codes);
-  save("_scales", views.scales, staged.scales);
-  save("_residual_codes", views.residual_codes, staged.residual_codes);
-  save("_residual_scales", views.residual_scales, staged.residual_scales);
-  if (views.codes.cols > 0) {
-    job.result(name + "_row_scales", DType::kF32, {ssize_of(staged.row_scales)}, staged.row_scales);
-  }
-}
-
-ExpertWeights experts_of(Job& job) {
-  ExpertWeights weights;
-  for (int e = 0; job.has(fmt::format("{}.gate.codes", e)); ++e) {
-    Expert expert;
-    expert.name = fmt::format("expert {}", e);
-    const auto read = [&](const std::string& which, std::optional<float>& input_scale) {
-      const std::string prefix = fmt::format("{}.{}.", e, which);
-      const auto codes = job.matrix<uint8_t>(prefix + "codes"),
-                 scales = job.matrix<uint8_t>(prefix + "scales");
-      if (job.has(prefix + "input_scale")) input_scale = job.values<float>(prefix + "input_scale")[0];
-      return block_scaled(QuantFormat::kNvfp4, codes, scales, job.values<float>(prefix + "global")[0]);
-    };
-    expert.gate = read("gate", expert.gate_input_scale);
-    expert.up = read("up", expert.up_input_scale);
-    expert.down = read("down", expert.down_input_scale);
-    weights.experts.push_back(expert);
-  }
-  weights.hidden = cols_of(weights.experts.front().gate);
-  weights.intermediate = rows_of(weights.experts.front().gate);
-  return weights;
-}
-
-void layer(Job& job) {
-  const ExpertWeights weights = experts_of(job);
-  const auto x = job.matrix<Bf16>("x");
-  const auto ids = job.matrix<int32_t>("topk_ids");
-  const LayerConfig config{weights.hidden, weights.intermediate, weights.count(), ids.cols,
-                           activation_of(job)};
-  LayerOptions options;
-  options.activations = parse_activation_format(job.option("activations", "nvfp4")).value();
-  options.x_scale = options.intermediate_scale =
-      parse_scale_policy(job.option("policy", "dynamic-token")).value();
-  options.accumulation = accumulation_of(job);
-
-  LayerInputs inputs;
-  inputs.tokens = x.rows;
-  inputs.hidden = x.cols;
-  inputs.top_k = ids.cols;
-  inputs.x.assign(x.data, x.data + x.rows * x.cols);
-  inputs.topk_ids = job.values<int32_t>("topk_ids");
-  inputs.topk_weights = job.values<float>("topk_weights");
-
-  const LayerTrace run = trace(*reference_backend().make_layer(weights, config, options), inputs);
-  job.result("group_offsets", DType::kI32, {config.experts + 1}, run.permutation.group_offsets);
-  job.result("slot_of_row", DType::kI32, {run.rows}, run.permutation.slot_of_row);
-  save_staged(job, "staged_x", run.staged_x);
-  save_staged(job, "staged_a", run.staged_intermediate);
-  job.result("h", DType::kBf16, {run.rows, 2 * config.intermediate}, run.h);
-  job.result("a", DType::kBf16, {run.rows, config.intermediate}, run.activation);
-  job.result("z", DType::kBf16, {run.rows, config.hidden}, run.z);
-  job.result("y", DType::kBf16, {run.tokens, config.hidden}, run.y);
-}
-
-DenseView dense_view(const MatrixView<const Bf16>& matrix) {
-  return {ElementType::kBf16, reinterpret_cast<const std::byte*>(matrix.data),
-          matrix.rows,        matrix.cols,
-          matrix.cols * 2,    {}};
-}
-
-DenseView dense_vector(const MatrixView<const float>& vector) {
-  return {ElementType::kF32,
-          reinterpret_cast<const std::byte*>(vector.data),
-          1,
-          vector.cols,
-          vector.cols * 4,
-          {}};
 }
 
 void route_tokens(Job& job) {
@@ -501,7 +321,8 @@ int run(int argc, char** argv) {
       {"combine", combine},
       {"gemm", [](Job& job) { grouped_gemm(job, false); }},
       {"grouped_gemm", [](Job& job) { grouped_gemm(job, true); }},
-      {"layer", layer},
+      {"layer", run_layer},
+      {"checkpoint_layer", run_checkpoint_layer},
   };
   if (argc < 4 || !operations.contains(argv[1])) {
     fmt::print(stderr, "usage: oracle_driver OP IN.safetensors OUT.safetensors [key=value ...]\n");

@@ -191,7 +191,7 @@ class FaultyLayer final : public MoeLayer {
                        fault_ == Fault::kMissingRoutingWeight
                            ? MatrixView<const float>(ones.data(), weights.rows, weights.cols)
                            : weights,
-                       config_, args.y);
+                       config_, {}, args.y);
   }
 
   Fault fault_;
@@ -207,8 +207,9 @@ class FaultyBackend final : public Backend {
   std::string_view name() const override { return name_; }
   std::string_view description() const override { return "a planted fault"; }
   std::string why_unavailable() const override { return ""; }
-  std::string why_unsupported(const ExpertWeights&, const LayerConfig&,
+  std::string why_unsupported(const ExpertWeights& weights, const LayerConfig&,
                               const LayerOptions& options) const override {
+    if (weights.shared) return "routed experts alone";
     return options.activations == ActivationFormat::kNvfp4 ? "" : "nvfp4 activations alone";
   }
   std::unique_ptr<MoeLayer> make_layer(const ExpertWeights& weights, const LayerConfig& config,

@@ -66,22 +66,43 @@ struct BlockScaledView {
   uint8_t scale_code(int64_t row, int64_t block) const;
 };
 
+/// How the scales of an FP8 matrix are stored: DeepSeek-V4 has e8m0, DeepSeek-V3 and ModelOpt float32.
+enum class TileScaleType : uint8_t { kE8m0, kF32 };
+
+/// An FP8 matrix [rows, cols] of e4m3 codes with one scale a tile of `tile_rows` x `tile_cols`; tiles at the
+/// edges are cut short. value = code x scale, rounded to float32. Codes and scales may lie at any address.
+struct Fp8View {
+  int64_t rows = 0;
+  int64_t cols = 0;
+  MatrixView<const uint8_t> codes;    ///< [rows, cols]
+  const std::byte* scales = nullptr;  ///< row-major [ceil(rows / tile_rows), ceil(cols / tile_cols)]
+  TileScaleType scale_type = TileScaleType::kF32;
+  int64_t tile_rows = 128, tile_cols = 128;
+
+  int64_t tiles_per_row() const { return (cols + tile_cols - 1) / tile_cols; }
+  float scale(int64_t row, int64_t col) const;
+};
+
 /// A weight as the checkpoint stores it.
-using WeightView = std::variant<DenseView, BlockScaledView>;
+using WeightView = std::variant<DenseView, BlockScaledView, Fp8View>;
 
 int64_t rows_of(const WeightView& weight);
 int64_t cols_of(const WeightView& weight);
 Device device_of(const WeightView& weight);
-/// "nvfp4", "mxfp4", "bf16", "f16" or "f32".
+/// "nvfp4", "mxfp4", "fp8", "bf16", "f16" or "f32".
 std::string_view format_name(const WeightView& weight);
+/// Whether `weight` is stored in `format`.
+bool is_stored_as(const WeightView& weight, QuantFormat format);
 
 /// Decodes row `row` into `out` [cols]: e2m1 x block scale, exact in float32 (an MXFP4 scale of 2^126 or
 /// more can overflow). The global scale is not applied: see global_multiplier.
 void decode_row(const BlockScaledView& matrix, int64_t row, float* out);
+/// The values themselves, code x scale: a tile's scale belongs to the value, since it changes along K.
+void decode_row(const Fp8View& matrix, int64_t row, float* out);
 void decode_row(const WeightView& weight, int64_t row, float* out);
 
-/// The factor that a GEMM applies in its epilogue after multiplying what decode_row gives: 1 for dense
-/// weights.
+/// The factor that a GEMM applies in its epilogue after multiplying what decode_row gives: 1 for dense and
+/// FP8 weights.
 float global_multiplier(const WeightView& weight);
 
 /// Decodes row `row` and applies the global scale: (e2m1 x block scale) x global, rounded once to float32.

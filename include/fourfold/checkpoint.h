@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "fourfold/expert_weights.h"
-#include "fourfold/moe_layer.h"
 #include "fourfold/router.h"
 #include "fourfold/safetensors.h"
 
@@ -19,21 +18,20 @@ namespace fourfold {
 
 /// What `config.json` says of the layer; absent members are unknown. Tensors are the truth, this is compared.
 struct ModelConfig {
-  std::string file;  ///< path of config.json, for messages; empty where there is none
+  std::string file;  ///< where config.json is, or would be, for messages
   std::string model_type;
   std::string architecture;
   std::optional<int64_t> hidden, intermediate, experts, top_k, layers;
-  std::string hidden_act;                      ///< e.g. "silu"; empty when it says none
-  std::optional<float> swiglu_limit;           ///< the clamp of DeepSeek-V4 and gpt-oss
-  std::optional<bool> renormalise;             ///< norm_topk_prob
+  std::string hidden_act;                 ///< e.g. "silu"; empty when it says none
+  std::optional<float> swiglu_limit;      ///< the clamp of DeepSeek-V4 and gpt-oss
+  std::optional<float> swiglu_alpha;      ///< gpt-oss: the factor in its sigmoid
+  std::string scoring_func;               ///< the router's scores, where it says: "sigmoid", "sqrtsoftplus"
+  std::optional<int64_t> shared_experts;  ///< n_shared_experts
+  std::optional<bool> renormalise;        ///< norm_topk_prob
   std::optional<float> routed_scaling_factor;  ///< multiplies routing weights: DeepSeek
   std::optional<int64_t> groups, top_groups;   ///< n_group, topk_group: DeepSeek-V3
   std::string quantization;                    ///< e.g. "modelopt NVFP4"; empty when it claims none
 };
-
-/// The activation that a config names: silu, gelu or gelu_pytorch_tanh with a gate, DeepSeek-V4's clamp,
-/// gpt-oss's variant. Throws Error for any other.
-ActivationFunction activation_of(const ModelConfig& config);
 
 /// An opened model directory: `config.json`, and `model.safetensors` or shards with an index. Mapped, not
 /// copied.
@@ -60,34 +58,51 @@ class Checkpoint {
   std::map<std::string, const Tensor*, std::less<>> tensors_;
 };
 
+/// Order of gate's and up's rows where a checkpoint stores them as one tensor.
+enum class GateUpOrder : uint8_t { kGateFirst, kUpFirst, kInterleaved };
+
+std::string_view to_string(GateUpOrder order);  ///< "gate-first", "up-first" or "interleaved"
+/// nullopt for an unknown name.
+std::optional<GateUpOrder> parse_gate_up_order(std::string_view name);
+
+/// The order of the family that `config` names; nullopt where it is not known.
+std::optional<GateUpOrder> fused_gate_up_order(const ModelConfig& config);
+
 /// The experts of one layer, and how they were found.
 struct ExpertLayer {
   ExpertWeights weights;            ///< keeps the checkpoint mapped
   std::vector<int64_t> expert_ids;  ///< number of each expert in the checkpoint
   int64_t experts_in_checkpoint = 0;
-  std::string scheme;              ///< "nvfp4", "mxfp4", "bf16", "bf16 (fused)", "mixed: ..."
-  std::string naming;              ///< e.g. "layers.3.ffn.experts.E.{w1,w3,w2}"
+  std::string scheme;         ///< "nvfp4", "mxfp4", "bf16", "bf16 (fused)", "mixed: ..."
+  std::string naming;         ///< e.g. "layers.3.ffn.experts.E.{w1,w3,w2}"
+  std::string shared_scheme;  ///< the same of the shared expert; empty where there is none
+  std::string shared_naming;
   std::vector<std::string> notes;  ///< disagreements between config and tensors
 };
 
-/// Reads the experts of `layer`: all of them, or those in `experts` (ascending, unique). The scheme follows
-/// from tensor names and dtypes: ModelOpt NVFP4, DeepSeek-V4 NVFP4 and MXFP4, and bf16/f16/f32 per expert or
-/// fused (E, 2I, H). Throws Error naming file, tensor, expected and found.
+/// Reads the experts of `layer`: all of them, or those in `experts` (ascending, unique), and its shared
+/// expert. The scheme follows from tensor names and dtypes: expert by expert NVFP4 (ModelOpt, DeepSeek-V4),
+/// MXFP4 (DeepSeek-V4), FP8 with block scales, bf16, f16 or f32; or fused (E, 2I, H) in NVFP4, in gpt-oss's
+/// MXFP4, or dense. Fused tensors stored transposed, (E, H, 2I), are repacked into memory of their own. The
+/// order of gate and up in fused tensors is the family's, or `order`. Throws Error naming file, tensor,
+/// expected and found, also for tensors beside the experts that nothing here reads.
 ExpertLayer load_experts(std::shared_ptr<const Checkpoint> checkpoint, int64_t layer,
-                         const std::vector<int64_t>& experts = {});
+                         const std::vector<int64_t>& experts = {}, std::optional<GateUpOrder> order = {});
 
-/// A layer's router. `weights` view the checkpoint's mapped files.
+/// A layer's router. `weights` view the checkpoint's mapped files, and `hash_table`.
 struct CheckpointRouter {
   RouterConfig config;
   RouterWeights weights;
-  std::string description;  ///< its name and rule, for reports
+  std::string name;                                        ///< e.g. "model.layers.3.mlp.gate"
+  std::shared_ptr<const std::vector<int64_t>> hash_table;  ///< [vocabulary, K]; null: not hash-routed
 };
 
-/// The router of `layer` for the families that are known (Mixtral, Qwen3-MoE, DeepSeek-V3 and V4). nullopt,
-/// with the reason in `why_not`, where the family is another one, the tensor is not there, or ids come from
-/// token ids. Throws Error for tensors that do not fit.
+/// The router of `layer` [experts, hidden], computed as `config` says, which must have a correction bias
+/// where `has_correction_bias`. nullopt, with the reason in `why_not`, where there is none. Throws Error for
+/// tensors that do not fit.
 std::optional<CheckpointRouter> load_router(const Checkpoint& checkpoint, int64_t layer, int64_t experts,
-                                            int64_t hidden, std::string& why_not);
+                                            int64_t hidden, const RouterConfig& config,
+                                            bool has_correction_bias, std::string& why_not);
 
 /// Layers that hold experts, ascending.
 std::vector<int64_t> layers_with_experts(const Checkpoint& checkpoint);

@@ -26,11 +26,23 @@ struct Expert {
   std::string name;  ///< e.g. "layers.3.ffn.experts.17", for messages
 };
 
+/// Whether all of its matrices are NVFP4.
+bool is_all_nvfp4(const Expert& expert);
+
+/// An expert that every token goes through; its output is added to the routed experts' once.
+struct SharedExpert {
+  Expert expert;                  ///< gate and up [S, H], down [H, S]
+  int64_t intermediate = 0;       ///< S, its own: often not I
+  std::optional<DenseView> gate;  ///< [1, H]: the output is multiplied by sigmoid(x . gate). Absent: by 1
+};
+
 /// One layer's experts: views into a mapped checkpoint or a framework's tensors. `storage` keeps them alive.
 struct ExpertWeights {
   int64_t hidden = 0;        ///< H
   int64_t intermediate = 0;  ///< I
   std::vector<Expert> experts;
+  /// Where the experts are spread over ranks, one rank alone has it: it is added once.
+  std::optional<SharedExpert> shared;
   std::shared_ptr<const void> storage;
 
   int64_t count() const { return static_cast<int64_t>(experts.size()); }
@@ -38,6 +50,9 @@ struct ExpertWeights {
 
 /// Throws Error, naming expert and tensor, when a shape disagrees with `hidden` and `intermediate`.
 void validate(const ExpertWeights& weights);
+
+/// The shared expert as a layer of one expert, which every token goes to. `weights` must have one.
+ExpertWeights shared_as_layer(const ExpertWeights& weights);
 
 /// An input_scale that staging can use: present, finite, at least kSmallestDynamicScale.
 bool is_usable_input_scale(std::optional<float> scale);
@@ -57,11 +72,12 @@ struct FoldReport {
 
 /// `--gate-up fold`: for kernels that take one alpha an expert. global = max(gate, up); the smaller half's
 /// block scales are multiplied by own/global in float32 and rounded once to e4m3. Weights other than NVFP4
-/// are left alone.
+/// are left alone. The shared expert is folded alike.
 ExpertWeights fold_gate_up(const ExpertWeights& weights, FoldReport* report = nullptr);
 
 /// `--double-quantize`: what a serving engine does that goes through bf16 and quantizes again with ModelOpt's
-/// rule, gate and up as one tensor. Shows the loss; nobody should want it.
+/// rule, gate and up as one tensor; the shared expert too where it is NVFP4. Shows the loss; nobody should
+/// want it.
 ExpertWeights quantize_again(const ExpertWeights& weights);
 
 }  // namespace fourfold

@@ -63,10 +63,17 @@ struct LayerConfig {
   ActivationFunction activation;
   /// The routing weight multiplies the expert's input, rounded to bf16, instead of its output: Llama-4.
   bool weight_on_input = false;
+  /// S of the shared expert; 0: there is none, or another rank adds it.
+  int64_t shared_intermediate = 0;
+  ActivationFunction shared_activation = {};  ///< of the shared expert
 
   /// Columns of h: gate and up, or up alone.
   int64_t h_columns() const { return is_gated(activation.kind) ? 2 * intermediate : intermediate; }
+  bool has_shared() const { return shared_intermediate > 0; }
 };
+
+/// The shared expert's part of `config` as a layer of one expert that every token goes to.
+LayerConfig shared_config(const LayerConfig& config);
 
 /// How the layer is to be computed.
 struct LayerOptions {
@@ -81,6 +88,10 @@ struct LayerOptions {
   /// "reference in the dequantized weights". Backends other than the reference refuse it.
   bool dequantize_weights = false;
 };
+
+/// How the shared expert is computed: NVFP4 weights with the layer's activation format and scale policies
+/// (max-over-experts is its own scale), weights in any other format with bf16 activations.
+LayerOptions shared_options(const SharedExpert& shared, const LayerOptions& options);
 
 /// Why a backend other than the reference has to refuse these options (float64 sums, dequantized weights);
 /// empty when it need not. Fast backends call it in why_unsupported.
@@ -98,6 +109,16 @@ struct LayerPlan {
   std::shared_ptr<const void> details;  ///< the backend's own
 };
 
+/// Stages of the shared expert; rows are tokens, formats those of shared_options.
+struct SharedTaps {
+  const StagedActivations* staged_x = nullptr;
+  MatrixView<Bf16> h;           ///< [T, 2S], gate columns first; [T, S] without a gate
+  MatrixView<Bf16> activation;  ///< [T, S]
+  const StagedActivations* staged_intermediate = nullptr;
+  MatrixView<Bf16> z;         ///< [T, H], before its output's gate
+  std::span<float> z_weight;  ///< [T]: sigmoid(x . gate), or 1
+};
+
 /// Optional outputs, one a stage; empty ones are not written. Rows are in permuted order.
 /// Taps have room for T * K rows, of which the M that have an expert are written.
 /// A tapped run equals an untapped one bit for bit.
@@ -110,6 +131,7 @@ struct StageTaps {
   MatrixView<Bf16> activation;  ///< [T*K, I]
   const StagedActivations* staged_intermediate = nullptr;
   MatrixView<Bf16> z;  ///< [T*K, H], before routing weights
+  SharedTaps shared;
 };
 
 struct ForwardArgs {
@@ -122,7 +144,8 @@ struct ForwardArgs {
   StageTaps taps = {};
 };
 
-/// The expert half alone, for callers that permute and combine themselves (expert parallelism).
+/// The routed experts alone, for callers that permute and combine themselves (expert parallelism) and take
+/// care of the shared expert.
 struct ExpertsArgs {
   ActivationView activations;              ///< [M, H], staged in the layer's format
   std::span<const int32_t> group_offsets;  ///< [E+1]
@@ -174,6 +197,8 @@ class Backend {
 
 /// The backend "reference": plain loops (fourfold/reference.h).
 const Backend& reference_backend();
+/// The backend "sm90": Hopper GPUs. In libraries built with CUDA alone.
+const Backend& sm90_backend();
 
 /// Every backend compiled in, best first; the reference is last and can always run.
 std::span<const Backend* const> backends();
@@ -198,9 +223,9 @@ BackendChoice choose_backend(std::string_view forced);
 BackendChoice choose_backend(std::string_view forced, const ExpertWeights& weights, const LayerConfig& config,
                              const LayerOptions& options);
 
-/// The default scale policies: static where every expert has usable input scales, dynamic-token where none
-/// has any. Otherwise throws Error naming the missing ones. Formats other than NVFP4 get dynamic-token, which
-/// they ignore.
+/// The default scale policies: static where every expert has usable input scales (the shared one too, where
+/// it is NVFP4), dynamic-token where none has any. Otherwise throws Error naming the missing ones. Formats
+/// other than NVFP4 get dynamic-token, which they ignore.
 struct DefaultPolicies {
   ScalePolicy x = ScalePolicy::kDynamicToken;
   ScalePolicy intermediate = ScalePolicy::kDynamicToken;

@@ -73,6 +73,22 @@ BlockScaledMatrix quantize_nvfp4(MatrixView<const float> x, float global,
                                  ScaleFloor floor = ScaleFloor::kModelOpt);
 BlockScaledMatrix quantize_mxfp4(MatrixView<const float> x);
 
+/// An owned FP8 matrix with a scale a tile.
+struct Fp8Matrix {
+  int64_t rows = 0;
+  int64_t cols = 0;
+  TileScaleType scale_type = TileScaleType::kF32;
+  int64_t tile = 128;
+  std::vector<uint8_t> codes;     ///< [rows, cols]
+  std::vector<std::byte> scales;  ///< row-major [ceil(rows / tile), ceil(cols / tile)]
+
+  Fp8View view() const;
+};
+
+/// FP8 as DeepSeek stores it: a square tile's scale is amax / 448 (1 for a tile of zeros), as e8m0 rounded up
+/// to a power of two; code = e4m3(x / scale).
+Fp8Matrix quantize_fp8_tiles(MatrixView<const float> x, TileScaleType scale_type, int64_t tile = 128);
+
 /// What casting MXFP4 to NVFP4 cost, in blocks of 32. `inexact` of zero means bit-exact values.
 struct CastReport {
   int64_t blocks = 0;

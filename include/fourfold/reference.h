@@ -43,9 +43,20 @@ void activate(const ActivationFunction& function, MatrixView<const Bf16> h, Matr
 void down(const ActivationView& a, std::span<const int32_t> group_offsets, const ExpertWeights& weights,
           const LayerOptions& options, MatrixView<Bf16> z);
 
-/// y[t] = sum over k, in order, of topk_weights[t,k] * z[row_of_slot[t*K+k]]; float32, rounded once. Where
-/// the routing weight is on the input, it is 1 here.
+/// What the shared expert's output is multiplied by: sigmoid(x . gate), the sum in float32 over ascending h,
+/// the sigmoid rounded to float32; 1 where it has no gate. `x` [T, H], `weights` [T].
+void weigh_shared(MatrixView<const Bf16> x, const SharedExpert& shared, std::span<float> weights);
+
+/// The shared expert's part of a sum; both empty where the layer has none.
+struct SharedOutput {
+  MatrixView<const Bf16> z;         ///< [T, H]
+  std::span<const float> z_weight;  ///< [T]
+};
+
+/// y[t] = sum over k, in order, of topk_weights[t,k] * z[row_of_slot[t*K+k]], then of the shared expert's
+/// weight * z; float32, rounded once. Where the routing weight is on the input, it is 1 here.
 void combine(MatrixView<const Bf16> z, std::span<const int32_t> row_of_slot,
-             MatrixView<const float> topk_weights, const LayerConfig& config, const OutputView& y);
+             MatrixView<const float> topk_weights, const LayerConfig& config, const SharedOutput& shared,
+             const OutputView& y);
 
 }  // namespace fourfold::reference

@@ -17,17 +17,28 @@ inline constexpr int64_t kAbsentExpert = -1;
 struct Routing {
   std::variant<MatrixView<const int32_t>, MatrixView<const int64_t>> topk_ids;
   MatrixView<const float> topk_weights;
+  /// Where ids are the model's and a rank holds a part of its experts: this rank's number of every expert of
+  /// the model, kAbsentExpert for those that live elsewhere. Lies where the backend computes. Empty: ids are
+  /// this rank's.
+  std::span<const int32_t> local_experts = {};
 
   int64_t tokens() const { return topk_weights.rows; }
   int64_t top_k() const { return topk_weights.cols; }
+  /// As given, before `local_experts`.
   int64_t expert(int64_t token, int64_t k) const;
 };
+
+/// `local_experts` of a rank that holds the experts [first, first + count) of `experts`. Throws Error for a
+/// range that is not within them.
+std::vector<int32_t> local_expert_range(int64_t first, int64_t count, int64_t experts);
 
 /// Bits of the status word that a layer can set. Ids that live on a device are not read back, so a bad one is
 /// reported here instead of by an exception.
 enum StatusBits : int32_t {
   kStatusOk = 0,
-  kStatusExpertOutOfRange = 1,  ///< an id other than -1 outside [0, experts): counted as -1
+  /// An id other than -1 outside [0, experts), or outside `local_experts`, or mapped to such a number:
+  /// counted as -1.
+  kStatusExpertOutOfRange = 1,
 };
 
 /// Slots sorted by expert. A slot is one (token, k) pair, numbered token * K + k; rows keep slot order within

@@ -78,32 +78,6 @@ std::string quantization_in(const nlohmann::json& object) {
 
 }  // namespace
 
-ActivationFunction activation_of(const ModelConfig& config) {
-  ActivationFunction function;
-  if (config.swiglu_limit) function.limit = *config.swiglu_limit;
-  if (config.model_type == "gpt_oss") {
-    function.alpha = 1.702f;
-    function.beta = 1.0f;
-    if (!config.swiglu_limit) function.limit = 7.0f;
-    return function;
-  }
-  const std::string& name = config.hidden_act;
-  if (name.empty() || name == "silu" || name == "swish") return function;
-  if (config.swiglu_limit) {
-    fail(ErrorCode::kUnsupported, "config.json: expected hidden_act silu beside swiglu_limit, found '{}'",
-         name);
-  }
-  if (name == "gelu") {
-    function.kind = ActivationKind::kGeglu;
-  } else if (name == "gelu_pytorch_tanh" || name == "gelu_new") {
-    function.kind = ActivationKind::kGegluTanh;
-  } else {
-    fail(ErrorCode::kUnsupported, "{}: hidden_act: expected silu, gelu or gelu_pytorch_tanh, found '{}'",
-         config.file, name);
-  }
-  return function;
-}
-
 std::shared_ptr<const Checkpoint> Checkpoint::open(const std::filesystem::path& path) {
   std::shared_ptr<Checkpoint> checkpoint(new Checkpoint);
   checkpoint->path_ = path;
@@ -181,24 +155,28 @@ void Checkpoint::open_shards(const std::filesystem::path& index_path) {
 
 void Checkpoint::read_config() {
   const std::filesystem::path directory = path_.extension() == ".safetensors" ? path_.parent_path() : path_;
+  const std::string file = (directory / "config.json").string();
+  config_.file = file;
   if (file_exists(directory / "config.json")) {
-    const std::string file = (directory / "config.json").string();
     const nlohmann::json root = read_json_object(directory / "config.json");
     const auto text = root.find("text_config");  // multimodal models nest their language model's
     const nlohmann::json& config = text != root.end() && text->is_object() ? *text : root;
-    config_.file = file;
     config_.model_type = string_in(config, "model_type");
     if (const auto it = root.find("architectures");
         it != root.end() && it->is_array() && !it->empty() && it->front().is_string()) {
       config_.architecture = it->front().get<std::string>();
     }
     config_.hidden_act = string_in(config, "hidden_act");
+    if (config_.hidden_act.empty()) config_.hidden_act = string_in(config, "mlp_hidden_act");
     config_.hidden = count_in(config, file, {"hidden_size"});
     config_.intermediate = count_in(config, file, {"moe_intermediate_size", "intermediate_size"});
     config_.experts = count_in(config, file, {"n_routed_experts", "num_local_experts", "num_experts"});
     config_.top_k = count_in(config, file, {"num_experts_per_tok", "experts_per_token"});
     config_.layers = count_in(config, file, {"num_hidden_layers"});
     config_.swiglu_limit = positive_in(config, file, "swiglu_limit");
+    config_.swiglu_alpha = positive_in(config, file, "swiglu_alpha");
+    config_.scoring_func = string_in(config, "scoring_func");
+    config_.shared_experts = count_in(config, file, {"n_shared_experts"});
     config_.routed_scaling_factor = positive_in(config, file, "routed_scaling_factor");
     config_.groups = count_in(config, file, {"n_group"});
     config_.top_groups = count_in(config, file, {"topk_group"});

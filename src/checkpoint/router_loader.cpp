@@ -1,94 +1,94 @@
-// The router of a layer: its rule from the model type, its tensors by name. docs/formats.md, section 4.
-#include <array>
+// The router of a layer: its tensors by name. How it computes is given: fourfold/model_family.h.
+#include <cstring>
 #include <optional>
+#include <set>
 #include <string>
-#include <vector>
 
 #include "base/fail.h"
-#include "fourfold/checkpoint.h"
+#include "checkpoint/linear_reader.h"
+#include "checkpoint/moe_names.h"
 
 namespace fourfold {
 namespace {
 
-/// How a family of models routes, and where its tensors are.
-struct RouterFamily {
-  std::string_view model_type;
-  RouterScore score;
-  std::string_view before_layer, gate;  ///< "model.layers." L ".mlp.gate" ".weight"
-  std::string_view correction_bias;     ///< suffix of the gate's name; empty where the family has none
-};
-
-constexpr std::array<RouterFamily, 4> kFamilies = {{
-    {"mixtral", RouterScore::kSoftmax, "model.layers.", ".block_sparse_moe.gate", ""},
-    {"qwen3_moe", RouterScore::kSoftmax, "model.layers.", ".mlp.gate", ""},
-    {"deepseek_v3", RouterScore::kSigmoid, "model.layers.", ".mlp.gate", ".e_score_correction_bias"},
-    {"deepseek_v4", RouterScore::kSqrtSoftplus, "layers.", ".ffn.gate", ".bias"},
-}};
-
-/// A dense tensor of `shape`, [rows, cols] or [cols], as a matrix.
-DenseView dense(const Tensor& tensor, const std::vector<int64_t>& shape) {
-  ElementType type = ElementType::kBf16;
-  if (tensor.dtype == DType::kF16) type = ElementType::kF16;
-  if (tensor.dtype == DType::kF32) type = ElementType::kF32;
-  const bool is_dense = tensor.dtype == DType::kBf16 || type != ElementType::kBf16;
-  if (!is_dense || tensor.shape != shape) {
-    fail(ErrorCode::kBadFile, "{}: tensor '{}': expected BF16, F16 or F32 [{}], found {}", tensor.file,
-         tensor.name, fmt::join(shape, ", "), tensor.describe());
+/// tid2eid, [vocabulary, top_k] of I64 or I32, copied to where it is aligned.
+std::vector<int64_t> read_hash_table(const Tensor& tensor, int64_t top_k, int64_t experts) {
+  const bool wide = tensor.dtype == DType::kI64;
+  if ((!wide && tensor.dtype != DType::kI32) || tensor.shape.size() != 2 || tensor.shape[1] != top_k ||
+      tensor.shape[0] == 0) {
+    bad_tensor(tensor, fmt::format("I64 or I32 [vocabulary, {}]", top_k));
   }
-  const int64_t rows = shape.size() == 2 ? shape[0] : 1;
-  return {type, tensor.data, rows, shape.back(), tensor.bytes / rows, {}};
+  std::vector<int64_t> table(static_cast<size_t>(tensor.elements()));
+  for (size_t i = 0; i < table.size(); ++i) {
+    int32_t narrow = 0;
+    const std::byte* source = tensor.data + i * (wide ? sizeof(int64_t) : sizeof(int32_t));
+    std::memcpy(wide ? static_cast<void*>(&table[i]) : &narrow, source,
+                wide ? sizeof(int64_t) : sizeof(int32_t));
+    if (!wide) table[i] = narrow;
+    if (table[i] < 0 || table[i] >= experts) {
+      fail(ErrorCode::kBadFile, "{}: tensor '{}', token id {}: expected experts 0 to {}, found {}",
+           tensor.file, tensor.name, static_cast<int64_t>(i) / top_k, experts - 1, table[i]);
+    }
+  }
+  return table;
 }
 
-std::string describe(const RouterFamily& family, const RouterConfig& config) {
-  constexpr std::array<const char*, 4> kScores = {"softmax", "softmax of the top-k", "sigmoid",
-                                                  "sqrt(softplus)"};
-  std::string text = fmt::format("{}, top-{}", kScores[static_cast<size_t>(config.score)], config.top_k);
-  if (config.groups > 1)
-    text += fmt::format(" in the best {} of {} groups", config.top_groups, config.groups);
-  if (!family.correction_bias.empty()) text += " by biased score";
-  if (config.renormalise) text += ", renormalised";
-  if (config.scaling_factor != 1.0f) text += fmt::format(", x {}", config.scaling_factor);
-  return text;
+/// The correction bias under either of its names: DeepSeek-V4 calls it plain "bias", which elsewhere belongs
+/// to the logits.
+const Tensor* find_correction_bias(const Checkpoint& checkpoint, const std::string& name) {
+  const Tensor* bias = checkpoint.find(name + ".e_score_correction_bias");
+  return bias ? bias : checkpoint.find(name + ".bias");
 }
 
 }  // namespace
 
 std::optional<CheckpointRouter> load_router(const Checkpoint& checkpoint, int64_t layer, int64_t experts,
-                                            int64_t hidden, std::string& why_not) {
-  const ModelConfig& config = checkpoint.config();
-  for (const RouterFamily& family : kFamilies) {
-    if (family.model_type != config.model_type) continue;
-    const std::string name = fmt::format("{}{}{}", family.before_layer, layer, family.gate);
-    const Tensor* weight = checkpoint.find(name + ".weight");
-    if (weight == nullptr) {
-      why_not = fmt::format("the checkpoint has no '{}.weight'", name);
-      return std::nullopt;
-    }
-    if (checkpoint.find(name + ".tid2eid")) {
-      why_not = fmt::format("'{}' routes by token id, which an input of hidden states does not have", name);
-      return std::nullopt;
-    }
-    CheckpointRouter router;
-    router.config = {family.score,
-                     config.top_k.value_or(0),
-                     config.renormalise.value_or(true),
-                     config.routed_scaling_factor.value_or(1.0f),
-                     config.groups.value_or(1),
-                     config.top_groups.value_or(1)};
-    router.weights.weight = dense(*weight, {experts, hidden});
-    if (!family.correction_bias.empty()) {
-      const Tensor* bias = checkpoint.find(name + std::string(family.correction_bias));
-      if (bias == nullptr) {
-        fail(ErrorCode::kBadFile, "{}: expected a tensor '{}{}' beside the router's weight, found none",
-             checkpoint.path().string(), name, family.correction_bias);
-      }
-      router.weights.correction_bias = dense(*bias, {experts});
-    }
-    router.description = fmt::format("{}: {}", name, describe(family, router.config));
-    return router;
+                                            int64_t hidden, const RouterConfig& config,
+                                            bool has_correction_bias, std::string& why_not) {
+  const MoeBlock block = find_block(checkpoint, layer);
+  CheckpointRouter router;
+  router.config = config;
+  const Tensor* weight = nullptr;
+  for (const std::string_view child : kRouters) {
+    const std::string name = block.prefix + std::string(child.substr(0, child.size() - 1));
+    const Tensor* found = checkpoint.find(name + ".weight");
+    if (found == nullptr) continue;
+    weight = found;
+    router.name = name;
   }
-  why_not = fmt::format("the router of model type '{}' is not known", config.model_type);
-  return std::nullopt;
+  if (weight == nullptr) {
+    why_not =
+        fmt::format("the checkpoint has no '{}gate.weight' or '{}router.weight'", block.prefix, block.prefix);
+    return std::nullopt;
+  }
+  router.weights.weight = dense_tensor(*weight, {experts, hidden});
+  std::set<std::string> known = {weight->name};
+  if (const Tensor* table = checkpoint.find(router.name + ".tid2eid")) {
+    router.hash_table =
+        std::make_shared<const std::vector<int64_t>>(read_hash_table(*table, config.top_k, experts));
+    router.weights.experts_of_token = {router.hash_table->data(), table->shape[0], config.top_k};
+    known.insert(table->name);
+  }
+  if (const Tensor* bias = find_correction_bias(checkpoint, router.name); bias && has_correction_bias) {
+    router.weights.correction_bias = dense_tensor(*bias, {experts});
+    known.insert(bias->name);
+  } else if (has_correction_bias && router.hash_table == nullptr) {
+    fail(ErrorCode::kBadFile,
+         "{}: expected a tensor '{}.e_score_correction_bias' or '{}.bias' beside the router's weight, found "
+         "neither",
+         checkpoint.path().string(), router.name, router.name);
+  } else if (bias) {
+    router.weights.bias = dense_tensor(*bias, {experts});
+    known.insert(bias->name);
+  }
+  for (const Tensor* tensor : tensors_under(checkpoint, router.name + ".")) {
+    if (known.contains(tensor->name)) continue;
+    fail(ErrorCode::kUnsupported,
+         "{}: tensor '{}': expected weight, bias and tid2eid of a router, found {} too, which this version "
+         "does not read",
+         tensor->file, tensor->name, tensor->describe());
+  }
+  return router;
 }
 
 }  // namespace fourfold

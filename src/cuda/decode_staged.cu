@@ -2,8 +2,7 @@
 #include <algorithm>
 #include <string>
 
-#include "cuda/check.cuh"
-#include "cuda/device.h"
+#include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/stage.h"
 #include "fourfold/scale_layout.h"
@@ -90,6 +89,7 @@ __device__ void decode_other(const Params& p, int32_t row, int32_t block) {
 }
 
 __global__ void __launch_bounds__(kMostRowThreads) decode_rows(const __grid_constant__ Params p) {
+  start_after_previous();
   for (auto i = static_cast<int32_t>(blockIdx.x); i < p.rows; i += static_cast<int32_t>(gridDim.x)) {
     const int32_t row = p.first_row + i;
     const Place place = place_of(p, row);
@@ -136,8 +136,8 @@ void decode_staged(const ActivationView& a, std::span<const int32_t> group_offse
   p.row_scales = a.row_scales.data();
   p.group_scales = a.group_scales.data();
   p.out_row_scales = decoded.row_scales;
-  decode_rows<<<row_blocks(rows, a.cols), row_threads(a.cols), 0, static_cast<cudaStream_t>(stream)>>>(p);
-  check_launch("decode_rows");
+  launch_after_previous("decode_rows", decode_rows, row_blocks(rows, a.cols), row_threads(a.cols), 0, stream,
+                        p);
 }
 
 }  // namespace fourfold::cuda

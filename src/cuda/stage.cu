@@ -2,8 +2,7 @@
 #include <algorithm>
 #include <string>
 
-#include "cuda/check.cuh"
-#include "cuda/device.h"
+#include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/stage.h"
 #include "fourfold/quantize.h"
@@ -105,40 +104,41 @@ __device__ float round_to_e2m1(float value) {
   return copysignf(__fsub_rn(__fadd_rn(magnitude, anchor), anchor), value);
 }
 
-/// What quantizing sixteen values left: e4m3 scale, and codes as values, before and after the scale.
-struct QuantizedBlock {
-  uint8_t scale;
-  float rounded[kNvfp4Block], decoded[kNvfp4Block];
-};
-
-/// As quantize_nvfp4_block.
-__device__ QuantizedBlock quantize_block(const float (&x)[kNvfp4Block], float global) {
-  QuantizedBlock block;
+/// As quantize_nvfp4_block, but codes become the values that they stand for.
+__device__ uint8_t round_block(const float (&x)[kNvfp4Block], float global, float (&rounded)[kNvfp4Block]) {
   float amax = 0.0f;
 #pragma unroll
   for (const float value : x) amax = max_magnitude(amax, value);
-  block.scale = nvfp4_block_scale(amax, global, false);
-  const float reciprocal = nvfp4_reciprocal(block.scale, global), scale = decode_e4m3(block.scale);
+  const uint8_t scale = nvfp4_block_scale(amax, global, false);
+  const float reciprocal = nvfp4_reciprocal(scale, global);
 #pragma unroll
-  for (int i = 0; i < kNvfp4Block; ++i) {
-    block.rounded[i] = round_to_e2m1(__fmul_rn(x[i], reciprocal));
-    block.decoded[i] = __fmul_rn(block.rounded[i], scale);
-  }
-  return block;
+  for (int i = 0; i < kNvfp4Block; ++i) rounded[i] = round_to_e2m1(__fmul_rn(x[i], reciprocal));
+  return scale;
 }
 
 /// Codes and scale of block `index`, where they are asked for.
-__device__ void store_codes(const QuantizedBlock& block, int32_t row, int32_t index,
+__device__ void store_codes(const float (&rounded)[kNvfp4Block], uint8_t scale, int32_t row, int32_t index,
                             const Rows<uint8_t>& codes, const Rows<uint8_t>& scales) {
-  if (scales.data != nullptr) scales.row(row)[index] = block.scale;
+  if (scales.data != nullptr) scales.row(row)[index] = scale;
   if (codes.data == nullptr) return;
   uint8_t* to = codes.row(row) + int64_t{index} * (kNvfp4Block / 2);
-  const bool nan = block.scale == kE4m3NanCode;  // then so is every value, of whatever sign
+  const bool nan = scale == kE4m3NanCode;  // then so is every value, of whatever sign
 #pragma unroll
   for (int i = 0; i < kNvfp4Block; i += 2) {
-    const uint8_t low = encode_e2m1(block.rounded[i]), high = encode_e2m1(block.rounded[i + 1]);
+    const uint8_t low = encode_e2m1(rounded[i]), high = encode_e2m1(rounded[i + 1]);
     to[i / 2] = static_cast<uint8_t>(nan ? kE2m1NanCode * 0x11 : low | high << 4);
   }
+}
+
+/// One NVFP4 term of sixteen values: what it holds -> `decoded` (without the global scale).
+__device__ void quantize_block(const float (&x)[kNvfp4Block], float global, int32_t row, int32_t index,
+                               const Rows<uint8_t>& codes, const Rows<uint8_t>& scales,
+                               float (&decoded)[kNvfp4Block]) {
+  const uint8_t scale_code = round_block(x, global, decoded);
+  store_codes(decoded, scale_code, row, index, codes, scales);
+  const float scale = decode_e4m3(scale_code);
+#pragma unroll
+  for (float& value : decoded) value = __fmul_rn(value, scale);
 }
 
 __device__ void store_decoded(const float (&x)[kNvfp4Block], int32_t row, int32_t index,
@@ -166,21 +166,26 @@ __device__ void stage_block(const Params& p, float (&x)[kNvfp4Block], float glob
     }
     store_decoded(x, row, index, p.first);
   } else {
-    QuantizedBlock block = quantize_block(x, global);
-    store_decoded(block.decoded, row, index, p.first);
-    store_codes(block, row, index, p.codes, p.scales);
+    float decoded[kNvfp4Block];
+    quantize_block(x, global, row, index, p.codes, p.scales, decoded);
+    store_decoded(decoded, row, index, p.first);
     if constexpr (kFormat == ActivationFormat::kNvfp4x2) {
 #pragma unroll
-      for (int i = 0; i < kNvfp4Block; ++i) x[i] = __fsub_rn(x[i], __fmul_rn(block.decoded[i], global));
-      block = quantize_block(x, global);
-      store_decoded(block.decoded, row, index, p.second);
-      store_codes(block, row, index, p.residual_codes, p.residual_scales);
+      for (int i = 0; i < kNvfp4Block; ++i) x[i] = __fsub_rn(x[i], __fmul_rn(decoded[i], global));
+      quantize_block(x, global, row, index, p.residual_codes, p.residual_scales, decoded);
+      store_decoded(decoded, row, index, p.second);
     }
   }
 }
 
+/// Blocks of threads that a multiprocessor should hold: as many as registers allow without spilling.
 template <ActivationFormat kFormat>
-__global__ void __launch_bounds__(kMostRowThreads) stage_rows(const __grid_constant__ Params p) {
+constexpr int kResidentBlocks = kFormat == ActivationFormat::kNvfp4x2 ? 2 : 3;
+
+template <ActivationFormat kFormat>
+__global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
+    stage_rows(const __grid_constant__ Params p) {
+  start_after_previous();
   const int32_t rows = p.group_offsets[p.groups];
   for (auto row = static_cast<int32_t>(blockIdx.x); row < rows; row += static_cast<int32_t>(gridDim.x)) {
     const SourceRow source = row_of(p.source, row);
@@ -204,6 +209,7 @@ __global__ void __launch_bounds__(kMostRowThreads) stage_rows(const __grid_const
 __global__ void __launch_bounds__(kMostRowThreads)
     amax_of_rows(const __grid_constant__ Source source, const int32_t* group_offsets, int32_t groups,
                  int32_t blocks, uint32_t* amax_bits) {
+  start_after_previous();
   const int32_t rows = group_offsets[groups];
   uint32_t amax = 0;
   for (auto row = static_cast<int32_t>(blockIdx.x); row < rows; row += static_cast<int32_t>(gridDim.x)) {
@@ -251,10 +257,10 @@ Params params_of(const StageArgs& args) {
 void stage(const StageArgs& args, void* stream) {
   if (args.max_rows == 0 || args.source.rows.cols == 0) return;
   const Params params = params_of(args);
-  const auto launch = [&](auto kernel) {
-    kernel<<<row_blocks(args.max_rows, args.source.rows.cols), row_threads(args.source.rows.cols), 0,
-             static_cast<cudaStream_t>(stream)>>>(params);
-    check_launch("stage_rows");
+  const auto launch = [&](auto* kernel) {
+    const int64_t cols = args.source.rows.cols;
+    launch_after_previous("stage_rows", kernel, row_blocks(args.max_rows, cols), row_threads(cols), 0, stream,
+                          params);
   };
   switch (args.format) {
     case ActivationFormat::kNvfp4:
@@ -271,11 +277,11 @@ void stage(const StageArgs& args, void* stream) {
 void find_amax(const RowSource& source, std::span<const int32_t> group_offsets, int64_t max_rows, float* amax,
                void* stream) {
   if (max_rows == 0 || source.rows.cols == 0) return;
-  amax_of_rows<<<row_blocks(max_rows, source.rows.cols), row_threads(source.rows.cols), 0,
-                 static_cast<cudaStream_t>(stream)>>>(
-      source_of(source, max_rows), group_offsets.data(), static_cast<int32_t>(group_offsets.size()) - 1,
-      static_cast<int32_t>(source.rows.cols / kNvfp4Block), reinterpret_cast<uint32_t*>(amax));
-  check_launch("amax_of_rows");
+  launch_after_previous("amax_of_rows", amax_of_rows, row_blocks(max_rows, source.rows.cols),
+                        row_threads(source.rows.cols), 0, stream, source_of(source, max_rows),
+                        group_offsets.data(), static_cast<int32_t>(group_offsets.size()) - 1,
+                        static_cast<int32_t>(source.rows.cols / kNvfp4Block),
+                        reinterpret_cast<uint32_t*>(amax));
 }
 
 }  // namespace fourfold::cuda

@@ -24,6 +24,15 @@ void require_bias(const Expert& expert, const char* which, const std::optional<D
   }
 }
 
+void validate_expert(const Expert& expert, int64_t hidden, int64_t intermediate) {
+  if (expert.has_gate()) require_shape(expert, "gate", expert.gate, intermediate, hidden);
+  require_shape(expert, "up", expert.up, intermediate, hidden);
+  require_shape(expert, "down", expert.down, hidden, intermediate);
+  require_bias(expert, "gate bias", expert.gate_bias, intermediate);
+  require_bias(expert, "up bias", expert.up_bias, intermediate);
+  require_bias(expert, "down bias", expert.down_bias, hidden);
+}
+
 /// `half`'s block scales for the larger global scale of the other one.
 BlockScaledMatrix rescale(const BlockScaledView& half, float global, FoldReport& report) {
   BlockScaledMatrix folded{half.format, half.rows, half.cols, {}, {}, {global, GlobalScaleKind::kMultiplier}};
@@ -73,17 +82,57 @@ struct DerivedStorage {
   }
 };
 
+/// The view `half` with scales of the larger global scale, where gate and up are NVFP4 and differ in it.
+void fold(Expert& expert, DerivedStorage& storage, FoldReport& counts) {
+  if (!is_stored_as(expert.gate, QuantFormat::kNvfp4) || !is_stored_as(expert.up, QuantFormat::kNvfp4))
+    return;
+  auto &gate = std::get<BlockScaledView>(expert.gate), &up = std::get<BlockScaledView>(expert.up);
+  const float gate_global = gate.global.multiplier(), up_global = up.global.multiplier();
+  if (gate_global == up_global) return;
+  BlockScaledView& smaller = gate_global < up_global ? gate : up;
+  smaller = with_scales(smaller, storage.add(rescale(smaller, std::max(gate_global, up_global), counts)));
+}
+
+void quantize_again(Expert& expert, DerivedStorage& storage) {
+  const int64_t hidden = cols_of(expert.up), intermediate = rows_of(expert.up);
+  const auto quantize = [&](const std::vector<float>& values, float global, int64_t rows, int64_t cols) {
+    return storage.add(quantize_nvfp4({values.data(), rows, cols}, global)).view();
+  };
+  const std::vector<float> up = through_bf16(expert.up), down = through_bf16(expert.down);
+  float amax = absolute_maximum({up.data(), intermediate, hidden});
+  if (expert.has_gate()) {
+    const std::vector<float> gate = through_bf16(expert.gate);
+    amax = std::max(amax, absolute_maximum({gate.data(), intermediate, hidden}));
+    expert.gate = quantize(gate, nvfp4_global_scale(amax), intermediate, hidden);
+  }
+  expert.up = quantize(up, nvfp4_global_scale(amax), intermediate, hidden);
+  expert.down = quantize(down, nvfp4_global_scale(absolute_maximum({down.data(), hidden, intermediate})),
+                         hidden, intermediate);
+}
+
 }  // namespace
+
+bool is_all_nvfp4(const Expert& expert) {
+  const auto stored = [](const WeightView& weight) { return is_stored_as(weight, QuantFormat::kNvfp4); };
+  return (!expert.has_gate() || stored(expert.gate)) && stored(expert.up) && stored(expert.down);
+}
 
 void validate(const ExpertWeights& weights) {
   for (const Expert& expert : weights.experts) {
-    if (expert.has_gate()) require_shape(expert, "gate", expert.gate, weights.intermediate, weights.hidden);
-    require_shape(expert, "up", expert.up, weights.intermediate, weights.hidden);
-    require_shape(expert, "down", expert.down, weights.hidden, weights.intermediate);
-    require_bias(expert, "gate bias", expert.gate_bias, weights.intermediate);
-    require_bias(expert, "up bias", expert.up_bias, weights.intermediate);
-    require_bias(expert, "down bias", expert.down_bias, weights.hidden);
+    validate_expert(expert, weights.hidden, weights.intermediate);
   }
+  if (!weights.shared) return;
+  const SharedExpert& shared = *weights.shared;
+  validate_expert(shared.expert, weights.hidden, shared.intermediate);
+  if (shared.gate && (shared.gate->rows != 1 || shared.gate->cols != weights.hidden)) {
+    reject(shared.expert.name + " gate of the output", shape_text(1, weights.hidden),
+           shape_text(shared.gate->rows, shared.gate->cols));
+  }
+}
+
+ExpertWeights shared_as_layer(const ExpertWeights& weights) {
+  const SharedExpert& shared = weights.shared.value();
+  return {weights.hidden, shared.intermediate, {shared.expert}, std::nullopt, weights.storage};
 }
 
 bool is_usable_input_scale(std::optional<float> scale) {
@@ -109,18 +158,8 @@ ExpertWeights fold_gate_up(const ExpertWeights& weights, FoldReport* report) {
   storage->source = weights.storage;
   ExpertWeights folded = weights;
   FoldReport counts;
-  for (Expert& expert : folded.experts) {
-    auto* gate = std::get_if<BlockScaledView>(&expert.gate);
-    auto* up = std::get_if<BlockScaledView>(&expert.up);
-    if (gate == nullptr || up == nullptr || gate->format != QuantFormat::kNvfp4 ||
-        up->format != QuantFormat::kNvfp4) {
-      continue;
-    }
-    const float gate_global = gate->global.multiplier(), up_global = up->global.multiplier();
-    if (gate_global == up_global) continue;
-    BlockScaledView& smaller = gate_global < up_global ? *gate : *up;
-    smaller = with_scales(smaller, storage->add(rescale(smaller, std::max(gate_global, up_global), counts)));
-  }
+  for (Expert& expert : folded.experts) fold(expert, *storage, counts);
+  if (folded.shared) fold(folded.shared->expert, *storage, counts);
   folded.storage = std::move(storage);
   if (report) *report = counts;
   return folded;
@@ -129,20 +168,9 @@ ExpertWeights fold_gate_up(const ExpertWeights& weights, FoldReport* report) {
 ExpertWeights quantize_again(const ExpertWeights& weights) {
   auto storage = std::make_shared<DerivedStorage>();
   ExpertWeights quantized = weights;
-  const int64_t hidden = weights.hidden, intermediate = weights.intermediate;
-  const auto quantize = [&](const std::vector<float>& values, float global, int64_t rows, int64_t cols) {
-    return storage->add(quantize_nvfp4({values.data(), rows, cols}, global)).view();
-  };
-  for (Expert& expert : quantized.experts) {
-    const std::vector<float> gate = through_bf16(expert.gate), up = through_bf16(expert.up);
-    const float gate_up_global =
-        nvfp4_global_scale(std::max(absolute_maximum({gate.data(), intermediate, hidden}),
-                                    absolute_maximum({up.data(), intermediate, hidden})));
-    expert.gate = quantize(gate, gate_up_global, intermediate, hidden);
-    expert.up = quantize(up, gate_up_global, intermediate, hidden);
-    const std::vector<float> down = through_bf16(expert.down);
-    expert.down = quantize(down, nvfp4_global_scale(absolute_maximum({down.data(), hidden, intermediate})),
-                           hidden, intermediate);
+  for (Expert& expert : quantized.experts) quantize_again(expert, *storage);
+  if (quantized.shared && is_all_nvfp4(quantized.shared->expert)) {
+    quantize_again(quantized.shared->expert, *storage);
   }
   storage->source = weights.storage;  // biases still point there
   quantized.storage = std::move(storage);

@@ -24,6 +24,12 @@ void validate_weight(const std::string& what, const WeightView& weight, int64_t 
   if (const auto* dense = std::get_if<DenseView>(&weight)) {
     if (dense->data == nullptr && rows > 0) reject(what, "data", "a null pointer");
   }
+  if (const auto* fp8 = std::get_if<Fp8View>(&weight)) {
+    require_shape(what + " codes", fp8->codes, rows, cols);
+    if (fp8->scales == nullptr && rows > 0) reject(what, "tile scales", "a null pointer");
+    if (fp8->tile_rows < 1 || fp8->tile_cols < 1)
+      reject(what, "tiles of at least one value", shape_text(fp8->tile_rows, fp8->tile_cols));
+  }
   if (const auto* blocks = std::get_if<BlockScaledView>(&weight)) {
     if (blocks->scales == nullptr && rows > 0) reject(what, "block scales", "a null pointer");
     const int block = traits_of(blocks->format).block_size;

@@ -33,11 +33,20 @@ std::string why_not(const Backend& backend, const ExpertWeights& weights, const 
   return unavailable.empty() ? backend.why_unsupported(weights, config, options) : unavailable;
 }
 
+/// The experts whose activations are quantized: routed ones, and a shared one in NVFP4.
+std::vector<const Expert*> quantized_experts(const ExpertWeights& weights) {
+  std::vector<const Expert*> experts;
+  for (const Expert& expert : weights.experts) experts.push_back(&expert);
+  if (weights.shared && is_all_nvfp4(weights.shared->expert)) experts.push_back(&weights.shared->expert);
+  return experts;
+}
+
 /// Names of experts without a usable scale, as `expert tensor (value)`, at most `kShown` of them.
 std::string missing_scales(const ExpertWeights& weights, int64_t& missing, int64_t& total) {
   constexpr int64_t kShown = 6;
   std::string names;
-  for (const Expert& expert : weights.experts) {
+  for (const Expert* quantized : quantized_experts(weights)) {
+    const Expert& expert = *quantized;
     const std::pair<const char*, std::optional<float>> scales[] = {
         {"gate", expert.gate_input_scale}, {"up", expert.up_input_scale}, {"down", expert.down_input_scale}};
     for (const auto& [which, scale] : scales) {
@@ -109,6 +118,17 @@ void require_taps(const StageTaps& taps, const LayerConfig& config, ActivationFo
   require_tap("z", taps.z, rows, config.hidden);
 }
 
+void require_shared_taps(const SharedTaps& taps, const LayerConfig& config, int64_t tokens) {
+  if (!config.has_shared()) return;
+  const LayerConfig shared = shared_config(config);
+  require_tap("the shared expert's h", taps.h, tokens, shared.h_columns());
+  require_tap("the shared expert's activation", taps.activation, tokens, shared.intermediate);
+  require_tap("the shared expert's z", taps.z, tokens, config.hidden);
+  if (!taps.z_weight.empty() && static_cast<int64_t>(taps.z_weight.size()) < tokens) {
+    reject("tap of the shared expert's weight", fmt::format("room for {}", tokens), taps.z_weight.size());
+  }
+}
+
 void require_workspace(const LayerPlan& plan, std::span<std::byte> workspace) {
   if (workspace.size() < plan.workspace_bytes) {
     reject("workspace", fmt::format("{} bytes, as planned", plan.workspace_bytes), workspace.size());
@@ -116,6 +136,14 @@ void require_workspace(const LayerPlan& plan, std::span<std::byte> workspace) {
   if (reinterpret_cast<uintptr_t>(workspace.data()) % kWorkspaceAlignment != 0) {
     reject("workspace", fmt::format("an address that is a multiple of {}", kWorkspaceAlignment),
            "another one");
+  }
+}
+
+void validate_activation(const Expert& expert, const ActivationFunction& function) {
+  if (!(function.limit > 0.0f)) reject("activation limit", "a positive number", function.limit);
+  if (expert.has_gate() != is_gated(function.kind)) {
+    reject(fmt::format("{} gate, for {}", expert.name, describe(function)),
+           expert.has_gate() ? "none" : "one", expert.has_gate() ? "one" : "none");
   }
 }
 
@@ -157,7 +185,12 @@ BackendChoice choose(std::string_view forced, const std::function<std::string(co
 }  // namespace
 
 std::span<const Backend* const> backends() {
-  static const std::array<const Backend*, 1> list = {&reference_backend()};
+  static const std::array list = {
+#if defined(FOURFOLD_WITH_CUDA)
+    &sm90_backend(),
+#endif
+    &reference_backend(),
+  };
   return list;
 }
 
@@ -182,6 +215,22 @@ std::string why_reference_only(const LayerOptions& options) {
   if (options.dequantize_weights) return "dequantized weights are for the reference";
   if (options.accumulation == Accumulation::kFloat64) return "float64 sums are for the reference";
   return "";
+}
+
+LayerConfig shared_config(const LayerConfig& config) {
+  LayerConfig shared;
+  shared.hidden = config.hidden;
+  shared.intermediate = config.shared_intermediate;
+  shared.experts = shared.top_k = 1;
+  shared.activation = config.shared_activation;
+  return shared;
+}
+
+LayerOptions shared_options(const SharedExpert& shared, const LayerOptions& options) {
+  LayerOptions own = options;
+  own.x_max_scale = own.intermediate_max_scale = std::nullopt;
+  if (!is_all_nvfp4(shared.expert)) own.activations = ActivationFormat::kBf16;
+  return own;
 }
 
 std::string describe(const ActivationFunction& function) {
@@ -220,7 +269,8 @@ DefaultPolicies default_scale_policies(const ExpertWeights& weights, ActivationF
   const auto has_any = [](const Expert& e) {
     return e.gate_input_scale || e.up_input_scale || e.down_input_scale;
   };
-  if (std::none_of(weights.experts.begin(), weights.experts.end(), has_any)) return {};
+  const std::vector<const Expert*> experts = quantized_experts(weights);
+  if (std::none_of(experts.begin(), experts.end(), [&](const Expert* e) { return has_any(*e); })) return {};
   fail(ErrorCode::kInvalidArgument,
        "input_scale: expected a positive finite number for every expert, found none usable for {}; "
        "calibrate again, or choose --activation-scale dynamic-token",
@@ -229,6 +279,11 @@ DefaultPolicies default_scale_policies(const ExpertWeights& weights, ActivationF
 
 void validate(const ExpertWeights& weights, const LayerConfig& config, const LayerOptions& options) {
   validate(weights);
+  const int64_t shared_intermediate = weights.shared ? weights.shared->intermediate : 0;
+  if (config.shared_intermediate != shared_intermediate) {
+    reject("shared expert: intermediate (0: no shared expert)", config.shared_intermediate,
+           shared_intermediate);
+  }
   if (config.hidden != weights.hidden || config.intermediate != weights.intermediate) {
     reject("layer shape (H, I)", shape_text(config.hidden, config.intermediate),
            shape_text(weights.hidden, weights.intermediate));
@@ -237,14 +292,8 @@ void validate(const ExpertWeights& weights, const LayerConfig& config, const Lay
     reject("experts", config.experts, weights.count());
   }
   if (config.top_k < 1) reject("top_k", "at least 1", config.top_k);
-  if (!(config.activation.limit > 0.0f))
-    reject("activation limit", "a positive number", config.activation.limit);
-  for (const Expert& expert : weights.experts) {
-    if (expert.has_gate() != is_gated(config.activation.kind)) {
-      reject(fmt::format("{} gate, for {}", expert.name, describe(config.activation)),
-             expert.has_gate() ? "none" : "one", expert.has_gate() ? "one" : "none");
-    }
-  }
+  for (const Expert& expert : weights.experts) validate_activation(expert, config.activation);
+  if (weights.shared) validate_activation(weights.shared->expert, config.shared_activation);
   if (!is_nvfp4(options.activations)) return;
   if (config.hidden % 16 != 0 || config.intermediate % 16 != 0) {
     reject("H and I for nvfp4 activations", "multiples of 16",
@@ -253,7 +302,8 @@ void validate(const ExpertWeights& weights, const LayerConfig& config, const Lay
   const auto is_static = [](ScalePolicy p) {
     return p == ScalePolicy::kStatic || p == ScalePolicy::kMaxOverExperts;
   };
-  for (const Expert& expert : weights.experts) {
+  for (const Expert* quantized : quantized_experts(weights)) {
+    const Expert& expert = *quantized;
     const bool x_usable = is_usable_input_scale(expert.up_input_scale) &&
                           (!expert.has_gate() || is_usable_input_scale(expert.gate_input_scale));
     if ((is_static(options.x_scale) && !x_usable) ||
@@ -282,14 +332,14 @@ void validate_update(const ExpertWeights& current, const ExpertWeights& updated)
         "{} {}{}", format_name(weight), shape_text(rows_of(weight), cols_of(weight)),
         blocks && blocks->scale_layout == ScaleLayout::kSwizzled128x4 ? ", swizzled scales" : "");
   };
-  for (size_t e = 0; e < current.experts.size(); ++e) {
+  const auto require_alike = [&](const Expert& before, const Expert& after) {
     for (const auto member : {&Expert::gate, &Expert::up, &Expert::down}) {
-      const std::string expected = describe_weight(current.experts[e].*member);
-      const std::string found = describe_weight(updated.experts[e].*member);
-      if (expected != found)
-        reject(fmt::format("update_weights: {}", updated.experts[e].name), expected, found);
+      const std::string expected = describe_weight(before.*member), found = describe_weight(after.*member);
+      if (expected != found) reject(fmt::format("update_weights: {}", after.name), expected, found);
     }
-  }
+  };
+  for (size_t e = 0; e < current.experts.size(); ++e) require_alike(current.experts[e], updated.experts[e]);
+  if (current.shared && updated.shared) require_alike(current.shared->expert, updated.shared->expert);
 }
 
 // M is known only after looking at the ids: taps must have room for T * K rows.
@@ -306,6 +356,7 @@ void validate(const MoeLayer& layer, const LayerPlan& plan, const ForwardArgs& a
   std::visit([&](const auto& y) { require_matrix("y", y, tokens, config.hidden); }, args.y);
   require_workspace(plan, args.workspace);
   require_taps(args.taps, config, layer.options().activations, tokens, tokens * config.top_k);
+  require_shared_taps(args.taps.shared, config, tokens);
 }
 
 void validate(const MoeLayer& layer, const LayerPlan& plan, const ExpertsArgs& args) {

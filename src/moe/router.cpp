@@ -14,18 +14,24 @@ namespace {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
-/// Indices of the `count` largest scores, best first; the lower index wins a tie, and NaN loses to
-/// everything.
-std::vector<int32_t> select_largest(std::span<const float> scores, int64_t count) {
-  std::vector<int32_t> order(scores.size());
-  std::iota(order.begin(), order.end(), 0);
+std::vector<int32_t> all_indices(size_t count) {
+  std::vector<int32_t> indices(count);
+  std::iota(indices.begin(), indices.end(), 0);
+  return indices;
+}
+
+/// Those `count` of the `candidates`, ascending indices, that have the largest scores, best first; the lower
+/// index wins a tie, and NaN loses to everything.
+std::vector<int32_t> select_largest(std::span<const float> scores, std::vector<int32_t> candidates,
+                                    int64_t count) {
   const auto rank = [&](int32_t i) {
     const float score = scores[static_cast<size_t>(i)];
     return std::isnan(score) ? kNever : score;
   };
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return rank(a) > rank(b); });
-  order.resize(static_cast<size_t>(count));
-  return order;
+  std::stable_sort(candidates.begin(), candidates.end(),
+                   [&](int32_t a, int32_t b) { return rank(a) > rank(b); });
+  candidates.resize(static_cast<size_t>(count));
+  return candidates;
 }
 
 /// exp(logit - largest) / sum, rounded to float32.
@@ -58,26 +64,30 @@ std::vector<float> scores_of(RouterScore score, std::span<const float> logits) {
   return scores;
 }
 
-/// Takes the experts of all but the best groups out of the selection.
-void keep_best_groups(const RouterConfig& config, std::span<float> selection) {
-  if (config.groups <= 1) return;
+/// The experts that can be selected: those of the best groups, whatever their own scores are.
+std::vector<int32_t> candidates_of(const RouterConfig& config, std::span<const float> selection) {
+  if (config.groups <= 1) return all_indices(selection.size());
   const auto size = selection.size() / static_cast<size_t>(config.groups);
   std::vector<float> group_scores;
   for (int64_t group = 0; group < config.groups; ++group) {
     const auto members = selection.subspan(static_cast<size_t>(group) * size, size);
     float sum = 0.0f;
-    for (const int32_t best : select_largest(members, std::min<int64_t>(2, static_cast<int64_t>(size)))) {
+    for (const int32_t best :
+         select_largest(members, all_indices(size), std::min<int64_t>(2, static_cast<int64_t>(size)))) {
       sum += members[static_cast<size_t>(best)];
     }
     group_scores.push_back(sum);
   }
-  const std::vector<int32_t> kept = select_largest(group_scores, config.top_groups);
-  for (int64_t group = 0; group < config.groups; ++group) {
-    if (std::find(kept.begin(), kept.end(), group) == kept.end()) {
-      std::fill_n(selection.begin() + static_cast<std::ptrdiff_t>(static_cast<size_t>(group) * size), size,
-                  kNever);
+  std::vector<int32_t> kept =
+      select_largest(group_scores, all_indices(group_scores.size()), config.top_groups);
+  std::sort(kept.begin(), kept.end());
+  std::vector<int32_t> candidates;
+  for (const int32_t group : kept) {
+    for (size_t member = 0; member < size; ++member) {
+      candidates.push_back(static_cast<int32_t>(static_cast<size_t>(group) * size + member));
     }
   }
+  return candidates;
 }
 
 /// Weights of the selected experts, in their order.
@@ -169,8 +179,8 @@ RoutingDecision route(const RouterConfig& config, MatrixView<const float> logits
     const std::vector<float> scores = scores_of(config.score, row_of(logits, token));
     std::vector<float> selection = scores;
     for (size_t e = 0; e < correction_bias.size(); ++e) selection[e] += correction_bias[e];
-    keep_best_groups(config, selection);
-    const std::vector<int32_t> selected = select_largest(selection, config.top_k);
+    const std::vector<int32_t> selected =
+        select_largest(selection, candidates_of(config, selection), config.top_k);
     append(decision, selected, weights_of(config, scores, selected));
   }
   return decision;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "base/fail.h"
 
@@ -30,7 +31,26 @@ void validate(const Routing& routing, int64_t experts) {
   }
 }
 
+/// This rank's number of slot's expert; kAbsentExpert, or something that is no expert, where it has none.
+int64_t local_expert(const Routing& routing, int64_t slot) {
+  constexpr int64_t kNoExpert = -2;
+  const int64_t expert = routing.expert(slot / routing.top_k(), slot % routing.top_k());
+  if (routing.local_experts.empty() || expert == kAbsentExpert) return expert;
+  const auto known = static_cast<int64_t>(routing.local_experts.size());
+  return expert >= 0 && expert < known ? routing.local_experts[static_cast<size_t>(expert)] : kNoExpert;
+}
+
 }  // namespace
+
+std::vector<int32_t> local_expert_range(int64_t first, int64_t count, int64_t experts) {
+  if (first < 0 || count < 0 || first > experts || count > experts - first) {
+    reject("expert range", fmt::format("a part of the {} experts", experts),
+           fmt::format("{} from {}", count, first));
+  }
+  std::vector<int32_t> local(static_cast<size_t>(experts), int32_t{kAbsentExpert});
+  std::iota(local.begin() + first, local.begin() + first + count, 0);
+  return local;
+}
 
 int64_t Routing::expert(int64_t token, int64_t k) const {
   return std::visit([&](const auto& ids) { return static_cast<int64_t>(ids(token, k)); }, topk_ids);
@@ -50,7 +70,7 @@ int32_t permute_by_expert(const Routing& routing, const PermutationView& out) {
 
   std::fill(out.group_offsets.begin(), out.group_offsets.end(), 0);
   for (int64_t slot = 0; slot < tokens * top_k; ++slot) {
-    const int64_t expert = routing.expert(slot / top_k, slot % top_k);
+    const int64_t expert = local_expert(routing, slot);
     if (present(expert)) {
       ++out.group_offsets[static_cast<size_t>(expert + 1)];
     } else if (expert != kAbsentExpert) {
@@ -61,7 +81,7 @@ int32_t permute_by_expert(const Routing& routing, const PermutationView& out) {
 
   // Each group's start walks forward as its rows are placed, so that it ends where the next group starts.
   for (int64_t slot = 0; slot < tokens * top_k; ++slot) {
-    const int64_t expert = routing.expert(slot / top_k, slot % top_k);
+    const int64_t expert = local_expert(routing, slot);
     const int32_t row = present(expert) ? out.group_offsets[static_cast<size_t>(expert)]++ : -1;
     out.row_of_slot[static_cast<size_t>(slot)] = row;
     if (row >= 0) out.slot_of_row[static_cast<size_t>(row)] = static_cast<int32_t>(slot);

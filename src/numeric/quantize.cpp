@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 
 #include "base/fail.h"
 #include "numeric/block_quantizer.h"
@@ -72,6 +73,17 @@ bool recode_block(const uint8_t* codes, int shift, uint8_t* out) {
     out[i] = pair;
   }
   return changed;
+}
+
+/// `scale` as it is stored; a power of two in the range of e8m0.
+void append_tile_scale(float scale, TileScaleType type, std::vector<std::byte>& scales) {
+  if (type == TileScaleType::kE8m0) {
+    scales.push_back(static_cast<std::byte>(floor_log2(scale) + kE8m0Bias));
+    return;
+  }
+  std::array<std::byte, sizeof(float)> bytes;
+  std::memcpy(bytes.data(), &scale, sizeof(scale));
+  scales.insert(scales.end(), bytes.begin(), bytes.end());
 }
 
 }  // namespace
@@ -162,6 +174,29 @@ BlockScaledMatrix quantize_mxfp4(MatrixView<const float> x) {
   for (int64_t row = 0; row < x.rows; ++row) {
     quantize_row_mxfp4({x.row(row), static_cast<size_t>(x.cols)}, matrix.codes.data() + row * x.cols / 2,
                        matrix.scales.data() + row * (x.cols / kMxfp4Block));
+  }
+  return matrix;
+}
+
+Fp8View Fp8Matrix::view() const {
+  return {rows, cols, {codes.data(), rows, cols}, scales.data(), scale_type, tile, tile};
+}
+
+Fp8Matrix quantize_fp8_tiles(MatrixView<const float> x, TileScaleType scale_type, int64_t tile) {
+  Fp8Matrix matrix{x.rows, x.cols, scale_type, tile, {}, {}};
+  matrix.codes.resize(static_cast<size_t>(x.rows * x.cols));
+  for (int64_t row = 0; row < x.rows; row += tile) {
+    for (int64_t col = 0; col < x.cols; col += tile) {
+      const int64_t rows = std::min(tile, x.rows - row), cols = std::min(tile, x.cols - col);
+      float scale = dynamic_scale(absolute_maximum(x.rows_from(row, rows).cols_from(col, cols)), kE4m3Max);
+      if (scale_type == TileScaleType::kE8m0) scale = std::exp2(std::ceil(std::log2(scale)));
+      append_tile_scale(scale, scale_type, matrix.scales);
+      for (int64_t r = row; r < row + rows; ++r) {
+        for (int64_t c = col; c < col + cols; ++c) {
+          matrix.codes[static_cast<size_t>(r * x.cols + c)] = encode_e4m3(x(r, c) / scale);
+        }
+      }
+    }
   }
   return matrix;
 }

@@ -1,6 +1,7 @@
 // Owned bytes and the decoding of rows.
 #include "fourfold/tensor.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -57,6 +58,14 @@ uint8_t BlockScaledView::scale_code(int64_t row, int64_t block) const {
                                                 : scales[swizzled_scale_offset(row, block, blocks_per_row())];
 }
 
+float Fp8View::scale(int64_t row, int64_t col) const {
+  const int64_t tile = row / tile_rows * tiles_per_row() + col / tile_cols;
+  if (scale_type == TileScaleType::kE8m0) return decode_e8m0(static_cast<uint8_t>(scales[tile]));
+  float value = 0.0f;
+  std::memcpy(&value, scales + tile * static_cast<int64_t>(sizeof(value)), sizeof(value));
+  return value;
+}
+
 int64_t rows_of(const WeightView& weight) {
   return std::visit([](const auto& view) { return view.rows; }, weight);
 }
@@ -67,11 +76,13 @@ int64_t cols_of(const WeightView& weight) {
 
 Device device_of(const WeightView& weight) {
   if (const auto* blocks = std::get_if<BlockScaledView>(&weight)) return blocks->codes.device;
+  if (const auto* fp8 = std::get_if<Fp8View>(&weight)) return fp8->codes.device;
   return std::get<DenseView>(weight).device;
 }
 
 std::string_view format_name(const WeightView& weight) {
   if (const auto* blocks = std::get_if<BlockScaledView>(&weight)) return traits_of(blocks->format).name;
+  if (std::holds_alternative<Fp8View>(weight)) return "fp8";
   switch (std::get<DenseView>(weight).type) {
     case ElementType::kBf16:
       return "bf16";
@@ -81,6 +92,11 @@ std::string_view format_name(const WeightView& weight) {
       return "f32";
   }
   return "?";
+}
+
+bool is_stored_as(const WeightView& weight, QuantFormat format) {
+  const auto* blocks = std::get_if<BlockScaledView>(&weight);
+  return blocks != nullptr && blocks->format == format;
 }
 
 void decode_row(const BlockScaledView& matrix, int64_t row, float* out) {
@@ -93,6 +109,15 @@ void decode_row(const BlockScaledView& matrix, int64_t row, float* out) {
       out[0] = kE2m1Pairs[*codes][0] * scale;
       out[1] = kE2m1Pairs[*codes][1] * scale;
     }
+  }
+}
+
+void decode_row(const Fp8View& matrix, int64_t row, float* out) {
+  const uint8_t* codes = matrix.codes.row(row);
+  for (int64_t begin = 0; begin < matrix.cols; begin += matrix.tile_cols) {
+    const float scale = matrix.scale(row, begin);
+    const int64_t end = std::min(begin + matrix.tile_cols, matrix.cols);
+    for (int64_t col = begin; col < end; ++col) out[col] = decode_e4m3(codes[col]) * scale;
   }
 }
 

@@ -1,5 +1,7 @@
 // The whole layer and the backend "reference": stages of fourfold/reference.h, one after the other.
 #include <algorithm>
+#include <array>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -11,22 +13,32 @@
 namespace fourfold {
 namespace {
 
-struct Workspace {
-  PermutationView permutation;
-  MatrixView<Bf16> rows;  // x in permuted order
+/// Of the stages between the rows of experts and what comes out of them.
+struct ExpertSpace {
   StagedActivations staged_x;
   MatrixView<Bf16> h, activation;
   StagedActivations staged_intermediate;
   MatrixView<Bf16> z;
+
+  ExpertSpace first(int64_t rows) const {
+    ExpertSpace part = *this;
+    part.h = h.rows_from(0, rows);
+    part.activation = activation.rows_from(0, rows);
+    part.z = z.rows_from(0, rows);
+    return part;
+  }
 };
 
-Workspace carve(WorkspaceCarver& carver, const LayerConfig& config, ActivationFormat format,
-                int64_t max_tokens) {
-  const int64_t rows = max_tokens * config.top_k;
-  Workspace space;
-  space.permutation = {carver.take<int32_t>(config.experts + 1), carver.take<int32_t>(rows),
-                       carver.take<int32_t>(rows)};
-  space.rows = carver.take<Bf16>(rows, config.hidden);
+struct Workspace {
+  PermutationView permutation;
+  MatrixView<Bf16> rows;  // x in permuted order
+  ExpertSpace routed, shared;
+  std::span<float> shared_weights;
+};
+
+ExpertSpace carve_experts(WorkspaceCarver& carver, const LayerConfig& config, ActivationFormat format,
+                          int64_t rows) {
+  ExpertSpace space;
   space.staged_x = carver.take_staged(format, rows, config.hidden);
   space.h = carver.take<Bf16>(rows, config.h_columns());
   space.activation = carver.take<Bf16>(rows, config.intermediate);
@@ -64,12 +76,15 @@ void copy_tap(const StagedActivations& staged, const StagedActivations* tap, int
 
 /// Why these weights can't be read; empty when they can.
 std::string why_unreadable(const ExpertWeights& weights) {
-  for (const Expert& expert : weights.experts) {
+  const auto on_host = [](const Expert& expert) {
     for (const WeightView* weight : {&expert.gate, &expert.up, &expert.down}) {
-      if (device_of(*weight).kind != Device::Kind::kHost) return "it reads weights in host memory alone";
+      if (device_of(*weight).kind != Device::Kind::kHost) return false;
     }
-  }
-  return "";
+    return true;
+  };
+  const bool readable = std::all_of(weights.experts.begin(), weights.experts.end(), on_host) &&
+                        (!weights.shared || on_host(weights.shared->expert));
+  return readable ? "" : "it reads weights in host memory alone";
 }
 
 void require_host(const ExpertWeights& weights) {
@@ -77,70 +92,27 @@ void require_host(const ExpertWeights& weights) {
   if (!reason.empty()) throw Error(ErrorCode::kUnsupported, "reference: " + reason);
 }
 
-class ReferenceLayer final : public MoeLayer {
+/// Outputs that a caller wants of the stages of ExpertSpace.
+struct ExpertTaps {
+  const StagedActivations* staged_x = nullptr;
+  MatrixView<Bf16> h, activation;
+  const StagedActivations* staged_intermediate = nullptr;
+  MatrixView<Bf16> z;
+};
+
+ExpertTaps taps_of(const StageTaps& taps) {
+  return {taps.staged_x, taps.h, taps.activation, taps.staged_intermediate, taps.z};
+}
+ExpertTaps taps_of(const SharedTaps& taps) {
+  return {taps.staged_x, taps.h, taps.activation, taps.staged_intermediate, taps.z};
+}
+
+/// Staging, both GEMMs and the activation between them, on rows that are sorted by expert: the routed
+/// experts, or the shared one on all tokens.
+class ExpertStages {
  public:
-  ReferenceLayer(ExpertWeights weights, const LayerConfig& config, const LayerOptions& options)
-      : config_(config), options_(options) {
-    adopt(std::move(weights));
-  }
-
-  const LayerConfig& config() const override { return config_; }
-  const LayerOptions& options() const override { return options_; }
-
-  LayerPlan plan(int64_t max_tokens) const override {
-    validate_plan(config_, max_tokens);
-    WorkspaceCarver counter;
-    carve(counter, config_, options_.activations, max_tokens);
-    return {max_tokens, counter.used(),
-            options_.accumulation == Accumulation::kFloat32 ? "plain loops, float32 sums"
-                                                            : "plain loops, float64 sums",
-            "the reference has no other", nullptr};
-  }
-
-  void forward(const LayerPlan& plan, const ForwardArgs& args) const override {
-    validate(*this, plan, args);
-    WorkspaceCarver carver(args.workspace);
-    Workspace space = carve(carver, config_, options_.activations, plan.max_tokens);
-
-    const auto slots = static_cast<size_t>(args.routing.tokens() * config_.top_k);
-    space.permutation.slot_of_row = space.permutation.slot_of_row.first(slots);
-    space.permutation.row_of_slot = space.permutation.row_of_slot.first(slots);
-    const int32_t status = permute_by_expert(args.routing, space.permutation);
-    if (args.status) *args.status |= status;
-    const int64_t rows = space.permutation.rows();
-    const auto slot_of_row = space.permutation.slot_of_row.first(static_cast<size_t>(rows));
-    copy_tap<int32_t>(space.permutation.group_offsets, args.taps.group_offsets);
-    copy_tap<int32_t>(slot_of_row, args.taps.slot_of_row);
-    copy_tap<int32_t>(space.permutation.row_of_slot, args.taps.row_of_slot);
-
-    reference::permute_rows(args.x, slot_of_row, args.routing.topk_weights, config_, space.rows);
-    stage(space.rows.rows_from(0, rows), space.permutation.group_offsets, options_.x_scale, x_scales_,
-          space.staged_x);
-    copy_tap(space.staged_x, args.taps.staged_x, rows);
-    run_experts(space.staged_x.view(options_.activations, rows, config_.hidden),
-                space.permutation.group_offsets, space, args.taps, space.z);
-    reference::combine(space.z.rows_from(0, rows), space.permutation.row_of_slot, args.routing.topk_weights,
-                       config_, args.y);
-  }
-
-  void experts(const LayerPlan& plan, const ExpertsArgs& args) const override {
-    validate(*this, plan, args);
-    validate_group_offsets(args.group_offsets, args.activations.rows);
-    WorkspaceCarver carver(args.workspace);
-    Workspace space = carve(carver, config_, options_.activations, plan.max_tokens);
-    run_experts(args.activations, args.group_offsets, space, args.taps, args.z);
-  }
-
-  void update_weights(const ExpertWeights& weights) override {
-    validate(weights, config_, options_);
-    validate_update(weights_, weights);
-    require_host(weights);
-    adopt(weights);
-  }
-
- private:
-  void adopt(ExpertWeights weights) {
-    weights_ = std::move(weights);
+  ExpertStages(ExpertWeights weights, const LayerConfig& config, const LayerOptions& options)
+      : config_(config), options_(options), weights_(std::move(weights)) {
     x_scales_ = x_input_scales(weights_);
     intermediate_scales_ = intermediate_input_scales(weights_);
     const auto over_all = [](ScalePolicy policy, std::optional<float> scale) {
@@ -154,6 +126,36 @@ class ReferenceLayer final : public MoeLayer {
     }
   }
 
+  const LayerConfig& config() const { return config_; }
+  const LayerOptions& options() const { return options_; }
+  const ExpertWeights& weights() const { return weights_; }
+
+  /// Stages `x` [M, H] and runs the experts on it.
+  void run(MatrixView<const Bf16> x, std::span<const int32_t> group_offsets, const ExpertSpace& space,
+           const ExpertTaps& taps) const {
+    stage(x, group_offsets, options_.x_scale, x_scales_, space.staged_x);
+    copy_tap(space.staged_x, taps.staged_x, x.rows);
+    run_staged(space.staged_x.view(options_.activations, x.rows, config_.hidden), group_offsets, space, taps);
+  }
+
+  /// The experts on rows that are staged already.
+  void run_staged(const ActivationView& a, std::span<const int32_t> group_offsets, const ExpertSpace& space,
+                  const ExpertTaps& taps) const {
+    const ExpertSpace part = space.first(a.rows);
+    reference::gate_up(a, group_offsets, weights_, options_, part.h);
+    copy_tap(part.h, taps.h);
+    reference::activate(config_.activation, part.h, part.activation);
+    copy_tap(part.activation, taps.activation);
+    stage(part.activation, group_offsets, options_.intermediate_scale, intermediate_scales_,
+          part.staged_intermediate);
+    copy_tap(part.staged_intermediate, taps.staged_intermediate, a.rows);
+    const ActivationView staged =
+        part.staged_intermediate.view(options_.activations, a.rows, config_.intermediate);
+    reference::down(staged, group_offsets, weights_, options_, part.z);
+    copy_tap(part.z, taps.z);
+  }
+
+ private:
   void stage(MatrixView<const Bf16> rows, std::span<const int32_t> group_offsets, ScalePolicy policy,
              std::span<const float> expert_scales, const StagedActivations& out) const {
     if (is_nvfp4(options_.activations)) {
@@ -163,27 +165,110 @@ class ReferenceLayer final : public MoeLayer {
     reference::stage(options_.activations, rows, out);
   }
 
-  void run_experts(const ActivationView& a, std::span<const int32_t> group_offsets, const Workspace& space,
-                   const StageTaps& taps, MatrixView<Bf16> z) const {
-    const int64_t rows = a.rows;
-    const MatrixView<Bf16> h = space.h.rows_from(0, rows), activation = space.activation.rows_from(0, rows);
-    reference::gate_up(a, group_offsets, weights_, options_, h);
-    copy_tap(h, taps.h);
-    reference::activate(config_.activation, h, activation);
-    copy_tap(activation, taps.activation);
-    stage(activation, group_offsets, options_.intermediate_scale, intermediate_scales_,
-          space.staged_intermediate);
-    copy_tap(space.staged_intermediate, taps.staged_intermediate, rows);
-    const ActivationView staged =
-        space.staged_intermediate.view(options_.activations, rows, config_.intermediate);
-    reference::down(staged, group_offsets, weights_, options_, z.rows_from(0, rows));
-    copy_tap(z.rows_from(0, rows), taps.z);
-  }
-
   LayerConfig config_;
   LayerOptions options_;
   ExpertWeights weights_;
   std::vector<float> x_scales_, intermediate_scales_;  // [E], for the static policies
+};
+
+class ReferenceLayer final : public MoeLayer {
+ public:
+  ReferenceLayer(const ExpertWeights& weights, const LayerConfig& config, const LayerOptions& options)
+      : config_(config), options_(options) {
+    adopt(weights);
+  }
+
+  const LayerConfig& config() const override { return config_; }
+  const LayerOptions& options() const override { return options_; }
+
+  LayerPlan plan(int64_t max_tokens) const override {
+    validate_plan(config_, max_tokens);
+    WorkspaceCarver counter;
+    carve(counter, max_tokens);
+    return {max_tokens, counter.used(),
+            options_.accumulation == Accumulation::kFloat32 ? "plain loops, float32 sums"
+                                                            : "plain loops, float64 sums",
+            "the reference has no other", nullptr};
+  }
+
+  void forward(const LayerPlan& plan, const ForwardArgs& args) const override {
+    validate(*this, plan, args);
+    WorkspaceCarver carver(args.workspace);
+    Workspace space = carve(carver, plan.max_tokens);
+
+    const auto slots = static_cast<size_t>(args.routing.tokens() * config_.top_k);
+    space.permutation.slot_of_row = space.permutation.slot_of_row.first(slots);
+    space.permutation.row_of_slot = space.permutation.row_of_slot.first(slots);
+    const int32_t status = permute_by_expert(args.routing, space.permutation);
+    if (args.status) *args.status |= status;
+    const int64_t rows = space.permutation.rows();
+    const auto slot_of_row = space.permutation.slot_of_row.first(static_cast<size_t>(rows));
+    copy_tap<int32_t>(space.permutation.group_offsets, args.taps.group_offsets);
+    copy_tap<int32_t>(slot_of_row, args.taps.slot_of_row);
+    copy_tap<int32_t>(space.permutation.row_of_slot, args.taps.row_of_slot);
+
+    reference::permute_rows(args.x, slot_of_row, args.routing.topk_weights, config_, space.rows);
+    routed_->run(space.rows.rows_from(0, rows), space.permutation.group_offsets, space.routed,
+                 taps_of(args.taps));
+    reference::combine(space.routed.z.rows_from(0, rows), space.permutation.row_of_slot,
+                       args.routing.topk_weights, config_, run_shared(args, space), args.y);
+  }
+
+  void experts(const LayerPlan& plan, const ExpertsArgs& args) const override {
+    validate(*this, plan, args);
+    validate_group_offsets(args.group_offsets, args.activations.rows);
+    WorkspaceCarver carver(args.workspace);
+    Workspace space = carve(carver, plan.max_tokens);
+    space.routed.z = args.z;
+    routed_->run_staged(args.activations, args.group_offsets, space.routed, taps_of(args.taps));
+  }
+
+  void update_weights(const ExpertWeights& weights) override {
+    validate(weights, config_, options_);
+    validate_update(routed_->weights(), weights);
+    require_host(weights);
+    adopt(weights);
+  }
+
+ private:
+  void adopt(const ExpertWeights& weights) {
+    routed_.emplace(weights, config_, options_);
+    shared_.reset();
+    if (weights.shared) {
+      shared_.emplace(shared_as_layer(weights), shared_config(config_),
+                      shared_options(*weights.shared, options_));
+    }
+  }
+
+  Workspace carve(WorkspaceCarver& carver, int64_t max_tokens) const {
+    const int64_t rows = max_tokens * config_.top_k;
+    Workspace space;
+    space.permutation = {carver.take<int32_t>(config_.experts + 1), carver.take<int32_t>(rows),
+                         carver.take<int32_t>(rows)};
+    space.rows = carver.take<Bf16>(rows, config_.hidden);
+    space.routed = carve_experts(carver, config_, options_.activations, rows);
+    if (shared_) {
+      space.shared = carve_experts(carver, shared_->config(), shared_->options().activations, max_tokens);
+      space.shared_weights = carver.take<float>(max_tokens);
+    }
+    return space;
+  }
+
+  /// The shared expert on all tokens, in their order; nothing where there is none.
+  reference::SharedOutput run_shared(const ForwardArgs& args, const Workspace& space) const {
+    if (!shared_) return {};
+    const int64_t tokens = args.x.rows;
+    const std::array<int32_t, 2> all_tokens = {0, static_cast<int32_t>(tokens)};
+    shared_->run(args.x, all_tokens, space.shared, taps_of(args.taps.shared));
+    const std::span<float> weights = space.shared_weights.first(static_cast<size_t>(tokens));
+    reference::weigh_shared(args.x, *routed_->weights().shared, weights);
+    copy_tap<float>(weights, args.taps.shared.z_weight);
+    return {space.shared.z.rows_from(0, tokens), weights};
+  }
+
+  LayerConfig config_;
+  LayerOptions options_;
+  std::optional<ExpertStages> routed_, shared_;  // replaced whole by update_weights
 };
 
 class ReferenceBackend final : public Backend {

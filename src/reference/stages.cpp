@@ -192,8 +192,25 @@ void down(const ActivationView& a, std::span<const int32_t> group_offsets, const
   multiply_experts(a, group_offsets, weights, options, &Expert::down, &Expert::down_bias, z);
 }
 
+void weigh_shared(MatrixView<const Bf16> x, const SharedExpert& shared, std::span<float> weights) {
+  if (!shared.gate) {
+    std::fill(weights.begin(), weights.end(), 1.0f);
+    return;
+  }
+  std::vector<float> gate(static_cast<size_t>(x.cols));
+  decode_row(*shared.gate, 0, gate.data());
+  for (int64_t token = 0; token < x.rows; ++token) {
+    float logit = 0.0f;
+    for (int64_t h = 0; h < x.cols; ++h) {
+      logit += static_cast<float>(x(token, h)) * gate[static_cast<size_t>(h)];
+    }
+    weights[static_cast<size_t>(token)] = static_cast<float>(sigmoid(logit));
+  }
+}
+
 void combine(MatrixView<const Bf16> z, std::span<const int32_t> row_of_slot,
-             MatrixView<const float> topk_weights, const LayerConfig& config, const OutputView& y) {
+             MatrixView<const float> topk_weights, const LayerConfig& config, const SharedOutput& shared,
+             const OutputView& y) {
   const int64_t top_k = topk_weights.cols;
 #pragma omp parallel for schedule(static)
   for (int64_t token = 0; token < topk_weights.rows; ++token) {
@@ -203,6 +220,9 @@ void combine(MatrixView<const Bf16> z, std::span<const int32_t> row_of_slot,
         const int32_t row = row_of_slot[static_cast<size_t>(token * top_k + k)];
         const float weight = config.weight_on_input ? 1.0f : topk_weights(token, k);
         if (row >= 0) sum += weight * static_cast<float>(z(row, col));
+      }
+      if (!shared.z.empty()) {
+        sum += shared.z_weight[static_cast<size_t>(token)] * static_cast<float>(shared.z(token, col));
       }
       if (const auto* bf16 = std::get_if<MatrixView<Bf16>>(&y)) {
         (*bf16)(token, col) = encode_bf16(sum);

@@ -69,6 +69,16 @@ void read_routing(const Tensor& ids, const Tensor& weights, int64_t tokens_in_fi
   inputs.routing_origin = ids.file;
 }
 
+void read_token_ids(const Tensor& tensor, int64_t tokens_in_file, LayerInputs& inputs) {
+  const bool wide = tensor.dtype == DType::kI64;
+  if ((!wide && tensor.dtype != DType::kI32) || tensor.shape != std::vector{tokens_in_file}) {
+    bad_input(tensor, fmt::format("I32 or I64 [{}]", tokens_in_file));
+  }
+  for (int64_t token = 0; token < inputs.tokens; ++token) {
+    inputs.token_ids.push_back(wide ? element<int64_t>(tensor, token) : element<int32_t>(tensor, token));
+  }
+}
+
 }  // namespace
 
 Routing LayerInputs::routing() const {
@@ -140,17 +150,23 @@ LayerInputs read_inputs(const std::filesystem::path& path, int64_t hidden, int64
          path.string(), ids ? "topk_ids" : "topk_weights");
   }
   if (ids) read_routing(*ids, *weights, x.shape[0], inputs);
+  if (const Tensor* token_ids = file->find("token_ids")) read_token_ids(*token_ids, x.shape[0], inputs);
   if (inputs.tokens == 0) bad_input(x, "at least one token");
   return inputs;
 }
 
 void write_inputs(const std::filesystem::path& path, const LayerInputs& inputs) {
-  const TensorData tensors[] = {
-      {{"x", DType::kBf16, {inputs.tokens, inputs.hidden}}, std::as_bytes(std::span(inputs.x))},
-      {{"topk_ids", DType::kI32, {inputs.tokens, inputs.top_k}}, std::as_bytes(std::span(inputs.topk_ids))},
-      {{"topk_weights", DType::kF32, {inputs.tokens, inputs.top_k}},
-       std::as_bytes(std::span(inputs.topk_weights))},
-  };
+  std::vector<TensorData> tensors = {
+      {{"x", DType::kBf16, {inputs.tokens, inputs.hidden}}, std::as_bytes(std::span(inputs.x))}};
+  if (!inputs.topk_ids.empty()) {
+    const std::vector<int64_t> slots = {inputs.tokens, inputs.top_k};
+    tensors.push_back({{"topk_ids", DType::kI32, slots}, std::as_bytes(std::span(inputs.topk_ids))});
+    tensors.push_back({{"topk_weights", DType::kF32, slots}, std::as_bytes(std::span(inputs.topk_weights))});
+  }
+  if (!inputs.token_ids.empty()) {
+    tensors.push_back(
+        {{"token_ids", DType::kI64, {inputs.tokens}}, std::as_bytes(std::span(inputs.token_ids))});
+  }
   write_safetensors(path, tensors);
 }
 

@@ -1,6 +1,7 @@
 #include "tools/layer_trace.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "tools/mirror.h"
 
@@ -34,6 +35,27 @@ MatrixView<Bf16> poisoned_tap(std::vector<Bf16>& values, int64_t rows, int64_t c
   return {values.data(), rows, cols};
 }
 
+SharedTrace make_shared_trace(const LayerConfig& config, ActivationFormat format, int64_t tokens) {
+  const LayerConfig own = shared_config(config);
+  SharedTrace trace;
+  trace.intermediate = own.intermediate;
+  trace.h_columns = own.h_columns();
+  trace.staged_x = StagedBuffers(format, tokens, own.hidden);
+  trace.staged_intermediate = StagedBuffers(format, tokens, own.intermediate);
+  trace.z_weight.assign(static_cast<size_t>(tokens), std::numeric_limits<float>::quiet_NaN());
+  return trace;
+}
+
+/// The taps of `trace` but for the staged ones, poisoned.
+SharedTaps bring_taps(SharedTrace& trace, int64_t tokens, int64_t hidden, Mirror& mirror) {
+  SharedTaps taps;
+  taps.h = mirror.bring(poisoned_tap(trace.h, tokens, trace.h_columns));
+  taps.activation = mirror.bring(poisoned_tap(trace.activation, tokens, trace.intermediate));
+  taps.z = mirror.bring(poisoned_tap(trace.z, tokens, hidden));
+  taps.z_weight = mirror.bring(std::span(trace.z_weight));
+  return taps;
+}
+
 }  // namespace
 
 void StagedBuffers::trim(int64_t rows) {
@@ -51,7 +73,8 @@ void StagedBuffers::trim(int64_t rows) {
   views.row_scales = row_scales;
 }
 
-LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs, const Memory& memory) {
+LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs, const SharedExpert* shared,
+                 const Memory& memory) {
   const LayerConfig& config = layer.config();
   const ActivationFormat format = layer.options().activations;
   const int64_t slots = inputs.tokens * inputs.top_k;
@@ -88,6 +111,16 @@ LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs, const Memory&
   args.taps.activation = mirror.bring(poisoned_tap(trace.activation, slots, config.intermediate));
   args.taps.staged_intermediate = &staged_intermediate;
   args.taps.z = mirror.bring(poisoned_tap(trace.z, slots, config.hidden));
+  StagedActivations shared_x, shared_intermediate;
+  if (shared != nullptr) {
+    const ActivationFormat shared_format = shared_options(*shared, layer.options()).activations;
+    trace.shared = make_shared_trace(config, shared_format, inputs.tokens);
+    shared_x = mirror.bring(trace.shared->staged_x.views);
+    shared_intermediate = mirror.bring(trace.shared->staged_intermediate.views);
+    args.taps.shared = bring_taps(*trace.shared, inputs.tokens, config.hidden, mirror);
+    args.taps.shared.staged_x = &shared_x;
+    args.taps.shared.staged_intermediate = &shared_intermediate;
+  }
   layer.forward(plan, args);
   mirror.fetch();
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -26,6 +27,14 @@ struct StagedBuffers {
   StagedBuffers& operator=(StagedBuffers&&) = default;
 };
 
+/// Outputs of the shared expert's stages, a row a token.
+struct SharedTrace {
+  int64_t intermediate = 0, h_columns = 0;
+  StagedBuffers staged_x, staged_intermediate;
+  std::vector<Bf16> h, activation, z;
+  std::vector<float> z_weight;
+};
+
 /// Outputs of all stages, rows in permuted order.
 struct LayerTrace {
   int64_t rows = 0, tokens = 0, hidden = 0, intermediate = 0, h_columns = 0;
@@ -37,10 +46,18 @@ struct LayerTrace {
   MatrixView<const Bf16> activation_view() const { return {activation.data(), rows, intermediate}; }
   MatrixView<const Bf16> z_view() const { return {z.data(), rows, hidden}; }
   MatrixView<const Bf16> y_view() const { return {y.data(), tokens, hidden}; }
+
+  std::optional<SharedTrace> shared;  ///< where the layer has a shared expert
+  MatrixView<const Bf16> shared_h_view() const { return {shared->h.data(), tokens, shared->h_columns}; }
+  MatrixView<const Bf16> shared_activation_view() const {
+    return {shared->activation.data(), tokens, shared->intermediate};
+  }
+  MatrixView<const Bf16> shared_z_view() const { return {shared->z.data(), tokens, hidden}; }
 };
 
-/// Runs `layer`, which computes in `memory`, on `inputs`.
-LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs, const Memory& memory = host_memory());
+/// Runs `layer`, which computes in `memory`, on `inputs`. `shared`: its shared expert, which is traced too.
+LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs, const SharedExpert* shared = nullptr,
+                 const Memory& memory = host_memory());
 
 /// A workspace for a plan, aligned as layers want it.
 class AlignedWorkspace {

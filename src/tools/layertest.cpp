@@ -1,6 +1,7 @@
 #include "tools/layertest.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <map>
 
@@ -9,6 +10,7 @@
 #include "tools/exit_codes.h"
 #include "tools/input_scale_check.h"
 #include "tools/layer_trace.h"
+#include "tools/stage_comparison.h"
 #include "tools/weight_comparison.h"
 
 namespace fourfold {
@@ -29,37 +31,6 @@ constexpr double kKernelWorstTokenLimit = 0x1p-7;
 constexpr double kInputScaleLimit = 2.0;
 
 constexpr size_t kShownFindings = 8;
-
-/// Everything but `stage` filled in; rows are slots of `permutation` unless `by_token`.
-StageReport stage_report(Stage stage, const Comparison& comparison, const Permutation& permutation,
-                         const LayertestRequest& request, bool by_token) {
-  StageReport report{stage, comparison.cosine, comparison.norm_ratio, comparison.rel_l2, -1,
-                     -1,    std::nullopt};
-  if (comparison.worst_row >= 0) {
-    report.worst_token =
-        by_token ? comparison.worst_row
-                 : permutation.slot_of_row[static_cast<size_t>(comparison.worst_row)] / request.inputs->top_k;
-  }
-  if (comparison.worst_group >= 0) {
-    report.worst_expert = request.expert_ids[static_cast<size_t>(comparison.worst_group)];
-  }
-  return report;
-}
-
-/// l1, activation, l2 and out of two runs with the same routing.
-std::vector<StageReport> compare_traces(const LayerTrace& reference, const LayerTrace& candidate,
-                                        const LayertestRequest& request) {
-  const Permutation& permutation = reference.permutation;
-  const auto slots = [&](Stage stage, MatrixView<const Bf16> a, MatrixView<const Bf16> b) {
-    return stage_report(stage, compare(a, b, permutation.group_offsets), permutation, request, false);
-  };
-  return {
-      slots(Stage::kL1, reference.h_view(), candidate.h_view()),
-      slots(Stage::kActivation, reference.activation_view(), candidate.activation_view()),
-      slots(Stage::kL2, reference.z_view(), candidate.z_view()),
-      stage_report(Stage::kOut, compare(reference.y_view(), candidate.y_view()), permutation, request, true),
-  };
-}
 
 bool exceeds(const StageReport& stage) {
   return stage.limit && !(stage.rel_l2 <= *stage.limit);
@@ -91,7 +62,8 @@ class Layertest {
   LayerTrace run_reference(const std::string& what, const ExpertWeights& weights,
                            const LayerOptions& options) const {
     request_.progress(what);
-    return trace(*reference_backend().make_layer(weights, request_.config, options), *request_.inputs);
+    return trace(*reference_backend().make_layer(weights, request_.config, options), *request_.inputs,
+                 weights.shared ? &*weights.shared : nullptr);
   }
 
   /// Kernel findings come first in the verdict: they hold whatever the checkpoint is like.
@@ -143,25 +115,28 @@ class Layertest {
   /// sign would compute something else.
   void judge_scale_bytes() {
     size_t bad_matrices = 0;
-    for (const Expert& expert : request_.nvfp4->experts) {
-      for (const auto& [which, weight] :
-           {std::pair("gate", &expert.gate), std::pair("up", &expert.up), std::pair("down", &expert.down)}) {
-        const auto* blocks = std::get_if<BlockScaledView>(weight);
-        if (blocks == nullptr || blocks->format != QuantFormat::kNvfp4) continue;
-        int64_t bad = 0;
-        for (int64_t row = 0; row < blocks->rows; ++row) {
-          for (int64_t block = 0; block < blocks->blocks_per_row(); ++block) {
-            bad += blocks->scale_code(row, block) > kE4m3MaxCode;
-          }
-        }
-        if (bad > 0 && ++bad_matrices <= kShownFindings) {
-          add_finding("checkpoint",
-                      fmt::format("weights: {} {}: {} of {} block scales are NaN or negative", expert.name,
-                                  which, bad, blocks->rows * blocks->blocks_per_row()));
+    for (const Expert& expert : request_.nvfp4->experts) judge_scale_bytes(expert, bad_matrices);
+    if (request_.nvfp4->shared) judge_scale_bytes(request_.nvfp4->shared->expert, bad_matrices);
+    add_rest(bad_matrices);
+  }
+
+  void judge_scale_bytes(const Expert& expert, size_t& bad_matrices) {
+    for (const auto& [which, weight] :
+         {std::pair("gate", &expert.gate), std::pair("up", &expert.up), std::pair("down", &expert.down)}) {
+      if (!is_stored_as(*weight, QuantFormat::kNvfp4)) continue;
+      const auto& blocks = std::get<BlockScaledView>(*weight);
+      int64_t bad = 0;
+      for (int64_t row = 0; row < blocks.rows; ++row) {
+        for (int64_t block = 0; block < blocks.blocks_per_row(); ++block) {
+          bad += blocks.scale_code(row, block) > kE4m3MaxCode;
         }
       }
+      if (bad > 0 && ++bad_matrices <= kShownFindings) {
+        add_finding("checkpoint",
+                    fmt::format("weights: {} {}: {} of {} block scales are NaN or negative", expert.name,
+                                which, bad, blocks.rows * blocks.blocks_per_row()));
+      }
     }
-    add_rest(bad_matrices);
   }
 
   /// Says how many matrices with findings are not listed.
@@ -172,7 +147,9 @@ class Layertest {
 
   StageReport weights_stage(const WeightComparison& weights) const {
     std::map<int64_t, ErrorSums> by_expert;
-    for (const MatrixLoss& matrix : weights.matrices) by_expert[matrix.expert] += matrix.sums;
+    for (const MatrixLoss& matrix : weights.matrices) {
+      if (matrix.expert != kSharedExpert) by_expert[matrix.expert] += matrix.sums;
+    }
     WorstPart worst;
     for (const auto& [expert, sums] : by_expert) worst.offer(expert, sums.relative_l2());
     const ErrorSums& total = weights.total;
@@ -212,33 +189,57 @@ class Layertest {
     ComparisonReport& activations = report_.activations;
     activations.stages = compare_traces(dequantized_, emulation_, request_);
     judge("activations", activations.stages);
-    const LayerOptions& options = request_.options;
-    if (!is_nvfp4(options.activations)) return;
-    if (options.x_scale != ScalePolicy::kDynamicToken) {
+    if (is_nvfp4(request_.options.activations)) judge_input_scales();
+    if (emulation_.shared &&
+        is_nvfp4(shared_options(*request_.nvfp4->shared, request_.options).activations)) {
+      judge_shared_input_scales();
+    }
+  }
+
+  void judge_input_scales() {
+    const std::span<const int32_t> offsets = emulation_.permutation.group_offsets;
+    if (request_.options.x_scale != ScalePolicy::kDynamicToken) {
       std::vector<Bf16> x(static_cast<size_t>(emulation_.rows * emulation_.hidden));
       const MatrixView<Bf16> rows(x.data(), emulation_.rows, emulation_.hidden);
       reference::permute_rows(request_.inputs->x_view(), emulation_.permutation.slot_of_row,
                               request_.inputs->routing().topk_weights, request_.config, rows);
-      report_.x_scale = judge_input_scale("x (gate's and up's)", rows, emulation_.staged_x);
+      report_.x_scale = judge_input_scale("x (gate's and up's)", rows, emulation_.staged_x, offsets);
     }
-    if (options.intermediate_scale != ScalePolicy::kDynamicToken) {
+    if (request_.options.intermediate_scale != ScalePolicy::kDynamicToken) {
       report_.intermediate_scale = judge_input_scale(
-          "the intermediate (down's)", emulation_.activation_view(), emulation_.staged_intermediate);
+          "the intermediate (down's)", emulation_.activation_view(), emulation_.staged_intermediate, offsets);
     }
   }
 
+  void judge_shared_input_scales() {
+    const SharedTrace& shared = *emulation_.shared;
+    const std::array<int32_t, 2> all_tokens = {0, static_cast<int32_t>(emulation_.tokens)};
+    if (request_.options.x_scale != ScalePolicy::kDynamicToken) {
+      report_.shared_x_scale =
+          judge_input_scale("x of the shared expert", request_.inputs->x_view(), shared.staged_x, all_tokens);
+    }
+    if (request_.options.intermediate_scale != ScalePolicy::kDynamicToken) {
+      report_.shared_intermediate_scale =
+          judge_input_scale("the intermediate of the shared expert", emulation_.shared_activation_view(),
+                            shared.staged_intermediate, all_tokens);
+    }
+  }
+
+  /// Rows in groups by expert; a single group of all tokens is the shared expert's.
   InputScaleReport judge_input_scale(const std::string& what, MatrixView<const Bf16> rows,
-                                     const StagedBuffers& staged) {
-    const ScaleLoss loss =
-        worst_scale_loss(rows, staged, request_.options.activations, emulation_.permutation.group_offsets);
-    const int64_t expert = loss.expert < 0 ? -1 : request_.expert_ids[static_cast<size_t>(loss.expert)];
+                                     const StagedBuffers& staged, std::span<const int32_t> group_offsets) {
+    const ScaleLoss loss = worst_scale_loss(rows, staged, request_.options.activations, group_offsets);
+    const bool is_shared = group_offsets.data() != emulation_.permutation.group_offsets.data();
+    const int64_t expert =
+        loss.expert < 0 || is_shared ? -1 : request_.expert_ids[static_cast<size_t>(loss.expert)];
     if (!(loss.severity() <= kInputScaleLimit)) {
       add_finding(
           "activations",
           fmt::format(
-              "input_scale of {}: expert {}: a median row loses {:.3g} x what a scale by token loses, and "
+              "input_scale of {}: {}a median row loses {:.3g} x what a scale by token loses, and "
               "what saturates is {:.3g} x its noise: is the scale too small, too large or a reciprocal?{}",
-              what, expert, loss.median_ratio, loss.clipped_over_noise,
+              what, is_shared ? "" : fmt::format("expert {}: ", expert), loss.median_ratio,
+              loss.clipped_over_noise,
               request_.inputs->made_up ? " (x is made up; real hidden states, as --input, decide)" : ""));
     }
     return {expert, loss.severity(), kInputScaleLimit};
@@ -254,7 +255,9 @@ class Layertest {
       return;
     }
     request_.progress(fmt::format("the backend {}", request_.backend->name()));
-    const LayerTrace run = trace(*layer, *request_.inputs, request_.backend->memory());
+    const auto& shared = request_.nvfp4->shared;
+    const LayerTrace run =
+        trace(*layer, *request_.inputs, shared ? &*shared : nullptr, request_.backend->memory());
     kernel.limit_origin = "one bf16 ulp an element; each stage fed with the backend's own previous output";
     if (!judge_permutation(run)) return;
     report_.kernel_end_to_end = compare_traces(emulation_, run, request_);
@@ -276,65 +279,38 @@ class Layertest {
   }
 
   std::vector<StageReport> teacher_forced(const LayerTrace& run) {
-    const LayerOptions& options = request_.options;
-    const ExpertWeights& weights = *request_.nvfp4;
-    const std::span<const int32_t> offsets = run.permutation.group_offsets;
-    LayerTrace expected = trace_like(run);
-    const auto matrix = [](std::vector<Bf16>& values, MatrixView<const Bf16> like) {
-      return MatrixView<Bf16>(values.data(), like.rows, like.cols);
-    };
-
-    reference::gate_up(run.staged_x.views.view(options.activations, run.rows, run.hidden), offsets, weights,
-                       options, matrix(expected.h, run.h_view()));
-    reference::activate(request_.config.activation, run.h_view(),
-                        matrix(expected.activation, run.activation_view()));
-    reference::down(run.staged_intermediate.views.view(options.activations, run.rows, run.intermediate),
-                    offsets, weights, options, matrix(expected.z, run.z_view()));
-    reference::combine(run.z_view(), run.permutation.row_of_slot, request_.inputs->routing().topk_weights,
-                       request_.config, matrix(expected.y, run.y_view()));
-    judge_staging(run);
-
+    const LayerTrace expected = expected_stages(run, request_);
+    judge_staging(expected, run);
     std::vector<StageReport> stages = compare_traces(expected, run, request_);
     for (StageReport& stage : stages) stage.limit = kKernelLimit;
     judge_worst_tokens(expected, run);
     return stages;
   }
 
-  /// Buffers of the same sizes, and the same permutation.
-  static LayerTrace trace_like(const LayerTrace& run) {
-    LayerTrace expected;
-    expected.rows = run.rows;
-    expected.tokens = run.tokens;
-    expected.hidden = run.hidden;
-    expected.intermediate = run.intermediate;
-    expected.h_columns = run.h_columns;
-    expected.permutation = run.permutation;
-    expected.h.resize(run.h.size());
-    expected.activation.resize(run.activation.size());
-    expected.z.resize(run.z.size());
-    expected.y.resize(run.y.size());
-    return expected;
-  }
-
   /// Staging is specified bit for bit: x from the input, the intermediate from the backend's own activation.
-  void judge_staging(const LayerTrace& run) {
+  void judge_staging(const LayerTrace& expected, const LayerTrace& run) {
     StagingReport staging;
-    const auto count = [](const StagedBuffers& expected, const StagedBuffers& found, int64_t& values,
+    const auto count = [](const StagedBuffers& due, const StagedBuffers& found, int64_t& values,
                           int64_t& different) {
       const auto add = [&](const auto& a, const auto& b) {
         values += static_cast<int64_t>(a.size());
         for (size_t i = 0; i < a.size(); ++i) different += !(a[i] == b[i]);
       };
-      add(expected.values, found.values);
-      add(expected.codes, found.codes);
-      add(expected.scales, found.scales);
-      add(expected.residual_codes, found.residual_codes);
-      add(expected.residual_scales, found.residual_scales);
-      add(expected.row_scales, found.row_scales);
+      add(due.values, found.values);
+      add(due.codes, found.codes);
+      add(due.scales, found.scales);
+      add(due.residual_codes, found.residual_codes);
+      add(due.residual_scales, found.residual_scales);
+      add(due.row_scales, found.row_scales);
     };
     count(emulation_.staged_x, run.staged_x, staging.x_values, staging.x_different);
-    const StagedBuffers intermediate = restage(run);
-    count(intermediate, run.staged_intermediate, staging.intermediate_values, staging.intermediate_different);
+    count(expected.staged_intermediate, run.staged_intermediate, staging.intermediate_values,
+          staging.intermediate_different);
+    if (run.shared) {
+      count(emulation_.shared->staged_x, run.shared->staged_x, staging.x_values, staging.x_different);
+      count(expected.shared->staged_intermediate, run.shared->staged_intermediate,
+            staging.intermediate_values, staging.intermediate_different);
+    }
     report_.staging = staging;
     const auto judge_one = [&](const char* what, int64_t different, int64_t values) {
       if (different > 0) {
@@ -349,23 +325,6 @@ class Layertest {
     judge_one("the intermediate", staging.intermediate_different, staging.intermediate_values);
   }
 
-  /// The specification's staging of the backend's activation output.
-  StagedBuffers restage(const LayerTrace& run) const {
-    const ActivationFormat format = request_.options.activations;
-    StagedBuffers staged(format, run.rows, run.intermediate);
-    if (is_nvfp4(format)) {
-      std::vector<float> scales = intermediate_input_scales(*request_.nvfp4);
-      const auto& over_all = request_.options.intermediate_max_scale;
-      if (request_.options.intermediate_scale == ScalePolicy::kMaxOverExperts && over_all) {
-        scales.assign(scales.size(), *over_all);
-      }
-      reference::activation_scales(request_.options.intermediate_scale, run.activation_view(),
-                                   run.permutation.group_offsets, scales, staged.views.row_scales);
-    }
-    reference::stage(format, run.activation_view(), staged.views);
-    return staged;
-  }
-
   void judge_worst_tokens(const LayerTrace& expected, const LayerTrace& run) {
     const auto judge_one = [&](Stage stage, MatrixView<const Bf16> a, MatrixView<const Bf16> b) {
       const Comparison comparison = compare(a, b);
@@ -378,6 +337,11 @@ class Layertest {
     judge_one(Stage::kL1, expected.h_view(), run.h_view());
     judge_one(Stage::kActivation, expected.activation_view(), run.activation_view());
     judge_one(Stage::kL2, expected.z_view(), run.z_view());
+    if (run.shared) {
+      judge_one(Stage::kSharedL1, expected.shared_h_view(), run.shared_h_view());
+      judge_one(Stage::kSharedActivation, expected.shared_activation_view(), run.shared_activation_view());
+      judge_one(Stage::kSharedL2, expected.shared_z_view(), run.shared_z_view());
+    }
     judge_one(Stage::kOut, expected.y_view(), run.y_view());
   }
 

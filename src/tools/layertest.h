@@ -33,8 +33,18 @@ struct LayertestRequest {
 };
 
 /// Stages in the order of the forward pass.
-enum class Stage : uint8_t { kWeights, kL1, kActivation, kL2, kOut };
-inline constexpr std::array<std::string_view, 5> kStageNames = {"weights", "l1", "activation", "l2", "out"};
+enum class Stage : uint8_t {
+  kWeights,
+  kL1,
+  kActivation,
+  kL2,
+  kSharedL1,  ///< the shared expert's, rows are tokens
+  kSharedActivation,
+  kSharedL2,
+  kOut,
+};
+inline constexpr std::array<std::string_view, 8> kStageNames = {
+    "weights", "l1", "activation", "l2", "shared_l1", "shared_activation", "shared_l2", "out"};
 
 /// One row of the table.
 struct StageReport {
@@ -58,7 +68,7 @@ struct ExactBlocks {
   int64_t inexact = 0;
 };
 
-/// Bit-for-bit comparison of what a backend staged with the specification.
+/// Bit-for-bit comparison of what a backend staged with the specification; the shared expert's counted in.
 struct StagingReport {
   int64_t x_values = 0, x_different = 0;
   int64_t intermediate_values = 0, intermediate_different = 0;
@@ -66,7 +76,7 @@ struct StagingReport {
 
 /// What staging with the checkpoint's input scales loses in the worst expert, beside a scale a token.
 struct InputScaleReport {
-  int64_t worst_expert = -1;  ///< number in the checkpoint; -1 where no expert has rows
+  int64_t worst_expert = -1;  ///< number in the checkpoint; -1 where no expert has rows, or it is the shared
   double ratio = 1.0;         ///< of its error to that with a scale by token; ScaleLoss::severity()
   double limit = 0.0;
 };
@@ -80,6 +90,7 @@ struct LayertestReport {
   std::optional<ExactBlocks> exact_blocks;
   std::optional<StagingReport> staging;
   std::optional<InputScaleReport> x_scale, intermediate_scale;  ///< where a scale is not by token
+  std::optional<InputScaleReport> shared_x_scale, shared_intermediate_scale;
 };
 
 /// 0 for "fine", else 3.

@@ -10,7 +10,9 @@
 #include "base/fail.h"
 #include "base/files.h"
 #include "fourfold/checkpoint.h"
+#include "fourfold/model_family.h"
 #include "tools/commands.h"
+#include "tools/input_routing.h"
 #include "tools/layertest.h"
 #include "tools/layertest_report.h"
 #include "tools/terminal.h"
@@ -26,7 +28,8 @@ struct Arguments {
   int64_t tokens = 0;
   uint64_t seed = 0;
   std::string activations = "nvfp4", activation_scale, gate_up = "exact", backend, accumulate = "f32", json;
-  bool double_quantize = false;
+  std::string activation, router, gate_up_order;
+  bool double_quantize = false, weight_on_input = false;
 };
 
 constexpr int64_t kDefaultTokens = 64;
@@ -59,6 +62,19 @@ std::vector<int64_t> parse_list(const std::string& text, const std::string& opti
     begin = end + 1;
   }
   return {numbers.begin(), numbers.end()};
+}
+
+/// What the command line says of the layer's rules.
+RuleOverrides overrides_in(const Arguments& arguments) {
+  RuleOverrides overrides;
+  overrides.weight_on_input = arguments.weight_on_input;
+  try {
+    if (!arguments.activation.empty()) overrides.activation = parse_activation(arguments.activation);
+    if (!arguments.router.empty()) overrides.router = parse_router(arguments.router);
+  } catch (const Error& error) {
+    throw CLI::ValidationError(error.what());
+  }
+  return overrides;
 }
 
 ScalePolicy parse_policy(const std::string& name) {
@@ -118,8 +134,9 @@ class Run {
 
   void load_checkpoints() {
     const std::vector<int64_t> experts = parse_list(arguments_.experts, "--experts");
+    const auto order = parse_gate_up_order(arguments_.gate_up_order);
     checkpoint_ = Checkpoint::open(arguments_.nvfp4);
-    nvfp4_ = load_experts(checkpoint_, arguments_.layer, experts);
+    nvfp4_ = load_experts(checkpoint_, arguments_.layer, experts, order);
     if (nvfp4_.scheme.find("nvfp4") == std::string::npos) {
       reject(fmt::format("--nvfp4 {}", arguments_.nvfp4), "NVFP4 experts",
              fmt::format("{}; is it the original? pass it as --original", nvfp4_.scheme));
@@ -136,8 +153,15 @@ class Run {
     if (arguments_.original.empty()) return;
 
     const auto original = Checkpoint::open(arguments_.original);
-    original_ = load_experts(original, arguments_.layer, experts);
+    original_ = load_experts(original, arguments_.layer, experts, order);
     original_config_ = original->config();
+    require_alike();
+    fact("original", fmt::format("{}: {}, {}", arguments_.original, original_->scheme, original_->naming));
+    for (const std::string& note : original_->notes) subject_.notes.push_back("original: " + note);
+  }
+
+  /// Original and NVFP4 are the same layer.
+  void require_alike() const {
     const ExpertWeights& before = original_->weights;
     if (before.count() != weights_.count() || before.hidden != weights_.hidden ||
         before.intermediate != weights_.intermediate) {
@@ -147,8 +171,15 @@ class Run {
              fmt::format("{} experts, hidden {}, intermediate {}", before.count(), before.hidden,
                          before.intermediate));
     }
-    fact("original", fmt::format("{}: {}, {}", arguments_.original, original_->scheme, original_->naming));
-    for (const std::string& note : original_->notes) subject_.notes.push_back("original: " + note);
+    const auto shared_text = [](const ExpertWeights& weights) {
+      return weights.shared ? fmt::format("a shared expert of intermediate {}{}",
+                                          weights.shared->intermediate, weights.shared->gate ? ", gated" : "")
+                            : std::string("no shared expert");
+    };
+    if (shared_text(before) != shared_text(weights_)) {
+      reject(fmt::format("--original {}", arguments_.original),
+             fmt::format("{}, as in {}", shared_text(weights_), arguments_.nvfp4), shared_text(before));
+    }
   }
 
   void apply_named_steps() {
@@ -176,15 +207,15 @@ class Run {
   double distance_from_stored() const { return compare_values(nvfp4_.weights, weights_).relative_l2(); }
 
   void configure() {
-    config_.hidden = weights_.hidden;
-    config_.intermediate = weights_.intermediate;
-    config_.experts = weights_.count();
-    config_.activation = activation_of(checkpoint_->config());
-    fact("activation", describe(config_.activation));
-    if (original_config_ && describe(activation_of(*original_config_)) != describe(config_.activation)) {
-      subject_.notes.push_back(fmt::format("the original's config says another activation: {}",
-                                           describe(activation_of(*original_config_))));
-    }
+    const RuleOverrides overrides = overrides_in(arguments_);
+    rules_ = rules_of(checkpoint_->config(), overrides);
+    config_ = layer_config(nvfp4_, rules_);
+    fact("family", rules_.family == "given" ? "unknown: the command line says how the layer is computed"
+                                            : rules_.family);
+    fact("activation",
+         fmt::format("{}{}", describe(config_.activation), overrides.activation ? " (--activation)" : ""));
+    if (original_config_) note_other_rules(overrides);
+    describe_shared();
     options_.activations = *parse_activation_format(arguments_.activations);
     const DefaultPolicies policies = policies_for(arguments_, weights_, options_.activations);
     options_.x_scale = policies.x;
@@ -199,6 +230,33 @@ class Run {
              : arguments_.activations);
   }
 
+  /// The original's config should describe the same layer.
+  void note_other_rules(const RuleOverrides& overrides) {
+    if (family_name(*original_config_).empty()) return;
+    const LayerRules original = rules_of(*original_config_, overrides);
+    if (describe(original.activation) != describe(config_.activation)) {
+      subject_.notes.push_back(
+          fmt::format("the original's config says another activation: {}", describe(original.activation)));
+    }
+    if (original.router && rules_.router && describe_router(original) != describe_router(rules_)) {
+      subject_.notes.push_back(
+          fmt::format("the original's config says another router: {}", describe_router(original)));
+    }
+  }
+
+  void describe_shared() {
+    if (!weights_.shared) return;
+    const SharedExpert& shared = *weights_.shared;
+    std::string original;
+    if (original_) original = fmt::format("; original: {}", original_->shared_scheme);
+    fact("shared",
+         fmt::format(
+             "{}: {}, intermediate {}{}{}; activations {}, {}", nvfp4_.shared_naming, nvfp4_.shared_scheme,
+             shared.intermediate, shared.gate ? ", x sigmoid of its gate" : "", original,
+             is_all_nvfp4(shared.expert) ? arguments_.activations : "bf16 (its weights are not NVFP4)",
+             describe(config_.shared_activation)));
+  }
+
   /// max-over-experts is over the checkpoint's experts, whichever of them are under test.
   void set_scales_over_all_experts() {
     if (static_cast<int64_t>(nvfp4_.expert_ids.size()) == nvfp4_.experts_in_checkpoint) return;
@@ -206,7 +264,9 @@ class Run {
         options_.intermediate_scale != ScalePolicy::kMaxOverExperts) {
       return;
     }
-    const ExpertWeights all = load_experts(checkpoint_, arguments_.layer).weights;
+    const ExpertWeights all =
+        load_experts(checkpoint_, arguments_.layer, {}, parse_gate_up_order(arguments_.gate_up_order))
+            .weights;
     const std::vector<float> x = x_input_scales(all), intermediate = intermediate_input_scales(all);
     options_.x_max_scale = *std::max_element(x.begin(), x.end());
     options_.intermediate_max_scale = *std::max_element(intermediate.begin(), intermediate.end());
@@ -219,57 +279,12 @@ class Run {
                   ? make_inputs(tokens > 0 ? tokens : kDefaultTokens, config_.hidden, arguments_.seed, false)
                   : read_inputs(arguments_.input, config_.hidden, tokens);
     if (!arguments_.input.empty()) require_run_memory(inputs_.tokens);
-    if (!inputs_.topk_ids.empty() || route_by_checkpoint()) {
-      map_expert_ids();
-    } else {
-      route_uniformly();
-    }
+    const RoutingTask task{*checkpoint_, arguments_.layer,           nvfp4_,
+                           rules_,       !arguments_.router.empty(), arguments_.seed};
+    for (std::string& note : route_inputs(task, inputs_)) subject_.notes.push_back(std::move(note));
     config_.top_k = inputs_.top_k;
-    note_idle_experts();
     fact("input", fmt::format("{} tokens, x: {}; routing: {}", inputs_.tokens, inputs_.x_origin,
                               inputs_.routing_origin));
-  }
-
-  /// The checkpoint's own router, on the tokens at hand. Not for made-up tokens on a part of the experts:
-  /// most would go elsewhere.
-  bool route_by_checkpoint() {
-    const bool all_experts = static_cast<int64_t>(nvfp4_.expert_ids.size()) == nvfp4_.experts_in_checkpoint;
-    if (arguments_.input.empty() && !all_experts) return false;
-    std::string why_not;
-    const auto router =
-        load_router(*checkpoint_, arguments_.layer, nvfp4_.experts_in_checkpoint, config_.hidden, why_not);
-    if (!router) {
-      why_no_router_ = why_not;
-      return false;
-    }
-    const RoutingDecision decision = apply(*router);
-    inputs_.top_k = decision.top_k;
-    inputs_.topk_ids = decision.topk_ids;
-    inputs_.topk_weights = decision.topk_weights;
-    inputs_.routing_origin = router->description;
-    return true;
-  }
-
-  /// Errors name the checkpoint: it is its config that does not fit its tensors.
-  RoutingDecision apply(const CheckpointRouter& router) const {
-    try {
-      return route(router.config, router.weights, inputs_.x_view());
-    } catch (const Error& error) {
-      fail(ErrorCode::kBadFile, "{}: {}; give topk_ids and topk_weights in --input",
-           checkpoint_->config().file, error.what());
-    }
-  }
-
-  void route_uniformly() {
-    const auto top_k = checkpoint_->config().top_k;
-    if (!top_k || *top_k < 1) {
-      fail(ErrorCode::kInvalidArgument,
-           "{}: expected num_experts_per_tok from 1 in config.json, found {}; give topk_ids and topk_weights "
-           "in --input",
-           arguments_.nvfp4, top_k ? std::to_string(*top_k) : "none");
-    }
-    route_at_random(inputs_, config_.experts, std::min(*top_k, config_.experts), arguments_.seed);
-    if (!why_no_router_.empty()) inputs_.routing_origin += fmt::format(" ({})", why_no_router_);
   }
 
   /// x, a workspace, and the stages of three runs at a time, at about 2 bytes a value and a half beside for
@@ -282,35 +297,6 @@ class Run {
     require_memory(bytes, fmt::format("layertest with {} tokens (--tokens takes fewer)", tokens));
   }
 
-  /// Expert numbers of the input -> positions among the experts under test; -1 for the others.
-  void map_expert_ids() {
-    int64_t left_out = 0;
-    for (int32_t& id : inputs_.topk_ids) {
-      if (id >= nvfp4_.experts_in_checkpoint) {
-        reject(fmt::format("{}: topk_ids", arguments_.input),
-               fmt::format("expert numbers below {}", nvfp4_.experts_in_checkpoint), id);
-      }
-      const auto position = std::lower_bound(nvfp4_.expert_ids.begin(), nvfp4_.expert_ids.end(), id);
-      const bool present = position != nvfp4_.expert_ids.end() && *position == id;
-      left_out += !present;
-      id = present ? static_cast<int32_t>(position - nvfp4_.expert_ids.begin()) : int32_t{kAbsentExpert};
-    }
-    if (left_out > 0)
-      subject_.notes.push_back(fmt::format("{} slots go to experts that are not under test", left_out));
-  }
-
-  void note_idle_experts() {
-    const Permutation permutation = permute_by_expert(inputs_.routing(), config_.experts);
-    int64_t idle = 0;
-    for (size_t e = 0; e < static_cast<size_t>(config_.experts); ++e) {
-      idle += permutation.group_offsets[e] == permutation.group_offsets[e + 1];
-    }
-    if (idle > 0) {
-      subject_.notes.push_back(fmt::format("{} of {} experts get no token: only their weights are compared",
-                                           idle, config_.experts));
-    }
-  }
-
   void choose() { choice_ = choose_backend(arguments_.backend, weights_, config_, options_); }
 
   const Arguments& arguments_;
@@ -320,10 +306,10 @@ class Run {
   std::optional<ExpertLayer> original_;
   std::optional<ModelConfig> original_config_;
   ExpertWeights weights_;
+  LayerRules rules_;
   LayerConfig config_;
   LayerOptions options_;
   LayerInputs inputs_;
-  std::string why_no_router_;  // empty: there is one, or none was looked for
   BackendChoice choice_;
 };
 
@@ -351,8 +337,9 @@ void add_layertest(CLI::App& app, int& exit_code) {
       ->check(whole_number<int64_t>())
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
   command
-      ->add_option("--input", arguments->input,
-                   "safetensors with x [T, H], and optionally topk_ids and topk_weights [T, K]")
+      ->add_option(
+          "--input", arguments->input,
+          "safetensors with x [T, H], and optionally topk_ids and topk_weights [T, K], or token_ids [T]")
       ->check(nonempty());
   command->add_option("--seed", arguments->seed, "seed of generated inputs and routing")
       ->capture_default_str()
@@ -365,6 +352,21 @@ void add_layertest(CLI::App& app, int& exit_code) {
       "global scale of NVFP4 activations: static, max-over-experts, dynamic-tensor or dynamic-token; two, "
       "with a comma, for x and the intermediate (default: static where every expert has input_scale, "
       "dynamic-token where none has)");
+  command->add_option(
+      "--activation", arguments->activation,
+      "the function between the GEMMs, instead of the config's: swiglu, swiglu-step, geglu, "
+      "geglu-tanh, relu2, silu or gelu, with ,alpha=A ,beta=B ,limit=L, e.g. swiglu,limit=10");
+  command->add_option(
+      "--router", arguments->router,
+      "how the checkpoint's router is computed, instead of the config's: softmax, "
+      "softmax-of-top-k, sigmoid or sqrt-softplus, with ,top-k=K ,renormalise=yes|no ,scale=F "
+      ",groups=G ,top-groups=N");
+  command->add_flag("--weight-on-input", arguments->weight_on_input,
+                    "routing weights multiply an expert's input instead of its output (Llama-4)");
+  command
+      ->add_option("--gate-up-order", arguments->gate_up_order,
+                   "order of gate and up in fused tensors (default: the family's)")
+      ->check(CLI::IsMember({"gate-first", "up-first", "interleaved"}));
   command
       ->add_option("--gate-up", arguments->gate_up,
                    "global scales of gate and up: one each, or folded into one")

@@ -58,7 +58,7 @@ std::string table_rows(const std::string& comparison, const std::vector<StageRep
     const bool over = stage.limit && !(stage.rel_l2 <= *stage.limit);
     const auto index = [](int64_t value) { return value < 0 ? std::string("-") : std::to_string(value); };
     const std::string row =
-        fmt::format("  {:<12} {:<11} {:>12} {:>11.6f} {:>10.3e} {:>10} {:>7} {:>7}",
+        fmt::format("  {:<12} {:<17} {:>12} {:>11.6f} {:>10.3e} {:>10} {:>7} {:>7}",
                     &stage == &stages.front() ? comparison : "", name_of(stage), cosine_text(stage.cosine),
                     stage.norm_ratio, stage.rel_l2, stage.limit ? fmt::format("{:.1e}", *stage.limit) : "-",
                     index(stage.rel_l2 == 0.0 ? -1 : stage.worst_token),
@@ -84,6 +84,9 @@ std::vector<std::pair<std::string, InputScaleReport>> input_scales_of(const Laye
   if (report.x_scale) scales.emplace_back("x", *report.x_scale);
   if (report.intermediate_scale) scales.emplace_back("intermediate", *report.intermediate_scale);
   std::erase_if(scales, [](const auto& scale) { return scale.second.worst_expert < 0; });
+  if (report.shared_x_scale) scales.emplace_back("shared_x", *report.shared_x_scale);
+  if (report.shared_intermediate_scale)
+    scales.emplace_back("shared_intermediate", *report.shared_intermediate_scale);
   return scales;
 }
 
@@ -101,9 +104,11 @@ std::string counts_text(const LayertestReport& report) {
                     report.staging->intermediate_different, report.staging->intermediate_values);
   }
   for (const auto& [what, scale] : input_scales_of(report)) {
-    const std::string line = fmt::format(
-        "  input scales of {}: expert {} loses most, {:.3g} x what a scale by token loses (limit {})", what,
-        scale.worst_expert, scale.ratio, scale.limit);
+    const std::string who =
+        scale.worst_expert < 0 ? "it loses" : fmt::format("expert {} loses most,", scale.worst_expert);
+    const std::string line =
+        fmt::format("  input scales of {}: {} {:.3g} x what a scale by token loses (limit {})", what, who,
+                    scale.ratio, scale.limit);
     text += (scale.ratio <= scale.limit ? line : red(line + "  <-")) + "\n";
   }
   return text;
@@ -133,7 +138,7 @@ std::string format_table(const LayertestSubject& subject, const LayertestReport&
   for (const std::string& note : subject.notes)
     text += fmt::format("{:<12} {}\n", "note", printable(note, kLineBytes));
   text += "\n" +
-          bold(fmt::format("  {:<12} {:<11} {:>12} {:>11} {:>10} {:>10} {:>7} {:>7}", "comparison", "stage",
+          bold(fmt::format("  {:<12} {:<17} {:>12} {:>11} {:>10} {:>10} {:>7} {:>7}", "comparison", "stage",
                            "cosine", "norm ratio", "rel L2", "limit", "token", "expert")) +
           "\n";
   text += comparison_rows("checkpoint", report.checkpoint);

@@ -11,7 +11,20 @@ namespace fourfold {
 
 class Random {
  public:
-  enum class Purpose : uint8_t { kWeight, kRouter, kToken, kChannel, kRouting, kOperand, kGroups };
+  enum class Purpose : uint8_t {
+    kWeight,
+    kRouter,
+    kToken,
+    kChannel,
+    kRouting,
+    kOperand,
+    kGroups,
+    kTokenId,
+    kHashTable,
+    kBias,
+    kSharedWeight,
+    kSharedGate,
+  };
 
   /// Streams of different purpose or number are independent. index < 2^56.
   Random(uint64_t seed, Purpose purpose, uint64_t index) {

@@ -1,12 +1,7 @@
 #include "tools/synthesize.h"
 
-#include <signal.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
-#include <cerrno>
-#include <charconv>
 #include <cmath>
 #include <optional>
 #include <system_error>
@@ -14,71 +9,18 @@
 #include "base/fail.h"
 #include "base/files.h"
 #include "fourfold/checkpoint.h"
-#include "fourfold/reference.h"
+#include "fourfold/model_family.h"
+#include "tools/input_routing.h"
 #include "tools/layer_inputs.h"
 #include "tools/layer_trace.h"
 #include "tools/model_writer.h"
+#include "tools/partial_directory.h"
 #include "tools/random.h"
+#include "tools/synthetic_layout.h"
+#include "tools/synthetic_values.h"
 
 namespace fourfold {
 namespace {
-
-using Json = nlohmann::ordered_json;
-
-enum class Matrix : uint8_t { kGate, kUp, kDown };
-constexpr std::array<Matrix, 3> kMatrices = {Matrix::kGate, Matrix::kUp, Matrix::kDown};
-
-/// A directory for files in the making, beside their destination; removed with what is left in it.
-class PartialDirectory {
- public:
-  explicit PartialDirectory(const std::filesystem::path& parent)
-      : path_(parent / fmt::format("{}{}", kPrefix, getpid())) {
-    std::error_code error;
-    remove_abandoned(parent);
-    std::filesystem::create_directories(path_, error);
-    if (error) fail(ErrorCode::kIo, "{}: can't create it: {}", path_.string(), error.message());
-  }
-  ~PartialDirectory() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  PartialDirectory(const PartialDirectory&) = delete;
-  PartialDirectory& operator=(const PartialDirectory&) = delete;
-
-  std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
-
-  /// What stands there goes aside first, and goes with this directory.
-  void move_into_place(const std::string& name, const std::filesystem::path& parent) const {
-    std::error_code error;
-    if (std::filesystem::exists(parent / name)) {
-      std::filesystem::rename(parent / name, path_ / ("replaced-" + name), error);
-    }
-    if (!error) std::filesystem::rename(path_ / name, parent / name, error);
-    if (error) fail(ErrorCode::kIo, "{}: can't write it: {}", (parent / name).string(), error.message());
-  }
-
- private:
-  static constexpr std::string_view kPrefix = ".partial-";
-
-  /// Leftovers of runs that were killed.
-  static void remove_abandoned(const std::filesystem::path& parent) {
-    std::error_code error;
-    std::vector<std::filesystem::path> abandoned;
-    for (const auto& entry : std::filesystem::directory_iterator(parent, error)) {
-      const std::string name = entry.path().filename().string();
-      pid_t owner = 0;
-      if (!name.starts_with(kPrefix)) continue;
-      const char* digits = name.data() + kPrefix.size();
-      const auto parsed = std::from_chars(digits, name.data() + name.size(), owner);
-      if (parsed.ec == std::errc() && owner > 0 && kill(owner, 0) != 0 && errno == ESRCH) {
-        abandoned.push_back(entry.path());
-      }
-    }
-    for (const auto& path : abandoned) std::filesystem::remove_all(path, error);
-  }
-
-  std::filesystem::path path_;
-};
 
 /// Whether `directory` is a model that this command made: --force replaces nothing else.
 bool is_synthetic(const std::filesystem::path& directory) {
@@ -88,13 +30,6 @@ bool is_synthetic(const std::filesystem::path& directory) {
     return false;
   }
 }
-
-/// float32 [rows, cols] in memory.
-struct DenseMatrix {
-  int64_t rows = 0, cols = 0;
-  std::vector<float> values;
-  MatrixView<const float> view() const { return {values.data(), rows, cols}; }
-};
 
 std::vector<Bf16> to_bf16(const std::vector<float>& values) {
   std::vector<Bf16> rounded(values.size());
@@ -106,17 +41,45 @@ template <class T>
 std::span<const std::byte> bytes_of(const std::vector<T>& values) {
   return std::as_bytes(std::span(values));
 }
+std::span<const std::byte> bytes_of(const float& value) {
+  return std::as_bytes(std::span(&value, 1));
+}
 
-/// Names, shapes and data of one synthetic model.
+StoredAs stored_as(OriginalFormat format) {
+  switch (format) {
+    case OriginalFormat::kMxfp4:
+      return StoredAs::kMxfp4;
+    case OriginalFormat::kFp8:
+      return StoredAs::kFp8;
+    case OriginalFormat::kBf16:
+      break;
+  }
+  return StoredAs::kBf16;
+}
+
+/// `matrix` [rows, cols] into `out` [cols, rows].
+template <class T>
+void put_transposed(const T* matrix, int64_t rows, int64_t cols, T* out) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t col = 0; col < cols; ++col) out[col * rows + row] = matrix[row * cols + col];
+  }
+}
+
+/// Input scales of every expert [E], of the shared expert last.
+struct InputScales {
+  std::vector<float> x, intermediate;
+};
+
 class Synthesizer {
  public:
-  explicit Synthesizer(const SynthesizeRequest& request) : request_(request) {}
+  explicit Synthesizer(const SynthesizeRequest& request)
+      : request_(request), family_(*find_synthetic_family(request.family)), values_(request) {}
 
   SynthesizeResult run() {
     check_shape();
     check_target();
     const PartialDirectory partial(request_.directory);
-    make_calibration_inputs();
+    make_inputs_and_calibration();
     write_original(partial / "original");
     write_nvfp4(partial / "original", partial / "nvfp4");
     write_inputs(partial / "inputs.safetensors", inputs_);
@@ -133,6 +96,9 @@ class Synthesizer {
     const auto require = [](bool good, const char* what, const std::string& expected, int64_t found) {
       if (!good) reject(fmt::format("--shape: {}", what), expected, found);
     };
+    if (family_.is_fused && request_.original == OriginalFormat::kFp8) {
+      reject(fmt::format("--original for {}", family_.name), "mxfp4 or bf16", "fp8");
+    }
     const int64_t block = is_mxfp4() ? 32 : 16;
     const std::string multiple =
         fmt::format("a positive multiple of {} ({})", block, is_mxfp4() ? "MXFP4" : "NVFP4");
@@ -167,266 +133,350 @@ class Synthesizer {
     }
   }
 
-  /// About; in double, where no shape overflows.
+  /// About; in double, where no shape overflows. Shared experts are at most twice an expert.
   double bytes_needed() const {
     const auto hidden = static_cast<double>(request_.hidden), tokens = static_cast<double>(request_.tokens);
-    const double experts = static_cast<double>(request_.layers) * static_cast<double>(request_.experts);
-    const double values = experts * 3.0 * hidden * static_cast<double>(request_.intermediate);
-    const double routers = 2.0 * experts * (hidden * 2.0 + 4.0);
-    return values * 9.0 / 16.0 + values * (is_mxfp4() ? 17.0 / 32.0 : 2.0) + routers + tokens * hidden * 2.0;
+    const auto inner = static_cast<double>(request_.intermediate);
+    const auto layers = static_cast<double>(request_.layers), experts = static_cast<double>(request_.experts);
+    const double original_bytes = is_mxfp4()                                  ? 17.0 / 32.0
+                                  : request_.original == OriginalFormat::kFp8 ? 1.0
+                                                                              : 2.0;
+    const double values = layers * experts * 3.0 * hidden * inner;
+    const double shared = request_.whole_family ? layers * 2.0 * 3.0 * hidden * inner * 4.0 : 0.0;
+    const double routers = 2.0 * layers * experts * (hidden * 2.0 + 4.0);
+    return values * (9.0 / 16.0 + original_bytes) + shared + routers + tokens * hidden * 2.0;
   }
 
-  // ---- names and shapes ----
-
-  std::string layer_prefix(int64_t layer) const {
-    return is_mxfp4() ? fmt::format("layers.{}.ffn.", layer) : fmt::format("model.layers.{}.mlp.", layer);
-  }
-
-  std::string linear_name(int64_t layer, int64_t expert, Matrix matrix) const {
-    constexpr std::array<const char*, 3> kDeepSeek = {"w1", "w3", "w2"};
-    constexpr std::array<const char*, 3> kQwen = {"gate_proj", "up_proj", "down_proj"};
-    const auto index = static_cast<size_t>(matrix);
-    return fmt::format("{}experts.{}.{}", layer_prefix(layer), expert,
-                       is_mxfp4() ? kDeepSeek[index] : kQwen[index]);
-  }
-
-  int64_t rows_of_matrix(Matrix matrix) const {
-    return matrix == Matrix::kDown ? request_.hidden : request_.intermediate;
-  }
-  int64_t cols_of_matrix(Matrix matrix) const {
-    return matrix == Matrix::kDown ? request_.intermediate : request_.hidden;
-  }
-
-  template <class Visit>
-  void for_each_matrix(Visit visit) const {
-    for (int64_t layer = 0; layer < request_.layers; ++layer) {
-      for (int64_t expert = 0; expert < request_.experts; ++expert) {
-        for (const Matrix matrix : kMatrices) visit(layer, expert, matrix);
-      }
-    }
-  }
-
-  void add_router_specs(std::vector<TensorSpec>& specs) const {
-    for (int64_t layer = 0; layer < request_.layers; ++layer) {
-      specs.push_back(
-          {layer_prefix(layer) + "gate.weight", DType::kBf16, {request_.experts, request_.hidden}});
-      if (is_mxfp4()) specs.push_back({layer_prefix(layer) + "gate.bias", DType::kF32, {request_.experts}});
-    }
-  }
-
-  std::vector<TensorSpec> original_specs() const {
-    std::vector<TensorSpec> specs;
-    add_router_specs(specs);
-    for_each_matrix([&](int64_t layer, int64_t expert, Matrix matrix) {
-      const std::string name = linear_name(layer, expert, matrix);
-      const int64_t rows = rows_of_matrix(matrix), cols = cols_of_matrix(matrix);
-      if (is_mxfp4()) {
-        specs.push_back({name + ".weight", DType::kI8, {rows, cols / 2}});
-        specs.push_back({name + ".scale", DType::kF8E8m0, {rows, cols / 32}});
-      } else {
-        specs.push_back({name + ".weight", DType::kBf16, {rows, cols}});
-      }
-    });
-    return specs;
-  }
-
-  std::vector<TensorSpec> nvfp4_specs() const {
-    std::vector<TensorSpec> specs;
-    add_router_specs(specs);
-    for_each_matrix([&](int64_t layer, int64_t expert, Matrix matrix) {
-      const std::string name = linear_name(layer, expert, matrix);
-      const int64_t rows = rows_of_matrix(matrix), cols = cols_of_matrix(matrix);
-      specs.push_back({name + ".weight", DType::kU8, {rows, cols / 2}});
-      specs.push_back({name + ".weight_scale", DType::kF8E4m3, {rows, cols / 16}});
-      specs.push_back({name + ".weight_scale_2", DType::kF32, {}});
-      specs.push_back({name + ".input_scale", DType::kF32, {}});
-    });
-    return specs;
-  }
-
-  // ---- data ----
+  // ---- inputs ----
 
   /// Inputs for the user, and more of the same kind to calibrate on: 64 rows an expert, as far as 4096 rows
-  /// go. Fewer leave scales that new tokens saturate.
-  void make_calibration_inputs() {
+  /// go. Fewer leave scales that new tokens saturate. A whole family's tokens are routed by its own router,
+  /// in layertest as in calibration; others at random, once and for all.
+  void make_inputs_and_calibration() {
     const int64_t rows = std::min<int64_t>(64 * request_.experts, 4096);
     const int64_t tokens = std::max(request_.tokens, rows / request_.top_k);
     const bool outliers = request_.profile == WeightProfile::kRealistic;
     inputs_ = make_inputs(request_.tokens, request_.hidden, request_.seed, outliers);
-    route_at_random(inputs_, request_.experts, request_.top_k, request_.seed);
     calibration_ =
         make_inputs(tokens, request_.hidden, request_.seed, outliers);  // starts with the same tokens
-    route_at_random(calibration_, request_.experts, request_.top_k, request_.seed);
+    if (!request_.whole_family) {
+      route_at_random(inputs_, request_.experts, request_.top_k, request_.seed);
+      route_at_random(calibration_, request_.experts, request_.top_k, request_.seed);
+    } else if (family_.name == "deepseek-v4") {
+      make_token_ids(inputs_);
+      make_token_ids(calibration_);
+    }
   }
 
-  /// Gate and up differ in size by factors around four, up the larger in some experts and gate in others, so
-  /// that their global scales differ in every expert.
-  double sigma(int64_t expert, Matrix matrix) const {
-    constexpr double kSigma = 0.02;  // the scale of trained weights, and of the published simulations
-    constexpr std::array<double, 4> kUpRatios = {0.25, 3.0, 0.2, 4.5};
-    return matrix == Matrix::kUp ? kSigma * kUpRatios[static_cast<size_t>(expert % 4)] : kSigma;
+  void make_token_ids(LayerInputs& inputs) const {
+    for (int64_t token = 0; token < inputs.tokens; ++token) {
+      Random random(request_.seed, Random::Purpose::kTokenId, static_cast<uint64_t>(token));
+      inputs.token_ids.push_back(random.below(SyntheticLayout::kVocabulary));
+    }
   }
 
-  DenseMatrix make_weight(int64_t layer, int64_t expert, Matrix matrix) const {
-    DenseMatrix weight{rows_of_matrix(matrix), cols_of_matrix(matrix), {}};
-    weight.values.resize(static_cast<size_t>(weight.rows * weight.cols));
-    const double scale = sigma(expert, matrix);
-    const auto tensor =
-        static_cast<uint64_t>((layer * request_.experts + expert) * 3 + static_cast<int64_t>(matrix));
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < weight.rows; ++row) {
-      Random random(request_.seed, Random::Purpose::kWeight, (tensor << 24) + static_cast<uint64_t>(row));
-      const bool realistic = request_.profile == WeightProfile::kRealistic;
-      const double row_scale = realistic ? scale * std::exp(0.3 * random.normal()) : scale;
-      for (int64_t col = 0; col < weight.cols; ++col) {
-        const double value = realistic ? random.student_t(5) : random.normal();
-        weight.values[static_cast<size_t>(row * weight.cols + col)] = static_cast<float>(row_scale * value);
+  // ---- models ----
+
+  void write_routers(ModelWriter& writer, const SyntheticLayout& layout) const {
+    for (int64_t layer = 0; layer < request_.layers; ++layer) {
+      const std::string name = layout.router(layer);
+      writer.write(name + ".weight", bytes_of(to_bf16(values_.router_weight(layer))));
+      if (layout.is_hashed(layer)) {
+        writer.write(name + ".tid2eid", bytes_of(values_.hash_table(layer, SyntheticLayout::kVocabulary)));
+      } else if (!family_.router_bias.empty()) {
+        const std::vector<float> bias = values_.router_bias(layer);
+        const std::string bias_name = name + std::string(family_.router_bias);
+        family_.is_fused ? writer.write(bias_name, bytes_of(to_bf16(bias)))
+                         : writer.write(bias_name, bytes_of(bias));
+      }
+      if (family_.shared_gate && layout.has_shared()) {
+        writer.write(layout.block(layer) + "shared_expert_gate.weight",
+                     bytes_of(to_bf16(values_.shared_gate(layer))));
       }
     }
-    return weight;
   }
 
-  void write_routers(ModelWriter& writer) const {
-    for (int64_t layer = 0; layer < request_.layers; ++layer) {
-      Random random(request_.seed, Random::Purpose::kRouter, static_cast<uint64_t>(layer));
-      std::vector<float> weight(static_cast<size_t>(request_.experts * request_.hidden));
-      for (float& value : weight) value = static_cast<float>(0.02 * random.normal());
-      writer.write(layer_prefix(layer) + "gate.weight", bytes_of(to_bf16(weight)));
-      if (!is_mxfp4()) continue;
-      std::vector<float> bias(static_cast<size_t>(request_.experts));
-      for (float& value : bias) value = static_cast<float>(0.1 * random.normal());
-      writer.write(layer_prefix(layer) + "gate.bias", bytes_of(bias));
+  void write_matrix(ModelWriter& writer, const std::string& name, StoredAs stored,
+                    const DenseMatrix& weight) const {
+    if (stored == StoredAs::kMxfp4) {
+      const BlockScaledMatrix quantized = quantize_mxfp4(weight.view());
+      writer.write(name + ".weight", bytes_of(quantized.codes));
+      writer.write(name + ".scale", bytes_of(quantized.scales));
+    } else if (stored == StoredAs::kFp8) {
+      const Fp8Matrix quantized = quantize_fp8_tiles(weight.view(), family_.fp8_scales);
+      writer.write(name + ".weight", bytes_of(quantized.codes));
+      writer.write(name + (family_.fp8_scales == TileScaleType::kE8m0 ? ".scale" : ".weight_scale_inv"),
+                   quantized.scales);
+    } else {
+      writer.write(name + ".weight", bytes_of(to_bf16(weight.values)));
     }
   }
 
   void write_original(const std::filesystem::path& directory) {
-    ModelWriter writer(directory, original_specs());
-    write_routers(writer);
-    for_each_matrix([&](int64_t layer, int64_t expert, Matrix matrix) {
-      const std::string name = linear_name(layer, expert, matrix);
-      if (matrix == Matrix::kGate) report_expert("original", layer, expert);
-      const DenseMatrix weight = make_weight(layer, expert, matrix);
-      if (is_mxfp4()) {
-        const BlockScaledMatrix quantized = quantize_mxfp4(weight.view());
-        writer.write(name + ".weight", bytes_of(quantized.codes));
-        writer.write(name + ".scale", bytes_of(quantized.scales));
-      } else {
-        writer.write(name + ".weight", bytes_of(to_bf16(weight.values)));
+    const SyntheticLayout layout(request_, family_, stored_as(request_.original));
+    ModelWriter writer(directory, layout.specs());
+    write_routers(writer, layout);
+    for (int64_t layer = 0; layer < request_.layers; ++layer) {
+      if (family_.is_fused) {
+        report_layer("original", layer);
+        write_fused_original(writer, layout, layer);
       }
-    });
-    writer.write_json("config.json", config(false));
+      for (int64_t expert = 0; !family_.is_fused && expert < request_.experts; ++expert) {
+        report_expert("original", layer, expert);
+        for (const Matrix matrix : kMatrices) {
+          write_matrix(writer, layout.linear(layer, expert, matrix), layout.experts_stored_as(),
+                       values_.weight(layer, expert, matrix, request_.intermediate));
+        }
+      }
+      for (const Matrix matrix : kMatrices) {
+        if (!layout.has_shared()) break;
+        write_matrix(writer, layout.shared_linear(layer, matrix), layout.shared_stored_as(),
+                     values_.weight(layer, kSyntheticShared, matrix, layout.shared_intermediate()));
+      }
+    }
+    writer.write_json("config.json", layout.config());
     writer.finish();
     result_.original_bytes = writer.total_bytes();
   }
 
   void write_nvfp4(const std::filesystem::path& original_directory, const std::filesystem::path& directory) {
     const auto original = Checkpoint::open(original_directory);
-    ModelWriter writer(directory, nvfp4_specs());
-    write_routers(writer);
+    const SyntheticLayout layout(request_, family_, StoredAs::kNvfp4);
+    ModelWriter writer(directory, layout.specs());
+    write_routers(writer, layout);
     for (int64_t layer = 0; layer < request_.layers; ++layer) {
-      const ExpertWeights weights = load_experts(original, layer).weights;
+      const ExpertLayer experts = load_experts(original, layer);
       request_.progress(fmt::format("calibrating layer {} on {} tokens", layer, calibration_.tokens));
-      const std::vector<float> x_scales = input_scales(weights);
-      for (int64_t expert = 0; expert < request_.experts; ++expert) {
+      const InputScales scales = calibrate(*original, layer, experts);
+      if (family_.is_fused) {
+        report_layer("nvfp4", layer);
+        write_fused_nvfp4(writer, layout, layer, experts.weights, scales);
+      }
+      for (int64_t expert = 0; !family_.is_fused && expert < request_.experts; ++expert) {
         report_expert("nvfp4", layer, expert);
+        const auto index = static_cast<size_t>(expert);
         for (const Matrix matrix : kMatrices) {
-          write_converted(writer, linear_name(layer, expert, matrix), weight_of(weights, expert, matrix));
-          const float scale = x_scales[static_cast<size_t>(expert * 2 + (matrix == Matrix::kDown))];
-          writer.write(linear_name(layer, expert, matrix) + ".input_scale",
-                       std::as_bytes(std::span(&scale, 1)));
+          write_converted(writer, layout.linear(layer, expert, matrix),
+                          weight_of(experts.weights.experts[index], matrix),
+                          matrix == Matrix::kDown ? scales.intermediate[index] : scales.x[index]);
         }
       }
+      write_shared_nvfp4(writer, layout, layer, experts.weights, scales);
     }
-    writer.write_json("config.json", config(true));
-    if (!is_mxfp4()) writer.write_json("hf_quant_config.json", modelopt_config());
+    writer.write_json("config.json", layout.config());
+    if (family_.name != "deepseek-v4") writer.write_json("hf_quant_config.json", layout.modelopt_config());
     writer.finish();
     result_.nvfp4_bytes = writer.total_bytes();
   }
 
-  static const WeightView& weight_of(const ExpertWeights& weights, int64_t expert, Matrix matrix) {
-    const Expert& e = weights.experts[static_cast<size_t>(expert)];
-    return matrix == Matrix::kGate ? e.gate : matrix == Matrix::kUp ? e.up : e.down;
+  static const WeightView& weight_of(const Expert& expert, Matrix matrix) {
+    return matrix == Matrix::kGate ? expert.gate : matrix == Matrix::kUp ? expert.up : expert.down;
   }
 
-  void write_converted(ModelWriter& writer, const std::string& name, const WeightView& original) {
-    const BlockScaledMatrix nvfp4 = convert_to_nvfp4(original, is_mxfp4() ? &result_.cast : nullptr);
+  void write_converted(ModelWriter& writer, const std::string& name, const WeightView& original,
+                       float input_scale) {
+    const BlockScaledMatrix nvfp4 =
+        convert_to_nvfp4(original, is_stored_as(original, QuantFormat::kMxfp4) ? &result_.cast : nullptr);
     writer.write(name + ".weight", bytes_of(nvfp4.codes));
     writer.write(name + ".weight_scale", bytes_of(nvfp4.scales));
-    writer.write(name + ".weight_scale_2", std::as_bytes(std::span(&nvfp4.global.value, 1)));
+    writer.write(name + ".weight_scale_2", bytes_of(nvfp4.global.value));
+    writer.write(name + ".input_scale", bytes_of(input_scale));
   }
 
-  /// amax/2688 of x and of the intermediate for every expert [E, 2]; the layer's largest where no token went.
+  void write_shared_nvfp4(ModelWriter& writer, const SyntheticLayout& layout, int64_t layer,
+                          const ExpertWeights& weights, const InputScales& scales) {
+    if (!layout.has_shared()) return;
+    for (const Matrix matrix : kMatrices) {
+      const std::string name = layout.shared_linear(layer, matrix);
+      if (layout.shared_stored_as() == StoredAs::kNvfp4) {
+        write_converted(writer, name, weight_of(weights.shared->expert, matrix),
+                        matrix == Matrix::kDown ? scales.intermediate.back() : scales.x.back());
+      } else {
+        write_matrix(writer, name, layout.shared_stored_as(),
+                     values_.weight(layer, kSyntheticShared, matrix, layout.shared_intermediate()));
+      }
+    }
+  }
+
+  // ---- fused: gpt-oss ----
+
+  /// Gate and up interleaved, or down: [experts, rows, cols].
+  DenseMatrix fused_values(int64_t layer, int64_t expert, bool is_down) const {
+    const int64_t inner = request_.intermediate;
+    if (is_down) return values_.weight(layer, expert, Matrix::kDown, inner);
+    const DenseMatrix gate = values_.weight(layer, expert, Matrix::kGate, inner),
+                      up = values_.weight(layer, expert, Matrix::kUp, inner);
+    DenseMatrix both{2 * inner, request_.hidden, {}};
+    for (int64_t row = 0; row < inner; ++row) {
+      for (const DenseMatrix* half : {&gate, &up}) {
+        both.values.insert(both.values.end(), half->view().row(row), half->view().row(row) + half->cols);
+      }
+    }
+    return both;
+  }
+
+  std::vector<Bf16> fused_bias(int64_t layer, bool is_down) const {
+    std::vector<Bf16> biases;
+    for (int64_t expert = 0; expert < request_.experts; ++expert) {
+      const int64_t size = is_down ? request_.hidden : 2 * request_.intermediate;
+      const Matrix matrix = is_down ? Matrix::kDown : Matrix::kGate;
+      for (const float value : values_.expert_bias(layer, expert, matrix, size)) {
+        biases.push_back(encode_bf16(value));
+      }
+    }
+    return biases;
+  }
+
+  void write_fused_original(ModelWriter& writer, const SyntheticLayout& layout, int64_t layer) const {
+    for (const bool is_down : {false, true}) {
+      const std::string name = layout.fused(layer, is_down);
+      std::vector<uint8_t> blocks, scales;
+      std::vector<Bf16> transposed;
+      for (int64_t expert = 0; expert < request_.experts; ++expert) {
+        const DenseMatrix weight = fused_values(layer, expert, is_down);
+        if (is_mxfp4()) {
+          const BlockScaledMatrix quantized = quantize_mxfp4(weight.view());
+          blocks.insert(blocks.end(), quantized.codes.begin(), quantized.codes.end());
+          scales.insert(scales.end(), quantized.scales.begin(), quantized.scales.end());
+        } else {
+          const std::vector<Bf16> rounded = to_bf16(weight.values);
+          transposed.resize(transposed.size() + rounded.size());
+          put_transposed(rounded.data(), weight.rows, weight.cols,
+                         transposed.data() + transposed.size() - rounded.size());
+        }
+      }
+      if (is_mxfp4()) {
+        writer.write(name + "_blocks", bytes_of(blocks));
+        writer.write(name + "_scales", bytes_of(scales));
+      } else {
+        writer.write(name, bytes_of(transposed));
+      }
+      writer.write(name + "_bias", bytes_of(fused_bias(layer, is_down)));
+    }
+  }
+
+  /// Stored transposed, one global scale and one input scale for all experts, as ModelOpt exports them.
+  void write_fused_nvfp4(ModelWriter& writer, const SyntheticLayout& layout, int64_t layer,
+                         const ExpertWeights& weights, const InputScales& scales) {
+    for (const bool is_down : {false, true}) {
+      const std::string name = layout.fused(layer, is_down);
+      const std::vector<BlockScaledMatrix> experts = convert_fused(weights, is_down);
+      std::vector<uint8_t> codes, block_scales;
+      for (const BlockScaledMatrix& expert : experts) {
+        codes.resize(codes.size() + expert.codes.size());
+        put_transposed(expert.codes.data(), expert.rows, expert.cols / 2,
+                       codes.data() + codes.size() - expert.codes.size());
+        block_scales.resize(block_scales.size() + expert.scales.size());
+        put_transposed(expert.scales.data(), expert.rows, expert.cols / 16,
+                       block_scales.data() + block_scales.size() - expert.scales.size());
+      }
+      const std::vector<float>& own = is_down ? scales.intermediate : scales.x;
+      const float input_scale = *std::max_element(own.begin(), own.end());
+      writer.write(name, bytes_of(codes));
+      writer.write(name + "_weight_scale", bytes_of(block_scales));
+      writer.write(name + "_weight_scale_2", bytes_of(experts.front().global.value));
+      writer.write(name + "_input_scale", bytes_of(input_scale));
+      writer.write(name + "_bias", bytes_of(fused_bias(layer, is_down)));
+    }
+  }
+
+  /// Every expert's matrix, gate and up interleaved, with one global scale for all.
+  std::vector<BlockScaledMatrix> convert_fused(const ExpertWeights& weights, bool is_down) {
+    std::vector<BlockScaledMatrix> stored;  // as the original has them, rows in the fused order
+    std::vector<DenseMatrix> dense;
+    int kmax = kNoExponent;
+    float amax = 0.0f;
+    for (const Expert& expert : weights.experts) {
+      if (is_mxfp4()) {
+        stored.push_back(interleave_mxfp4(expert, is_down));
+        kmax = std::max(kmax, largest_mxfp4_exponent(stored.back().view()));
+      } else {
+        dense.push_back(interleave(expert, is_down));
+        amax = std::max(amax, absolute_maximum(dense.back().view()));
+      }
+    }
+    std::vector<BlockScaledMatrix> converted;
+    for (const BlockScaledMatrix& matrix : stored) {
+      converted.push_back(cast_mxfp4_to_nvfp4(matrix.view(), kmax, &result_.cast));
+    }
+    for (const DenseMatrix& matrix : dense) {
+      converted.push_back(quantize_nvfp4(matrix.view(), nvfp4_global_scale(amax)));
+    }
+    return converted;
+  }
+
+  static DenseMatrix interleave(const Expert& expert, bool is_down) {
+    if (is_down) return {rows_of(expert.down), cols_of(expert.down), dequantize(expert.down)};
+    const std::vector<float> gate = dequantize(expert.gate), up = dequantize(expert.up);
+    DenseMatrix both{2 * rows_of(expert.up), cols_of(expert.up), {}};
+    for (auto g = gate.begin(), u = up.begin(); g != gate.end(); g += both.cols, u += both.cols) {
+      both.values.insert(both.values.end(), g, g + both.cols);
+      both.values.insert(both.values.end(), u, u + both.cols);
+    }
+    return both;
+  }
+
+  static BlockScaledMatrix interleave_mxfp4(const Expert& expert, bool is_down) {
+    std::vector<const BlockScaledView*> parts = {
+        &std::get<BlockScaledView>(is_down ? expert.down : expert.gate)};
+    if (!is_down) parts.push_back(&std::get<BlockScaledView>(expert.up));
+    BlockScaledMatrix matrix{
+        QuantFormat::kMxfp4, static_cast<int64_t>(parts.size()) * parts[0]->rows, parts[0]->cols, {}, {}, {}};
+    for (int64_t row = 0; row < parts[0]->rows; ++row) {
+      for (const BlockScaledView* part : parts) {
+        matrix.codes.insert(matrix.codes.end(), part->codes.row(row), part->codes.row(row) + part->cols / 2);
+        for (int64_t block = 0; block < part->blocks_per_row(); ++block) {
+          matrix.scales.push_back(part->scale_code(row, block));
+        }
+      }
+    }
+    return matrix;
+  }
+
+  // ---- calibration ----
+
+  /// amax/2688 of x and of the intermediate for every expert; the layer's largest where no token went.
   /// Beside an MXFP4 original, whose global scales are powers of two, these are rounded up to powers of two
   /// as well: ties between codes then occur in ordinary data, and a wrong tie rule shows.
-  std::vector<float> input_scales(const ExpertWeights& weights) const {
+  InputScales calibrate(const Checkpoint& original, int64_t layer, const ExpertLayer& experts) const {
+    const LayerRules rules = rules_of(original.config());
+    LayerInputs inputs = calibration_;
+    route_inputs({original, layer, experts, rules}, inputs);
     LayerOptions options;
     options.activations = ActivationFormat::kBf16;
-    const LayerConfig config{request_.hidden, request_.intermediate, request_.experts, request_.top_k,
-                             activation()};
-    const LayerTrace run = trace(*reference_backend().make_layer(weights, config, options), calibration_);
-    std::vector<float> amax(static_cast<size_t>(request_.experts * 2), 0.0f);
-    std::array<float, 2> largest = {0.0f, 0.0f};
+    LayerConfig config = layer_config(experts, rules);
+    config.top_k = inputs.top_k;
+    const auto& shared = experts.weights.shared;
+    const LayerTrace run = trace(*reference_backend().make_layer(experts.weights, config, options), inputs,
+                                 shared ? &*shared : nullptr);
+    std::vector<float> x_amax, inner_amax;
+    const MatrixView<const Bf16> x(run.staged_x.values.data(), run.rows, request_.hidden);
     for (size_t expert = 0; expert < static_cast<size_t>(request_.experts); ++expert) {
       const int32_t begin = run.permutation.group_offsets[expert],
                     end = run.permutation.group_offsets[expert + 1];
-      const MatrixView<const Bf16> x(run.staged_x.values.data(), run.rows, request_.hidden);
-      amax[expert * 2] = absolute_maximum(x.rows_from(begin, end - begin));
-      amax[expert * 2 + 1] = absolute_maximum(run.activation_view().rows_from(begin, end - begin));
-      for (size_t i = 0; i < 2; ++i) largest[i] = std::max(largest[i], amax[expert * 2 + i]);
+      x_amax.push_back(absolute_maximum(x.rows_from(begin, end - begin)));
+      inner_amax.push_back(absolute_maximum(run.activation_view().rows_from(begin, end - begin)));
     }
+    InputScales scales{scales_from(x_amax), scales_from(inner_amax)};
+    if (run.shared) {
+      scales.x.push_back(scales_from({absolute_maximum(inputs.x_view())}).front());
+      scales.intermediate.push_back(scales_from({absolute_maximum(run.shared_activation_view())}).front());
+    }
+    return scales;
+  }
+
+  std::vector<float> scales_from(const std::vector<float>& amax) const {
+    const float largest = *std::max_element(amax.begin(), amax.end());
     std::vector<float> scales;
-    for (size_t i = 0; i < amax.size(); ++i) {
-      const float scale = nvfp4_global_scale(amax[i] > 0.0f ? amax[i] : largest[i % 2]);
+    for (const float own : amax) {
+      const float scale = nvfp4_global_scale(own > 0.0f ? own : largest);
       scales.push_back(is_mxfp4() ? std::exp2(std::ceil(std::log2(scale))) : scale);
     }
     return scales;
   }
 
-  // ---- configs ----
-
-  ActivationFunction activation() const {
-    ActivationFunction function;
-    if (is_mxfp4()) function.limit = kSwigluLimit;
-    return function;
-  }
-
-  Json config(bool quantized) const {
-    Json json;
-    json["architectures"] = {is_mxfp4() ? "DeepseekV4ForCausalLM" : "Qwen3MoeForCausalLM"};
-    json["model_type"] = is_mxfp4() ? "deepseek_v4" : "qwen3_moe";
-    json["hidden_size"] = request_.hidden;
-    json["moe_intermediate_size"] = request_.intermediate;
-    json["num_hidden_layers"] = request_.layers;
-    json[is_mxfp4() ? "n_routed_experts" : "num_experts"] = request_.experts;
-    json["num_experts_per_tok"] = request_.top_k;
-    json["norm_topk_prob"] = true;
-    json["hidden_act"] = "silu";
-    json["torch_dtype"] = "bfloat16";
-    if (is_mxfp4()) {
-      json["swiglu_limit"] = kSwigluLimit;
-      json["scoring_func"] = "sqrtsoftplus";
-      json["routed_scaling_factor"] = 1.5;
-      json["quantization_config"] = {{"quant_method", "fp8"}};
-      if (quantized) {
-        json["quantization_config"]["quant_algo"] = "MIXED_PRECISION";
-        json["quantization_config"]["moe_quant_algo"] = "NVFP4";
-        json["quantization_config"]["group_size"] = 16;
-      }
-    }
-    json["fourfold_synthetic"] = {
-        {"seed", request_.seed},
-        {"profile", request_.profile == WeightProfile::kGaussian ? "gaussian" : "realistic"}};
-    return json;
-  }
-
-  static Json modelopt_config() {
-    Json json;
-    json["producer"] = {{"name", "fourfold synthesize"}, {"version", FOURFOLD_VERSION}};
-    json["quantization"] = {{"quant_algo", "NVFP4"},
-                            {"group_size", 16},
-                            {"kv_cache_quant_algo", nullptr},
-                            {"exclude_modules", {"model.layers.*.mlp.gate"}}};
-    return json;
+  void report_layer(const char* what, int64_t layer) const {
+    request_.progress(fmt::format("{}: layer {} of {}", what, layer, request_.layers));
   }
 
   void report_expert(const char* what, int64_t layer, int64_t expert) const {
@@ -434,9 +484,9 @@ class Synthesizer {
                                   request_.experts));
   }
 
-  static constexpr float kSwigluLimit = 10.0f;  // DeepSeek-V4's
-
   const SynthesizeRequest& request_;
+  const SyntheticFamily& family_;
+  SyntheticValues values_;
   LayerInputs inputs_, calibration_;
   SynthesizeResult result_;
 };
@@ -444,6 +494,9 @@ class Synthesizer {
 }  // namespace
 
 SynthesizeResult synthesize(const SynthesizeRequest& request) {
+  if (find_synthetic_family(request.family) == nullptr) {
+    reject("--family", fmt::format("one of {}", fmt::join(synthetic_family_names(), ", ")), request.family);
+  }
   return Synthesizer(request).run();
 }
 

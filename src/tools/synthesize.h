@@ -12,8 +12,9 @@
 namespace fourfold {
 
 enum class OriginalFormat : uint8_t {
-  kMxfp4,  ///< DeepSeek-V4 names; converted by the exact cast
-  kBf16,   ///< Qwen3-MoE names; converted by ModelOpt's rule
+  kMxfp4,  ///< converted by the exact cast
+  kBf16,   ///< converted by ModelOpt's rule
+  kFp8,    ///< a scale a tile of 128 x 128; converted by ModelOpt's rule
 };
 
 enum class WeightProfile : uint8_t {
@@ -24,6 +25,10 @@ enum class WeightProfile : uint8_t {
 struct SynthesizeRequest {
   std::filesystem::path directory;
   int64_t experts = 0, hidden = 0, intermediate = 0, top_k = 0, layers = 1;
+  std::string family = "deepseek-v4";  ///< whose names and config; see synthetic_layout.cpp
+  /// With everything that the family's MoE layers have beside a router and experts: shared expert,
+  /// hash-routed layers, and inputs that its router routes (x and token_ids alone).
+  bool whole_family = false;
   OriginalFormat original = OriginalFormat::kMxfp4;
   WeightProfile profile = WeightProfile::kRealistic;
   uint64_t seed = 0;

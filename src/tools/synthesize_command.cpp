@@ -1,11 +1,14 @@
 // `fourfold synthesize`.
 #include <fmt/format.h>
 
+#include <array>
 #include <memory>
+#include <utility>
 
 #include "bench/shapes.h"
 #include "tools/commands.h"
 #include "tools/synthesize.h"
+#include "tools/synthetic_layout.h"
 #include "tools/terminal.h"
 
 namespace fourfold {
@@ -39,22 +42,57 @@ void set_shape(SynthesizeRequest& request, const std::string& text) {
   if (!parse_numbers(text, fields)) bad_shape(text);
 }
 
+constexpr std::array<std::pair<const char*, OriginalFormat>, 3> kOriginals = {
+    {{"mxfp4", OriginalFormat::kMxfp4}, {"bf16", OriginalFormat::kBf16}, {"fp8", OriginalFormat::kFp8}}};
+
+const char* name_of(OriginalFormat format) {
+  for (const auto& [name, value] : kOriginals) {
+    if (value == format) return name;
+  }
+  return "?";
+}
+
+OriginalFormat parse_original(const std::string& text) {
+  for (const auto& [name, value] : kOriginals) {
+    if (name == text) return value;
+  }
+  return OriginalFormat::kBf16;
+}
+
+OriginalFormat original_of(const SyntheticFamily& family) {
+  if (family.original == StoredAs::kMxfp4) return OriginalFormat::kMxfp4;
+  return family.original == StoredAs::kFp8 ? OriginalFormat::kFp8 : OriginalFormat::kBf16;
+}
+
+/// Family and original: each follows from the other where one is left out.
+void set_family(SynthesizeRequest& request, const std::string& family, const std::string& original) {
+  if (family.empty() && original.empty())
+    throw CLI::ValidationError("expected --original or --family, found neither");
+  request.whole_family = !family.empty();
+  const char* const of_original = original == "mxfp4" ? "deepseek-v4"
+                                  : original == "fp8" ? "deepseek-v3"
+                                                      : "qwen3-moe";
+  request.family = family.empty() ? of_original : family;
+  request.original =
+      original.empty() ? original_of(*find_synthetic_family(family)) : parse_original(original);
+}
+
 int execute(const SynthesizeRequest& request) {
   const SynthesizeResult result = synthesize(request);
   request.progress("");
   fmt::print("{}: {} experts, hidden {}, intermediate {}, top-{}, {} layer{}\n", request.directory.string(),
              request.experts, request.hidden, request.intermediate, request.top_k, request.layers,
              request.layers == 1 ? "" : "s");
-  fmt::print(
-      "  original/            {:>8.1f} MB  {}\n", static_cast<double>(result.original_bytes) / 1e6,
-      request.original == OriginalFormat::kMxfp4 ? "MXFP4, DeepSeek-V4 names" : "bf16, Qwen3-MoE names");
+  fmt::print("  original/            {:>8.1f} MB  {}, names and config of {}\n",
+             static_cast<double>(result.original_bytes) / 1e6, name_of(request.original), request.family);
   fmt::print("  nvfp4/               {:>8.1f} MB  ", static_cast<double>(result.nvfp4_bytes) / 1e6);
   if (request.original == OriginalFormat::kMxfp4) {
     fmt::print("by the exact cast: {} of {} blocks inexact\n", result.cast.inexact, result.cast.blocks);
   } else {
     fmt::print("by ModelOpt's rule\n");
   }
-  fmt::print("  inputs.safetensors   {} tokens: x, topk_ids, topk_weights\n", request.tokens);
+  fmt::print("  inputs.safetensors   {} tokens: {}\n", request.tokens,
+             request.whole_family ? "x, for the model's own router" : "x, topk_ids, topk_weights");
   fmt::print(
       "try: fourfold layertest --original {0}/original --nvfp4 {0}/nvfp4 --input {0}/inputs.safetensors\n",
       request.directory.string());
@@ -66,7 +104,7 @@ int execute(const SynthesizeRequest& request) {
 void add_synthesize(CLI::App& app, int& exit_code) {
   struct Arguments {
     SynthesizeRequest request;
-    std::string directory, shape, original, profile = "realistic";
+    std::string directory, shape, original, family, profile = "realistic";
   };
   auto arguments = std::make_shared<Arguments>();
   CLI::App* command = app.add_subcommand(
@@ -77,9 +115,16 @@ void add_synthesize(CLI::App& app, int& exit_code) {
       ->add_option("--shape", arguments->shape,
                    fmt::format("E,H,I,K (experts, hidden, intermediate, top-k), or {}", shape_names()))
       ->required();
-  command->add_option("--original", arguments->original, "format of the original")
-      ->required()
-      ->check(CLI::IsMember({"mxfp4", "bf16"}));
+  command
+      ->add_option(
+          "--original", arguments->original,
+          "format of the original: names of DeepSeek-V4 with mxfp4, Qwen3-MoE with bf16, DeepSeek-V3 "
+          "with fp8 (default: the family's)")
+      ->check(CLI::IsMember({"mxfp4", "bf16", "fp8"}));
+  command
+      ->add_option("--family", arguments->family,
+                   "a whole MoE layer of this family: its names, config, router, biases and shared expert")
+      ->check(CLI::IsMember(synthetic_family_names()));
   command
       ->add_option("--profile", arguments->profile,
                    "distribution of weights and inputs; realistic: outlier channels and heavy tails")
@@ -104,7 +149,7 @@ void add_synthesize(CLI::App& app, int& exit_code) {
     SynthesizeRequest& request = arguments->request;
     request.directory = arguments->directory;
     set_shape(request, arguments->shape);
-    request.original = arguments->original == "mxfp4" ? OriginalFormat::kMxfp4 : OriginalFormat::kBf16;
+    set_family(request, arguments->family, arguments->original);
     request.profile = arguments->profile == "gaussian" ? WeightProfile::kGaussian : WeightProfile::kRealistic;
     request.progress = [&](std::string_view what) { what.empty() ? progress.clear() : progress.show(what); };
     exit_code = execute(request);

@@ -51,8 +51,7 @@ Loss measure(const WeightView& original, const WeightView& quantized, bool count
 }
 
 bool is_mxfp4(const WeightView& weight) {
-  const auto* blocks = std::get_if<BlockScaledView>(&weight);
-  return blocks && blocks->format == QuantFormat::kMxfp4;
+  return is_stored_as(weight, QuantFormat::kMxfp4);
 }
 
 /// What this library makes of the original; errors name the matrix.
@@ -61,6 +60,34 @@ BlockScaledMatrix convert(const WeightView& original, const std::string& name) {
     return convert_to_nvfp4(original);
   } catch (const Error& error) {
     fail(ErrorCode::kBadFile, "{}: {}", name, error.what());
+  }
+}
+
+/// What a sound converter loses on `before` where the result is stored like `after`.
+ErrorSums sound_loss(const WeightView& before, const WeightView& after, const std::string& name) {
+  if (is_stored_as(after, QuantFormat::kNvfp4))
+    return measure(before, convert(before, name).view(), false).sums;
+  const ErrorSums loss = measure(before, after, false).sums;
+  return format_name(before) == format_name(after) ? measure(before, before, false).sums : loss;
+}
+
+void compare_expert(const Expert& before, const Expert& after, int64_t index, WeightComparison& comparison,
+                    ErrorSums& sound_total) {
+  const std::array<std::pair<const char*, WeightView Expert::*>, 3> matrices = {
+      {{"gate", &Expert::gate}, {"up", &Expert::up}, {"down", &Expert::down}}};
+  for (const auto& [which, member] : matrices) {
+    if (rows_of(before.*member) == 0) continue;  // an expert without a gate
+    const bool count_blocks = is_mxfp4(before.*member);
+    const Loss loss = measure(before.*member, after.*member, count_blocks);
+    const ErrorSums sound =
+        sound_loss(before.*member, after.*member, fmt::format("original of {} {}", before.name, which));
+    comparison.matrices.push_back({fmt::format("{} {}", after.name, which), index, loss.sums,
+                                   kSlack * sound.relative_l2() + kRounding, loss.blocks});
+    comparison.total += loss.sums;
+    sound_total += sound;
+    comparison.blocks.blocks += loss.blocks.blocks;
+    comparison.blocks.inexact += loss.blocks.inexact;
+    comparison.has_blocks |= count_blocks;
   }
 }
 
@@ -77,25 +104,11 @@ WeightComparison compare_weights(const ExpertWeights& original, const ExpertWeig
   WeightComparison comparison;
   ErrorSums sound_total;
   for (int64_t e = 0; e < original.count(); ++e) {
-    const Expert &before = original.experts[static_cast<size_t>(e)],
-                 &after = nvfp4.experts[static_cast<size_t>(e)];
-    const std::array<std::pair<const char*, WeightView Expert::*>, 3> matrices = {
-        {{"gate", &Expert::gate}, {"up", &Expert::up}, {"down", &Expert::down}}};
-    for (const auto& [which, member] : matrices) {
-      const bool count_blocks = is_mxfp4(before.*member);
-      const Loss loss = measure(before.*member, after.*member, count_blocks);
-      const ErrorSums sound =
-          measure(before.*member,
-                  convert(before.*member, fmt::format("original of {} {}", before.name, which)).view(), false)
-              .sums;
-      comparison.matrices.push_back({fmt::format("{} {}", after.name, which), e, loss.sums,
-                                     kSlack * sound.relative_l2() + kRounding, loss.blocks});
-      comparison.total += loss.sums;
-      sound_total += sound;
-      comparison.blocks.blocks += loss.blocks.blocks;
-      comparison.blocks.inexact += loss.blocks.inexact;
-      comparison.has_blocks |= count_blocks;
-    }
+    compare_expert(original.experts[static_cast<size_t>(e)], nvfp4.experts[static_cast<size_t>(e)], e,
+                   comparison, sound_total);
+  }
+  if (original.shared && nvfp4.shared) {
+    compare_expert(original.shared->expert, nvfp4.shared->expert, kSharedExpert, comparison, sound_total);
   }
   comparison.limit = kSlack * sound_total.relative_l2() + kRounding;
   return comparison;
@@ -103,11 +116,13 @@ WeightComparison compare_weights(const ExpertWeights& original, const ExpertWeig
 
 ErrorSums compare_values(const ExpertWeights& reference, const ExpertWeights& candidate) {
   ErrorSums total;
-  for (size_t e = 0; e < reference.experts.size(); ++e) {
+  const auto add = [&](const Expert& before, const Expert& after) {
     for (const auto member : {&Expert::gate, &Expert::up, &Expert::down}) {
-      total += measure(reference.experts[e].*member, candidate.experts[e].*member, false).sums;
+      total += measure(before.*member, after.*member, false).sums;
     }
-  }
+  };
+  for (size_t e = 0; e < reference.experts.size(); ++e) add(reference.experts[e], candidate.experts[e]);
+  if (reference.shared && candidate.shared) add(reference.shared->expert, candidate.shared->expert);
   return total;
 }
 

@@ -10,10 +10,12 @@
 
 namespace fourfold {
 
+inline constexpr int64_t kSharedExpert = -1;
+
 /// One matrix of one expert.
 struct MatrixLoss {
   std::string name;    ///< e.g. "layers.0.ffn.experts.3 up"
-  int64_t expert = 0;  ///< index in the layer
+  int64_t expert = 0;  ///< index in the layer, or kSharedExpert
   ErrorSums sums;      ///< original against dequantized
   double limit = 0.0;  ///< on the relative L2
   ExactBlocks blocks;  ///< MXFP4 originals alone
@@ -28,7 +30,9 @@ struct WeightComparison {
 };
 
 /// A matrix may lose a tenth more than this library's own quantization of the same original by ModelOpt's
-/// rule, or, from MXFP4, than the lossless cast: what a sound converter reaches, measured on the same data.
+/// rule, or, from MXFP4, than the lossless cast: what a sound converter reaches, measured on the same data. A
+/// matrix that is not NVFP4 afterwards may lose rounding alone where it keeps its format, and anything where
+/// it does not. The shared expert is compared where both have one.
 WeightComparison compare_weights(const ExpertWeights& original, const ExpertWeights& nvfp4);
 
 /// Sums over all values of all matrices, dequantized.

@@ -578,11 +578,16 @@ def test_nasty_text_in_an_index(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("text", NASTY_TEXTS.values(), ids=NASTY_TEXTS.keys())
 def test_nasty_text_in_a_report(tmp_path: Path, text: str) -> None:
-    """What a config says of a model goes into the report, on stdout: no escapes and no lines of its own."""
-    plain = layertest(ck.write_model(tmp_path / "nvfp4", NVFP4))
+    """What a config says of a model goes into the report, on stdout: no escapes and no lines of its own. Nor in
+    the message that refuses a model_type which nobody knows.
+    """
+    rules = ("--activation", "swiglu", "--input", ck.write_inputs(tmp_path / "inputs.safetensors"))
+    plain = layertest(ck.write_model(tmp_path / "nvfp4", NVFP4), *rules)
     quantization = {"quant_method": text, "quant_algo": text}
     config = NVFP4.config | {"model_type": text, "quantization_config": quantization}
-    result = layertest(ck.write_single(tmp_path / "nvfp4", NVFP4.tensors, config))
+    directory = ck.write_single(tmp_path / "nvfp4", NVFP4.tensors, config)
+    assert_refused(layertest(directory), directory, "model_type")
+    result = layertest(directory, *rules)
     assert_fine(result)
     assert printable(result.stdout), repr(result.stdout[:1000])
     assert len(result.stdout) < len(plain.stdout) + MOST_MESSAGE_BYTES

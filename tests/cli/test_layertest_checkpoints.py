@@ -20,6 +20,7 @@ from checkpoints import (
     CAST,
     DEEPSEEK_V4,
     EXPERTS,
+    FUSED,
     HIDDEN,
     MIXTRAL,
     MXFP4,
@@ -56,7 +57,7 @@ PAIRS: dict[str, tuple[Model, Model]] = {
     "qwen-fused-f16": (NVFP4, ck.fused_model(ck.nvfp4_experts(), QWEN, "F16")),
     "qwen-fused-f32": (NVFP4, ck.fused_model(ck.nvfp4_experts(), QWEN, "F32")),
     "mixtral-bf16": (NVFP4_MIXTRAL, ck.dense_model(ck.nvfp4_experts(), MIXTRAL, "BF16")),
-    "mixtral-fused": (NVFP4_MIXTRAL, ck.fused_model(ck.nvfp4_experts(), QWEN, "BF16")),
+    "mixtral-fused": (NVFP4_MIXTRAL, replace(FUSED, config=NVFP4_MIXTRAL.config | {"quantization_config": None})),
     "deepseek-mxfp4": (CAST, MXFP4),
     "deepseek-bf16": (CAST, ck.dense_model(BF16_OF_CAST, DEEPSEEK_V4, "BF16")),
     "deepseek-wide": (ck.nvfp4_model(ck.cast_to_nvfp4(WIDE), DEEPSEEK_V4), ck.mxfp4_model(WIDE)),
@@ -105,11 +106,19 @@ def test_a_file_instead_of_a_directory(tmp_path: Path) -> None:
 
 
 def test_without_config(tmp_path: Path, input_file: Path) -> None:
-    """Tensors are the truth: without config.json a routing is all that is missing."""
+    """Tensors tell everything but the rules: without config.json, an activation and a routing must be given."""
     directory = ck.write_single(tmp_path / "nvfp4", NVFP4.tensors, None)
-    result = layertest(directory, "--input", input_file)
+    for given in ((), ("--input", input_file), ("--router", "softmax,top-k=2")):
+        assert_refused(layertest(directory, *given), directory, "--activation", "--router", "expected", "found")
+    assert_refused(layertest(directory, "--activation", "swiglu"), directory, "--input", "--router")
+    result = layertest(directory, "--input", input_file, "--activation", "swiglu")
     assert_fine(result)
     assert fact(result, "model").startswith("unknown, layer 0: 4 of 4 experts, hidden 64, intermediate 96")
+    # The numbers are those of the checkpoint with its config, which says the same.
+    directory = ck.write_model(tmp_path / "with-config", NVFP4)
+    with_config = layertest(directory, "--input", input_file)
+    figures = re.compile(r"^  (?:activations)? +\w+ .*\d$", re.MULTILINE)
+    assert figures.findall(result.stdout) == figures.findall(with_config.stdout) != []
 
 
 def test_lying_config(tmp_path: Path) -> None:
@@ -146,13 +155,14 @@ def test_quantization_in_hf_quant_config(tmp_path: Path) -> None:
 
 
 def test_other_tensors_do_not_disturb(tmp_path: Path) -> None:
-    """Routers, shared experts, other layers and metadata stand in every real checkpoint."""
+    """Routers, attention, other layers and metadata stand in every real checkpoint."""
     others = {
         "model.embed_tokens.weight": zeros("BF16", 7, 3),
+        "model.layers.0.self_attn.q_proj.weight": zeros("F8_E4M3", 5, 3),
+        "model.layers.0.input_layernorm.weight": zeros("F64", 3, 0, 2),
         "model.layers.0.mlp.gate.weight": zeros("F32", EXPERTS, HIDDEN),
-        "model.layers.0.mlp.shared_experts.gate_proj.weight": zeros("F8_E4M3", 5, 3),
         "model.layers.1.mlp.experts.0.gate_proj.weight": zeros("I64", 1),
-        "model.layers.0.mlp.expert_bias": zeros("F64", 3, 0, 2),
+        "model.layers.1.mlp.shared_expert_gate": zeros("I64", 1),
         "": zeros("U8"),
     }
     directory = ck.write_single(tmp_path / "nvfp4", others | NVFP4.tensors, NVFP4.config)

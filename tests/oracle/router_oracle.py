@@ -32,14 +32,19 @@ def scores_of(score: str, logits: Array) -> Array:
 
 
 def best(scores: Array, candidates: list[int], count: int) -> list[int]:
-    """The `count` candidates with the largest scores; of equals the lower index."""
-    return sorted(candidates, key=lambda i: (-float(scores[i]), i))[:count]
+    """The `count` candidates with the largest scores; of equals the lower index, NaN behind everything else."""
+
+    def rank(i: int) -> tuple[bool, float, int]:
+        is_nan = bool(np.isnan(scores[i]))
+        return is_nan, 0.0 if is_nan else -float(scores[i]), i
+
+    return sorted(candidates, key=rank)[:count]
 
 
 def selectable(selection: Array, groups: int, top_groups: int) -> list[int]:
     """Experts in the groups whose two best selection scores have the largest float32 sums."""
     members = np.split(np.arange(len(selection)), groups)
-    sums = np.array([np.float32(sum(np.sort(selection[m])[::-1][:2], np.float32(0))) for m in members])
+    sums = np.array([np.sum(selection[best(selection, list(m), 2)], dtype=np.float32) for m in members])
     return [int(e) for g in best(sums, list(range(groups)), top_groups) for e in members[g]]
 
 
@@ -70,7 +75,8 @@ def route(
             weights = weights / (weights.sum() + 1e-20)
         all_ids.append(ids)
         all_weights.append((weights * np.float32(scaling_factor)).astype(np.float32))
-    return np.array(all_ids, np.int32), np.array(all_weights, np.float32)
+    shape = len(logits), top_k
+    return np.array(all_ids, np.int32).reshape(shape), np.array(all_weights, np.float32).reshape(shape)
 
 
 def activate(kind: str, h: Array, alpha: float = 1.0, beta: float = 0.0, limit: float = math.inf) -> Array:

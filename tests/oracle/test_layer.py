@@ -84,6 +84,7 @@ def check_layer(
     permutation = oracle.permute(ids, len(WEIGHTS))
     staged_x, h, a = layer.up_to_a(x, permutation)
     stages = {"group_offsets": permutation.group_offsets, "slot_of_row": permutation.slot_of_row}
+    stages |= {"status": np.zeros(1, np.int32)}
     stages |= named("x", staged_x) | {"h": h}
     for name, expected in stages.items():
         assert_same(name, result[name], expected)

@@ -12,8 +12,6 @@ Names in shapes: as in nvfp4_oracle.py; P is parts of a comparison, rows or expe
 
 import functools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,19 +23,21 @@ import pytest
 import safetensors
 
 import nvfp4_oracle as oracle
+from layertest_figures import (
+    FINE,
+    FINDING,
+    TOLERANCE,
+    check_figures,
+    error_sums,
+    fourfold,
+    relative_l2,
+    run_command,
+    staging_ratios,
+    worst,
+)
 from nvfp4_oracle import Array
 
-COMMAND_VARIABLE = "FOURFOLD_COMMAND"
 REAL_CHECKPOINT = Path(__file__).parents[2] / "scripts" / "real_checkpoint.py"
-TIME_LIMIT_S = 120
-FINE, FINDING = 0, 3  # exit statuses of layertest
-
-# Both sides take the same float32 steps in the same order, but for the exp of another libm: measured, figures
-# agree to 5e-16. Should an exp turn a bf16 to its neighbour, at most 2^-8 of the element, that moves the
-# relative L2 of the quietest comparison (bf16 activations: 6e-5 over 2^18 elements) by 5e-7. This leaves room
-# for twenty, and none for sums in another order.
-TOLERANCE = 1e-5
-
 HALVES = ("gate", "up", "down")
 STAGES = ("l1", "activation", "l2", "out")
 
@@ -54,23 +54,6 @@ DTYPE_OF_NAME = {
 
 
 # ---- commands and files ------------------------------------------------------------------------------------
-
-
-def run_command(command: list[object], expected: tuple[int, ...] = (0,)) -> int:
-    """Run a command to its end; its exit status, which has to be one of `expected`."""
-    words = [str(word) for word in command]
-    process = subprocess.run(words, capture_output=True, text=True, timeout=TIME_LIMIT_S)
-    if process.returncode not in expected:
-        output = process.stdout + process.stderr
-        raise RuntimeError(f"{' '.join(words)}: status {process.returncode}\n{output}")
-    return process.returncode
-
-
-def fourfold() -> str:
-    """The command under test."""
-    if COMMAND_VARIABLE not in os.environ:
-        raise RuntimeError(f"{COMMAND_VARIABLE} must name the fourfold command")
-    return os.environ[COMMAND_VARIABLE]
 
 
 def read_tensors(path: Path) -> dict[str, Array]:
@@ -164,41 +147,6 @@ STEPS: dict[str, Callable[[list[oracle.Expert]], list[oracle.Expert]]] = {
 }
 
 
-# ---- comparisons -------------------------------------------------------------------------------------------
-
-
-def error_sums(reference: Array, candidate: Array) -> Array:
-    """(P, n) twice -> (P, 4): |reference|^2, |candidate|^2, their product, |difference|^2, in float64.
-
-    Such rows add up: the sum over parts is the row of the whole.
-    """
-    r, c = reference.astype(np.float64), candidate.astype(np.float64)
-    factors = (r, r), (c, c), (r, c), (c - r, c - r)
-    return np.stack([np.einsum("pn,pn->p", a, b) for a, b in factors], axis=1)
-
-
-def relative_l2(sums: Array) -> Array:
-    """Error sums (P, 4) -> |difference| / |reference| of each part (P,)."""
-    return np.sqrt(sums[:, 3] / sums[:, 0])
-
-
-def worst(losses: Array, labels: Array) -> set[int]:
-    """Labels (P,) of the parts with the largest loss (P,); several where they tie."""
-    return set(labels[losses >= losses.max() - TOLERANCE].tolist())
-
-
-def check_figures(name: str, found: dict, sums: Array) -> None:
-    """Cosine, norm ratio and relative L2 of a stage in the report, against sums over its parts (P, 4)."""
-    reference, candidate, product, difference = sums.sum(axis=0)
-    expected = {
-        "cosine": product / np.sqrt(reference * candidate),
-        "norm_ratio": np.sqrt(candidate / reference),
-        "rel_l2": np.sqrt(difference / reference),
-    }
-    figures = {figure: found[figure] for figure in expected}
-    assert figures == pytest.approx(expected, rel=0, abs=TOLERANCE), name
-
-
 # ---- the layer ---------------------------------------------------------------------------------------------
 
 
@@ -222,15 +170,6 @@ class Variant:
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.activations, self.activation_scale, self.step)))
-
-
-@dataclass
-class StagingLoss:
-    """Of M staged rows: their global scales, relative L2 and squared errors, (M,) each."""
-
-    globals: Array
-    losses: Array
-    noise: Array
 
 
 class LayerUnderTest:
@@ -329,35 +268,12 @@ class LayerUnderTest:
         judged = [what for what in rows if has_scales and policies[what] != "dynamic-token"]
         assert list(found) == judged
         for what in judged:
-            staged, by_token = (
-                self.staging(rows[what], scales[what], variant.activations, policy)
-                for policy in (policies[what], "dynamic-token")
+            ratios = staging_ratios(
+                rows[what], scales[what], variant.activations, policies[what], self.permutation.group_offsets
             )
-            terms = 2 if variant.activations == "nvfp4x2" else 1
-            holds = terms * 2688.0 * staged.globals[:, None].astype(np.float64)
-            excess = np.maximum(np.abs(rows[what].astype(np.float64)) - holds, 0)
-            clipped, noise = self.sum_by_expert((excess**2).sum(axis=1)), self.sum_by_expert(by_token.noise)
-            medians = self.median_by_expert(staged.losses) / self.median_by_expert(by_token.losses)
-            ratios = np.maximum(medians, np.sqrt(1 + clipped / noise))
-            assert found[what]["ratio"] == pytest.approx(ratios.max(), rel=0, abs=TOLERANCE), what
-            assert found[what]["worst_expert"] in worst(ratios, np.unique(self.expert_of_row)), what
-
-    def staging(self, rows: Array, scales: list[np.float32], activations: str, policy: str) -> StagingLoss:
-        """Errors of rows (M, K) bf16 staged under a policy."""
-        staged = oracle.stage(rows, activations, policy, scales, self.permutation.group_offsets)
-        dequantized = sum(term * staged.row_globals[:, None] for term in staged.terms)
-        sums = error_sums(rows, dequantized)
-        noise = np.sum((rows.astype(np.float64) - dequantized.astype(np.float64)) ** 2, axis=1)
-        return StagingLoss(np.asarray(staged.row_globals), relative_l2(sums), noise)
-
-    def median_by_expert(self, values: Array) -> Array:
-        """(M,) -> one an expert that has rows; of an even number, the upper of the two in the middle."""
-        by_expert = (np.sort(values[self.expert_of_row == e]) for e in np.unique(self.expert_of_row))
-        return np.array([ascending[len(ascending) // 2] for ascending in by_expert])
-
-    def sum_by_expert(self, values: Array) -> Array:
-        """(M,) -> one an expert that has rows."""
-        return np.array([values[self.expert_of_row == e].sum() for e in np.unique(self.expert_of_row)])
+            assert found[what]["ratio"] == pytest.approx(max(ratios.values()), rel=0, abs=TOLERANCE), what
+            losses, experts = np.array(list(ratios.values())), np.array(list(ratios))
+            assert found[what]["worst_expert"] in worst(losses, experts), what
 
 
 class WeightsUnderTest:

@@ -20,7 +20,7 @@ TOKENS, HIDDEN, EXPERTS = 37, 24, 32
 ULP = 2.0**-23
 
 # name -> options of the driver and of the oracle
-ROUTERS = {
+ROUTERS: dict[str, dict] = {
     "mixtral": {"score": "softmax", "top_k": 2},
     "qwen3": {"score": "softmax", "top_k": 8},
     "qwen3-not-renormalised": {"score": "softmax", "top_k": 8, "renormalise": False},
@@ -136,10 +136,128 @@ def test_config_that_does_not_fit(options: dict[str, int]) -> None:
         run_driver("route", random_inputs(9), score="sigmoid", **options)
 
 
-def test_no_tokens() -> None:
+@pytest.mark.parametrize("name", ROUTERS)
+def test_no_tokens(name: str) -> None:
     tensors = random_inputs(10)
     tensors["x"] = tensors["x"][:0]
-    assert run_driver("route", tensors, **ROUTERS["qwen3"])["topk_ids"].shape == (0, 8)
+    assert check(tensors, **ROUTERS[name])["topk_ids"].shape == (0, ROUTERS[name]["top_k"])
+
+
+@pytest.mark.parametrize("options", [{}, {"renormalise": False}, {"scaling_factor": 2.5}], ids=str)
+@pytest.mark.parametrize("score", oracle.SCORES)
+def test_one_expert(score: str, options: dict) -> None:
+    tensors = random_inputs(20)
+    tensors["weight"] = tensors["weight"][:1]
+    found = check(tensors, score=score, top_k=1, **options)
+    assert not np.any(found["topk_ids"])
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_expert(name: str) -> None:
+    """top-k is all that can be selected."""
+    options = ROUTERS[name] | {"top_k": EXPERTS}
+    if "groups" in options:
+        options["top_k"] = EXPERTS * options["top_groups"] // options["groups"]
+    check(random_inputs(21), **options)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_ties_of_biased_scores(name: str) -> None:
+    """Scores that differ and biases that make them equal, or nearly: float32 sums decide, then the index."""
+    tensors = random_inputs(22)
+    tensors["x"] = np.repeat(tensors["x"][:1], TOKENS, axis=0)
+    scores = oracle.scores_of(ROUTERS[name]["score"], oracle.logits_of(tensors["x"], tensors["weight"], None)[0])
+    tensors["correction_bias"] = np.float32(1) - scores
+    check(tensors, **ROUTERS[name])
+    tensors["correction_bias"] = np.float32(1024) - scores  # hides differences below 2^-14
+    check(tensors, **ROUTERS[name])
+
+
+@pytest.mark.parametrize("top_groups", [1, 2, 3, 8])
+@pytest.mark.parametrize("groups", [2, 4, 8, 16, 32])
+def test_groups(groups: int, top_groups: int) -> None:
+    """Of every size, down to one expert a group, with ties between groups."""
+    top_groups = min(top_groups, groups)
+    options = {"score": "sigmoid", "top_k": min(3, EXPERTS // groups * top_groups)}
+    options |= {"groups": groups, "top_groups": top_groups}
+    tensors = random_inputs(23) | {"correction_bias": np.linspace(-1, 1, EXPERTS, dtype=np.float32)}
+    check(tensors, **options)
+    tensors["weight"] = np.concatenate([tensors["weight"][: EXPERTS // 2]] * 2)
+    del tensors["correction_bias"]
+    check(tensors, **options)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_zeros_of_either_sign_tie(name: str) -> None:
+    """Logits of -0 and +0: equal, so that the index decides."""
+    tensors = random_inputs(24)
+    tensors["weight"] = np.zeros_like(tensors["weight"])
+    tensors["bias"] = np.where(np.arange(EXPERTS) % 2, 0.0, -0.0).astype(np.float32)[::-1].copy()
+    found = check(tensors, **ROUTERS[name])
+    assert np.array_equal(found["topk_ids"][0], np.arange(ROUTERS[name]["top_k"]))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_nan_in_a_token(name: str) -> None:
+    """All of its logits are NaN: the lowest indices, with weights of NaN. Other tokens don't notice."""
+    tensors = random_inputs(25)
+    tensors["x"][3, 5] = np.nan
+    found = check_with_nan(tensors, **ROUTERS[name])
+    assert np.array_equal(np.isnan(found["topk_weights"]).all(axis=1), np.arange(TOKENS) == 3)
+
+
+@pytest.mark.parametrize("expert", [0, 7, EXPERTS - 1])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_nan_logit_of_an_expert(name: str, expert: int) -> None:
+    """It loses to every number. A softmax over all experts is NaN throughout then."""
+    tensors = random_inputs(26) | {"bias": np.zeros(EXPERTS, np.float32)}
+    tensors["bias"][expert] = np.nan
+    found = check_with_nan(tensors, **ROUTERS[name])
+    if ROUTERS[name]["score"] != "softmax":
+        assert not np.any(found["topk_ids"] == expert) and np.all(np.isfinite(found["topk_weights"]))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_infinite_logits(name: str) -> None:
+    tensors = random_inputs(27) | {"bias": np.zeros(EXPERTS, np.float32)}
+    tensors["bias"][5] = -np.inf
+    check_with_nan(tensors, **ROUTERS[name])
+    tensors["bias"][5] = np.inf
+    check_with_nan(tensors, **ROUTERS[name])
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_unusable_experts_do_not_let_others_groups_in(value: float) -> None:
+    """Only the best groups take part, even where what is left in them is NaN or -inf."""
+    options = {"score": "sigmoid", "top_k": 8, "groups": 4, "top_groups": 1}
+    bias = np.zeros(EXPERTS, np.float32)
+    bias[8:16] = 5
+    bias[9] = value
+    found = check_with_nan(random_inputs(28) | {"correction_bias": bias}, **options)
+    assert np.all(found["topk_ids"] // 8 == 1)
+
+
+def check_with_nan(tensors: dict[str, np.ndarray], **options) -> dict[str, np.ndarray]:
+    """As `check`, where NaN is due too."""
+    found = run_driver("route", tensors, **{k: int(v) if isinstance(v, bool) else v for k, v in options.items()})
+    logits = oracle.logits_of(tensors["x"], tensors["weight"], tensors.get("bias"))
+    assert np.array_equal(found["logits"], logits, equal_nan=True)
+    ids, weights = oracle.route(logits, **options, correction_bias=tensors.get("correction_bias"))
+    assert np.array_equal(found["topk_ids"], ids)
+    assert np.array_equal(np.isnan(found["topk_weights"]), np.isnan(weights))
+    assert not np.any(np.abs(found["topk_weights"] - weights) > ULP * np.abs(weights))
+    return found
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_hash_routing_keeps_the_table(renormalise: bool) -> None:
+    """Duplicates and any order, whatever the scores say."""
+    table = np.random.default_rng(29).integers(0, EXPERTS, (50, 6))
+    table[3] = 4
+    token_ids = np.arange(TOKENS, dtype=np.int64) % 50
+    tensors = random_inputs(29) | {"experts_of_token": table, "token_ids": token_ids}
+    options = ROUTERS["deepseek-v4"] | {"renormalise": renormalise}
+    assert np.array_equal(check(tensors, given_ids=table[token_ids], **options)["topk_ids"], table[token_ids])
 
 
 # ---- the router of a checkpoint, as layertest applies it ----

@@ -1,0 +1,66 @@
+#include "checkpoint/moe_names.h"
+
+#include <charconv>
+#include <set>
+
+#include "base/fail.h"
+
+namespace fourfold {
+
+std::optional<int64_t> leading_number(std::string_view text, char stop) {
+  const size_t digits = text.find_first_not_of("0123456789");
+  if (digits == 0 || digits == std::string_view::npos || digits > 9 || text[digits] != stop)
+    return std::nullopt;
+  if (text[0] == '0' && digits > 1) return std::nullopt;
+  int64_t number = 0;
+  std::from_chars(text.data(), text.data() + digits, number);
+  return number;
+}
+
+std::vector<const Tensor*> tensors_under(const Checkpoint& checkpoint, std::string_view prefix) {
+  const auto& tensors = checkpoint.tensors();
+  std::vector<const Tensor*> found;
+  for (auto it = tensors.lower_bound(prefix); it != tensors.end() && it->first.starts_with(prefix); ++it) {
+    found.push_back(it->second);
+  }
+  return found;
+}
+
+MoeBlock find_block(const Checkpoint& checkpoint, int64_t layer) {
+  for (const std::string_view before : kBeforeLayer) {
+    for (const BlockNames& names : kBlockNames) {
+      const std::string prefix = fmt::format("{}{}{}", before, layer, names.block);
+      if (!tensors_under(checkpoint, prefix + std::string(kExperts)).empty()) return {prefix, names};
+    }
+  }
+  const std::vector<int64_t> others = layers_with_experts(checkpoint);
+  const auto example = [&](size_t before, size_t block) {
+    return fmt::format("{}{}{}{}0.{}.weight", kBeforeLayer[before], layer, kBlockNames[block].block, kExperts,
+                       kBlockNames[block].gate);
+  };
+  fail(ErrorCode::kNotFound, "{}: layer {}: expected expert tensors such as '{}' or '{}', found {}",
+       checkpoint.path().string(), layer, example(0, 0), example(1, 2),
+       others.empty() ? "no experts in any layer"
+                      : fmt::format("experts in layers {}", fmt::join(others, ", ")));
+}
+
+std::vector<int64_t> layers_with_experts(const Checkpoint& checkpoint) {
+  std::set<int64_t> layers;
+  for (const auto& [name, tensor] : checkpoint.tensors()) {
+    for (const std::string_view before : kBeforeLayer) {
+      if (!name.starts_with(before)) continue;
+      const std::string_view rest = std::string_view(name).substr(before.size());
+      const auto layer = leading_number(rest, '.');
+      if (!layer) continue;
+      for (const BlockNames& names : kBlockNames) {
+        const std::string_view in_layer = rest.substr(rest.find('.'));
+        if (in_layer.starts_with(names.block) && in_layer.substr(names.block.size()).starts_with(kExperts)) {
+          layers.insert(*layer);
+        }
+      }
+    }
+  }
+  return {layers.begin(), layers.end()};
+}
+
+}  // namespace fourfold

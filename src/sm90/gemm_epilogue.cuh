@@ -79,9 +79,10 @@ class Epilogue {
     if (!Traits::kPaired && args_.d_is_float32) {
 #pragma unroll
       for (int round = 0; round < Traits::kTokens / kRound; ++round) {
-        if (round * kRound >= tile_.rows) return;
+        if (round * kRound >= tile_.rows) break;
         store_float32(sums, biases, round);
       }
+      ptx::bar_sync(kFirstStaging + row_part_, 128);  // all have read the alphas
       return;
     }
     const Piece piece = my_piece();
@@ -120,12 +121,12 @@ class Epilogue {
     for (int i = 0; i < Traits::kRowBlocks * kSums; ++i) {
       ptx::st_shared_f32(partials(depth_part_) + i * 512, sums.of[i / kSums][i % kSums]);
     }
-    ptx::bar_arrive(kPartialsFull, kPartialThreads);
+    ptx::bar_sync(kPartialsFull, kPartialThreads);
   }
 
   /// Adds the other parts' sums in order.
   __device__ __forceinline__ void collect(Sums<Traits>& sums) const {
-    ptx::bar_arrive(kPartialsFree, kPartialThreads);
+    ptx::bar_sync(kPartialsFree, kPartialThreads);
     ptx::bar_sync(kPartialsFull, kPartialThreads);
 #pragma unroll
     for (int part = 1; part < Traits::kDepthParts; ++part) {

@@ -8,8 +8,8 @@
 namespace fourfold {
 
 RandomLayer::RandomLayer(const RandomLayerShape& shape, uint64_t seed)
-    : config{shape.hidden, shape.intermediate, shape.experts,
-             shape.top_k,  shape.activation,   shape.weight_on_input},
+    : config{shape.hidden,          shape.intermediate,        shape.experts,   shape.top_k, shape.activation,
+             shape.weight_on_input, shape.shared_intermediate, shape.activation},
       inputs(make_inputs(shape.tokens, shape.hidden, seed, false)),
       shape_(shape),
       random_(seed) {

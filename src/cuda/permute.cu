@@ -111,6 +111,7 @@ template <class Id>
 __global__ void __launch_bounds__(kFewThreads)
     permute_few(Ids<Id> ids, int32_t chunk_slots, int32_t chunks, Outputs out) {
   extern __shared__ int32_t shared[];
+  start_after_previous();
   int32_t* counts = shared;
   int32_t* offsets = shared + chunks * ids.experts;
   const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
@@ -132,6 +133,7 @@ __global__ void __launch_bounds__(kFewThreads)
 template <class Id>
 __global__ void count_slots(Ids<Id> ids, int32_t chunk_slots, int32_t chunks, int32_t* counts,
                             int32_t* status) {
+  start_after_previous();
   const auto chunk = static_cast<int32_t>(blockIdx.x * kWarpsPerBlock + threadIdx.x / 32);
   if (chunk >= chunks) return;
   int32_t* own = counts + chunk * ids.experts;
@@ -217,17 +219,16 @@ template <class Id>
 void launch(const Ids<Id>& ids, const Outputs& out, std::span<std::byte> scratch, cudaStream_t stream) {
   if (fits_one_block(ids.slots, ids.experts)) {
     const Chunks chunks = cut(ids.slots, kFewThreads / 32);
-    permute_few<<<1, kFewThreads, few_shared_bytes(chunks.count, ids.experts), stream>>>(
-        ids, chunks.slots_each, chunks.count, out);
-    return check_launch("permute_few");
+    return launch_after_previous("permute_few", permute_few<Id>, 1, kFewThreads,
+                                 few_shared_bytes(chunks.count, ids.experts), stream, ids, chunks.slots_each,
+                                 chunks.count, out);
   }
   const Chunks chunks = cut(ids.slots, kMostChunks);
   auto* counts = reinterpret_cast<int32_t*>(scratch.data());
   int32_t* totals = counts + int64_t{chunks.count} * ids.experts;
   const auto blocks = static_cast<unsigned>((chunks.count + kWarpsPerBlock - 1) / kWarpsPerBlock);
-  count_slots<<<blocks, kWarpsPerBlock * 32, 0, stream>>>(ids, chunks.slots_each, chunks.count, counts,
-                                                          out.status);
-  check_launch("count_slots");
+  launch_after_previous("count_slots", count_slots<Id>, blocks, kWarpsPerBlock * 32, 0, stream, ids,
+                        chunks.slots_each, chunks.count, counts, out.status);
   launch_after_previous("sum_chunks", sum_chunks, static_cast<unsigned>((ids.experts + 31) / 32),
                         dim3(32, 32), 0, stream, counts, chunks.count, ids.experts, totals);
   const size_t shared_bytes = static_cast<size_t>(ids.experts + 1) * sizeof(int32_t);

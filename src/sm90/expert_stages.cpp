@@ -92,6 +92,7 @@ void ExpertStages::run(const ExpertSpace& space, const cuda::RowSource& source, 
   }
   if (step.walk == Walk::kFindXAmax) return;
   cuda::stage(stage, step.stream);
+  step.finish("stage");
   run_decoded(space, restages() ? space.x_row_scales.data() : nullptr, rows, taps, z, step);
 }
 
@@ -128,6 +129,7 @@ bool ExpertStages::restage(const ExpertSpace& space, const ExpertRows& rows, con
   stage.decoded = {space.intermediate[0], space.intermediate[1], space.intermediate_row_scales.data()};
   stage.staged = taps.staged_intermediate ? *taps.staged_intermediate : StagedActivations{};
   if (restages() || taps.staged_intermediate) cuda::stage(stage, step.stream);
+  if (restages()) step.finish("restage");
   return true;
 }
 
@@ -145,6 +147,7 @@ void ExpertStages::run_decoded(const ExpertSpace& space, const float* row_scales
   gate_up.workspace = space.gemm;
   gate_up.overlap_previous = true;  // after a kernel that staged or decoded x
   launch_expert_gemm(gate_up, step.stream);
+  step.finish("gemm1+activate");
   if (!restage(space, rows, taps, step)) return;
 
   ExpertGemm down = down_gemm(planned_rows);
@@ -156,6 +159,7 @@ void ExpertStages::run_decoded(const ExpertSpace& space, const float* row_scales
   down.workspace = space.gemm;
   down.overlap_previous = true;  // after the first GEMM or a staging kernel
   launch_expert_gemm(down, step.stream);
+  step.finish("gemm2");
 }
 
 }  // namespace fourfold::sm90

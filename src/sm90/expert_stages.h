@@ -33,6 +33,12 @@ struct Step {
   Walk walk = Walk::kCompute;
   bool whole = true;  ///< there is one part, which finds its scales on the way
   void* stream = nullptr;
+  StageObserver* observer = nullptr;  ///< may be null
+
+  /// Everything up to the end of `stage` is enqueued.
+  void finish(const char* stage) const {
+    if (observer != nullptr) observer->after(stage, stream);
+  }
 };
 
 /// Rows of one part.

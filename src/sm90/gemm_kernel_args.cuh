@@ -60,12 +60,13 @@ struct GemmTraits {
   static constexpr bool kManyRegisters = kConsumers == 2;
   /// k-steps a WGMMA commit group: two, where registers allow.
   static constexpr int kGroup = kRowBlocks * kTokens > 256 ? 1 : 2;
+  static constexpr int kUnrolled = 2;  ///< k units multiplied without a branch
 
   // Shared memory, in bytes from a multiple of 1024.
   static constexpr int kTokenBoxBytes = kTokens * kUnitDepth * 2;  ///< one term of one k unit
   static constexpr int kTokenStageBytes = kTerms * kDepthParts * kTokenBoxBytes;
   static constexpr int kWeightStageBytes = kTileBlocks * kDepthParts * kUnitBytes;
-  static constexpr int kStagingTokens = kGranule;
+  static constexpr int kStagingTokens = kGranule < 16 ? kGranule : 16;
   static constexpr int kStagingRowBytes = kRowBlocks * kUnitRows * 2;
   static constexpr int kStagingBytes = 2 * kStagingTokens * kStagingRowBytes;  ///< of a row part; two buffers
   static constexpr int kAlphaBytes = 2 * kTokens * 4;                          ///< of a row part

@@ -47,7 +47,7 @@ class Staging {
     buffer_ = memory.allocate(static_cast<size_t>(most));
   }
 
-  /// What was brought so far has been read by everything enqueued: its place may be taken.
+  /// Takes the place of what was brought so far: the stream reads that before it overwrites it.
   void restart() { used_ = 0; }
 
   /// `view` on the device, dense.

@@ -101,7 +101,7 @@ class Sm90Layer final : public MoeLayer {
     require_tappable(args.taps, tokens * config_.top_k);
     WorkspaceCarver carver(args.workspace);
     const Space space = carve(carver, plan.max_tokens);
-    walk(space, args.stream, tokens <= part, [&](const Step& step) {
+    walk(space, {Walk::kCompute, tokens <= part, args.stream, args.observer}, [&](const Step& step) {
       int64_t first = 0;
       do {  // without tokens, too: taps and status are written
         run_tokens(space, part_of(args, first, std::min(part, tokens - first)), step);
@@ -118,7 +118,7 @@ class Sm90Layer final : public MoeLayer {
     require_tappable(args.taps, 0);
     WorkspaceCarver carver(args.workspace);
     const Space space = carve(carver, plan.max_tokens);
-    walk(space, args.stream, rows <= part, [&](const Step& step) {
+    walk(space, {Walk::kCompute, rows <= part, args.stream, nullptr}, [&](const Step& step) {
       for (int64_t first = 0; first < rows; first += part) {
         run_staged_rows(space, args, first, std::min(part, rows - first), step);
       }
@@ -183,17 +183,19 @@ class Sm90Layer final : public MoeLayer {
     }
   }
 
-  /// Calls `over_parts(step)` for every walk that is needed. `whole`: there is one part.
+  /// Calls `over_parts(step)` for every walk that is needed, `compute` the last of them.
   template <class OverParts>
-  void walk(const Space& space, void* stream, bool whole, const OverParts& over_parts) const {
-    routed_.clear_amaxes(space.routed, stream);
-    if (shared_) shared_->clear_amaxes(space.shared, stream);
+  void walk(const Space& space, const Step& compute, const OverParts& over_parts) const {
+    routed_.clear_amaxes(space.routed, compute.stream);
+    if (shared_) shared_->clear_amaxes(space.shared, compute.stream);
     for (const Walk which : {Walk::kFindXAmax, Walk::kFindIntermediateAmax}) {
-      if (!whole && (routed_.needs(which) || (shared_ && shared_->needs(which)))) {
-        over_parts(Step{which, whole, stream});
+      if (!compute.whole && (routed_.needs(which) || (shared_ && shared_->needs(which)))) {
+        Step step = compute;
+        step.walk = which;
+        over_parts(step);
       }
     }
-    over_parts(Step{Walk::kCompute, whole, stream});
+    over_parts(compute);
   }
 
   void run_tokens(const Space& space, const ForwardArgs& args, const Step& step) const {
@@ -203,6 +205,7 @@ class Sm90Layer final : public MoeLayer {
                                       tap_or(taps.slot_of_row, space.permutation.slot_of_row),
                                       tap_or(taps.row_of_slot, space.permutation.row_of_slot)};
     cuda::permute({args.routing, permutation, args.status, space.permute_scratch}, step.stream);
+    step.finish("permute");
     const int64_t tokens = args.routing.tokens();
     if (tokens == 0) return;
 
@@ -214,7 +217,9 @@ class Sm90Layer final : public MoeLayer {
     cuda::CombineArgs combine{z, permutation.row_of_slot.data(), args.routing.topk_weights,
                               config_.weight_on_input, args.y};
     if (shared_) run_shared(space, args, step, combine);
-    if (step.walk == Walk::kCompute) cuda::combine(combine, step.stream);
+    if (step.walk != Walk::kCompute) return;
+    cuda::combine(combine, step.stream);
+    step.finish("combine");
   }
 
   /// The shared expert on all tokens; tells `combine` where its output and weights are.

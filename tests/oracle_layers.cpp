@@ -289,17 +289,23 @@ void run_tapped(Job& job, const MoeLayer& layer, const SharedExpert* shared, For
   }
 }
 
+/// A result [rows, cols] of the job, every byte of it `fill`.
+template <class T>
+MatrixView<T> filled_result(Job& job, const std::string& name, DType type, int64_t rows, int64_t cols,
+                            uint8_t fill) {
+  T* data = job.result<T>(name, type, {rows, cols});
+  std::fill_n(reinterpret_cast<std::byte*>(data), static_cast<size_t>(rows * cols) * sizeof(T),
+              std::byte{fill});
+  return {data, rows, cols};
+}
+
 /// y as a result of the job: bf16, or float32 with out=f32.
 OutputView y_of(Job& job, int64_t tokens, int64_t hidden) {
   const auto fill = static_cast<uint8_t>(std::stoi(job.option("fill", "255")));
   if (job.option("out", "bf16") == "f32") {
-    float* y = job.result<float>("y", DType::kF32, {tokens, hidden});
-    std::memset(static_cast<void*>(y), fill, static_cast<size_t>(tokens * hidden) * sizeof(float));
-    return MatrixView<float>(y, tokens, hidden);
+    return filled_result<float>(job, "y", DType::kF32, tokens, hidden, fill);
   }
-  Bf16* y = job.result<Bf16>("y", DType::kBf16, {tokens, hidden});
-  std::memset(static_cast<void*>(y), fill, static_cast<size_t>(tokens * hidden) * sizeof(Bf16));
-  return MatrixView<Bf16>(y, tokens, hidden);
+  return filled_result<Bf16>(job, "y", DType::kBf16, tokens, hidden, fill);
 }
 
 }  // namespace

@@ -47,6 +47,7 @@ class Consumer {
     for (;;) {
       ptx::mbarrier_wait_parity(full_barrier(stage_), phase_);
       const uint4 tile = ptx::ld_shared_v4(shared_ + Traits::kTileOffset + stage_ * 16);
+      __syncwarp();  // all lanes have read, before one of them releases the stage
       if (tile.w == 0) return;
       const WorkTile work{static_cast<int32_t>(tile.x), static_cast<int32_t>(tile.y),
                           static_cast<int32_t>(tile.z), __shfl_sync(~0u, static_cast<int32_t>(tile.w), 0)};

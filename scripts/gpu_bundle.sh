@@ -16,7 +16,7 @@ folder=$build_folder/portable
 say "building a portable release in build/portable (log: build/portable.log)"
 mkdir -p "$build_folder" "$target/tests" "$target/scripts"
 (cmake -S "$root" -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DFOURFOLD_PORTABLE=ON -DFOURFOLD_CUDA=ON &&
-  cmake --build "$folder" --parallel "${FOURFOLD_JOBS:-$(nproc)}" --target fourfold_command gpu_tests) \
+  cmake --build "$folder" --parallel "$(nproc)" --target fourfold_command gpu_tests) \
   >"$build_folder/portable.log" 2>&1 || { tail -n 60 "$build_folder/portable.log" >&2; die "the build failed"; }
 
 install -s -m 755 "$folder/fourfold" "$target/fourfold"

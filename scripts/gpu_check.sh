@@ -50,8 +50,6 @@ failed=0
 : >"$out/summary.txt"
 : >"$out/steps.jsonl"
 
-
-
 # note STATUS NAME SECONDS DETAIL: one line of the summary. STATUS: passed, failed, skipped, not run.
 note() {
   local detail=${4//[$'\n\r\t']/ }
@@ -71,7 +69,7 @@ attempt() {
     return 1
   fi
   [ "$most" -le "$left" ] || most=$left
-  timeout "$most" "$@" >"$log" 2>&1
+  timeout "$most" "$@" </dev/null >"$log" 2>&1
   code=$?
   last=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | cut -c 1-160)
   case $code in

@@ -386,6 +386,20 @@ TEST(Check, FindsTapsThatChangeTheResultAndRowsThatAreUnwritten) {
   EXPECT_FALSE(check_backend(CarelessBackend(true), CheckDepth::kEndToEnd).passed());
 }
 
+TEST(Report, SaysWhenAFloorIsBeaten) {
+  BenchResult result;
+  result.bench_case = {"b", "m", 8, 64, 32, 2, 10, ActivationFormat::kBf16, 1};
+  result.floor.seconds = 2e-3;
+  result.cold = true;
+  result.seconds = Spread{1e-3, 1e-3, 1e-3, 3};
+  EXPECT_TRUE(result.beats_floor());
+  EXPECT_NE(format_case(result).find("faster than its floor"), std::string::npos) << format_case(result);
+  result.seconds = Spread{4e-3, 4e-3, 4e-3, 3};
+  EXPECT_FALSE(result.beats_floor());
+  EXPECT_EQ(format_case(result).find("faster than its floor"), std::string::npos);
+  EXPECT_NE(format_case(result).find("50.0%"), std::string::npos) << format_case(result);
+}
+
 /// A request for a few small cases.
 BenchRequest small_request(const Backend& backend) {
   BenchRequest request;

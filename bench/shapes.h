@@ -50,7 +50,9 @@ constexpr const ModelShape* find_model_shape(std::string_view name) {
 
 constexpr bool every_alias_names_a_shape() {
   for (const ShapeAlias& alias : kShapeAliases) {
-    if (find_model_shape(alias.alias) == nullptr) return false;
+    bool names_one = false;
+    for (const ModelShape& shape : kModelShapes) names_one |= shape.name == alias.name;
+    if (!names_one) return false;
   }
   return true;
 }

@@ -70,8 +70,9 @@ class Consumer {
     return shared_ + Traits::kFullOffset + stage * 8;
   }
 
-  /// One arrival a warp.
+  /// One arrival a warp, after all of its lanes have read.
   __device__ __forceinline__ void release(int stage) const {
+    __syncwarp();
     ptx::mbarrier_arrive_if(shared_ + Traits::kEmptyOffset + stage * 8, thread_ % 32 == 0);
   }
 

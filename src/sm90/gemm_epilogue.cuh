@@ -66,7 +66,11 @@ class Epilogue {
   /// Called by every consumer warpgroup; those of other depth parts only hand over their sums.
   __device__ __forceinline__ void finish(Sums<Traits>& sums) {
     if constexpr (Traits::kDepthParts > 1) {
-      if (depth_part_ != 0) return hand_over(sums);
+      // All parts meet at the same two instructions: synccheck takes others for divergence.
+      ptx::bar_sync(kPartialsFree, kPartialThreads);
+      if (depth_part_ != 0) hand_over(sums);
+      ptx::bar_sync(kPartialsFull, kPartialThreads);
+      if (depth_part_ != 0) return;
       collect(sums);
     }
     publish_alphas();
@@ -116,18 +120,14 @@ class Epilogue {
   }
 
   __device__ __forceinline__ void hand_over(const Sums<Traits>& sums) const {
-    ptx::bar_sync(kPartialsFree, kPartialThreads);
 #pragma unroll
     for (int i = 0; i < Traits::kRowBlocks * kSums; ++i) {
       ptx::st_shared_f32(partials(depth_part_) + i * 512, sums.of[i / kSums][i % kSums]);
     }
-    ptx::bar_sync(kPartialsFull, kPartialThreads);
   }
 
   /// Adds the other parts' sums in order.
   __device__ __forceinline__ void collect(Sums<Traits>& sums) const {
-    ptx::bar_sync(kPartialsFree, kPartialThreads);
-    ptx::bar_sync(kPartialsFull, kPartialThreads);
 #pragma unroll
     for (int part = 1; part < Traits::kDepthParts; ++part) {
 #pragma unroll

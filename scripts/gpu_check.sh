@@ -2,9 +2,10 @@
 # Everything that needs a GPU, in one command and at most 8 minutes: the GPU tests, layertest and gemmtest in all
 # activation formats, compute-sanitizer on small cases, the benchmark's grid, and PyTorch's grouped GEMM as a control.
 #
-#   scripts/gpu_check.sh [--binaries DIR] [--out DIR] [--backend NAME] [--steps LIST]
+#   scripts/gpu_check.sh [--binaries DIR] [--real DIR] [--out DIR] [--backend NAME] [--steps LIST]
 #
 # --binaries DIR  prebuilt by scripts/gpu_bundle.sh (or a build folder); else the project is built here
+# --real DIR      a checkpoint of trained weights, as scripts/real_checkpoint.py DIR --layers 15 makes it, for layertest
 # --out DIR       where summary.txt, summary.json, grid.json and the logs go (default: build/gpu_check)
 # --backend NAME  default: sm90
 # --steps LIST    of tests,layertest,grid,control,sanitizer (default: all, in this order)
@@ -13,14 +14,15 @@
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-binaries='' out='' backend=sm90 steps=tests,layertest,grid,control,sanitizer
+binaries='' real='' out='' backend=sm90 steps=tests,layertest,grid,control,sanitizer
 while [ $# -gt 0 ]; do
   case $1 in
     --binaries) binaries=${2:?--binaries needs a folder}; shift ;;
     --out) out=${2:?--out needs a folder}; shift ;;
     --backend) backend=${2:?--backend needs a name}; shift ;;
     --steps) steps=${2:?--steps needs a list}; shift ;;
-    --help | -h) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --real) real=${2:?--real needs a folder}; shift ;;
+    --help | -h) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) printf 'error: unknown option %s; see --help\n' "$1" >&2; exit 2 ;;
   esac
   shift
@@ -42,6 +44,7 @@ fourfold=$binaries/fourfold
 shapes=A,B,C
 tokens=1,4,16,64,256,1024,4096,8192,16384
 formats=(nvfp4 nvfp4x2 fp8 bf16)
+families=(deepseek-v3 qwen3-moe qwen2-moe mixtral gpt-oss) # deepseek-v4's shared expert is FP8, which sm90 refuses
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 limit_s=480 # of the whole script
@@ -113,7 +116,7 @@ layertest() {
 }
 
 run_layertest() {
-  local format command
+  local format family command
   make_checkpoint
   for format in "${formats[@]}"; do
     mapfile -t command < <(layertest --activations "$format")
@@ -121,6 +124,19 @@ run_layertest() {
   done
   mapfile -t command < <(layertest --activations nvfp4 --activation-scale dynamic-token)
   attempt 'layertest nvfp4 dynamic-token' 60 "${command[@]}"
+  for family in "${families[@]}"; do
+    "$fourfold" synthesize "$scratch/$family" --family "$family" --shape 16,256,128,4 >/dev/null 2>&1
+    attempt "layertest $family" 60 "$fourfold" layertest --backend "$backend" --original "$scratch/$family/original" \
+      --nvfp4 "$scratch/$family/nvfp4" --input "$scratch/$family/inputs.safetensors"
+  done
+  for format in "${formats[@]}"; do
+    if [ -z "$real" ]; then
+      note 'not run' "layertest real $format" 0 'no --real'
+    else
+      attempt "layertest real $format" 60 "$fourfold" layertest --backend "$backend" --original "$real/original" \
+        --nvfp4 "$real/nvfp4" --layer 15 --input "$real/inputs.safetensors" --activations "$format"
+    fi
+  done
   attempt gemmtest 60 "$fourfold" gemmtest --backend "$backend"
 }
 

@@ -341,7 +341,7 @@ void run_checkpoint_layer(Job& job) {
   std::optional<CheckpointRouter> router;
   if (rules.router) {
     router = load_router(*checkpoint, layer, config.experts, config.hidden, *rules.router,
-                         rules.router_has_correction_bias, why_not);
+                         rules.router_bias, why_not);
   }
   if (!router) throw std::runtime_error(why_not);
 

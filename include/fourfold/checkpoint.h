@@ -27,7 +27,8 @@ struct ModelConfig {
   std::optional<float> swiglu_alpha;      ///< gpt-oss: the factor in its sigmoid
   std::string scoring_func;               ///< the router's scores, where it says: "sigmoid", "sqrtsoftplus"
   std::optional<int64_t> shared_experts;  ///< n_shared_experts
-  std::optional<bool> renormalise;        ///< norm_topk_prob
+  std::optional<int64_t> shared_intermediate;  ///< its size, where the config gives it apart
+  std::optional<bool> renormalise;             ///< norm_topk_prob
   std::optional<float> routed_scaling_factor;  ///< multiplies routing weights: DeepSeek
   std::optional<int64_t> groups, top_groups;   ///< n_group, topk_group: DeepSeek-V3
   std::string quantization;                    ///< e.g. "modelopt NVFP4"; empty when it claims none
@@ -97,12 +98,21 @@ struct CheckpointRouter {
   std::shared_ptr<const std::vector<int64_t>> hash_table;  ///< [vocabulary, K]; null: not hash-routed
 };
 
-/// The router of `layer` [experts, hidden], computed as `config` says, which must have a correction bias
-/// where `has_correction_bias`. nullopt, with the reason in `why_not`, where there is none. Throws Error for
-/// tensors that do not fit.
+/// What a bias beside a router's weight is added to.
+enum class RouterBias : uint8_t {
+  kNone,        ///< the family has none
+  kLogits,      ///< gpt-oss
+  kCorrection,  ///< the scores, for selection alone: DeepSeek
+  kByName,      ///< nobody says: "bias" is the logits', "e_score_correction_bias" the scores'
+};
+
+/// The router of `layer` [experts, hidden], computed as `config` says, with the bias that `bias` says: a
+/// layer without hash table must have the correction bias of kCorrection. nullopt, with the reason in
+/// `why_not`, where there is none. Throws Error for tensors that do not fit, and for any that would be left
+/// out.
 std::optional<CheckpointRouter> load_router(const Checkpoint& checkpoint, int64_t layer, int64_t experts,
-                                            int64_t hidden, const RouterConfig& config,
-                                            bool has_correction_bias, std::string& why_not);
+                                            int64_t hidden, const RouterConfig& config, RouterBias bias,
+                                            std::string& why_not);
 
 /// Layers that hold experts, ascending.
 std::vector<int64_t> layers_with_experts(const Checkpoint& checkpoint);

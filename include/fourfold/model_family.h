@@ -18,8 +18,9 @@ struct LayerRules {
   ActivationFunction activation;         ///< of the routed experts
   ActivationFunction shared_activation;  ///< of the shared expert
   bool weight_on_input = false;
-  std::optional<RouterConfig> router;       ///< absent where the family is not known and nobody says
-  bool router_has_correction_bias = false;  ///< the family's selection is by biased score
+  std::optional<RouterConfig> router;  ///< absent where the family is not known and nobody says
+  RouterBias router_bias = RouterBias::kByName;
+  bool shared_has_gate = false;  ///< the family's shared expert has a gate on its output: so must the layer's
 };
 
 /// What a caller says instead of, or in place of, config.json.
@@ -37,6 +38,9 @@ LayerRules rules_of(const ModelConfig& config, const RuleOverrides& overrides = 
 /// The family's name, e.g. "qwen3-moe"; empty where it is not known.
 std::string_view family_name(const ModelConfig& config);
 
+/// What config.json calls the model, for messages: "model_type 'x'", or that it says nothing.
+std::string identity(const ModelConfig& config);
+
 /// Names of the families that are known, with commas.
 std::string known_families();
 
@@ -45,7 +49,8 @@ std::string known_families();
 std::string describe_router(const LayerRules& rules, bool by_token_id = false);
 
 /// The layer as its tensors and rules say; top_k is the router's, 0 where there is none. Throws Error where
-/// the experts have a gate and the activation has none, or the reverse.
+/// experts have a gate and the activation has none, or the reverse, and where the shared expert lacks the
+/// gate on its output that the family's has.
 LayerConfig layer_config(const ExpertLayer& layer, const LayerRules& rules);
 
 /// "swiglu", "swiglu-step", "geglu", "geglu-tanh", "relu2", "silu" or "gelu", then ",alpha=A", ",beta=B" and

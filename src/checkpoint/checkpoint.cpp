@@ -177,6 +177,8 @@ void Checkpoint::read_config() {
     config_.swiglu_alpha = positive_in(config, file, "swiglu_alpha");
     config_.scoring_func = string_in(config, "scoring_func");
     config_.shared_experts = count_in(config, file, {"n_shared_experts"});
+    config_.shared_intermediate =
+        count_in(config, file, {"shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"});
     config_.routed_scaling_factor = positive_in(config, file, "routed_scaling_factor");
     config_.groups = count_in(config, file, {"n_group"});
     config_.top_groups = count_in(config, file, {"topk_group"});

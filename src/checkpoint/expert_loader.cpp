@@ -72,6 +72,10 @@ class LayerLoader {
   ExpertLayer load() {
     require_known_children();
     const std::string experts = block_.prefix + std::string(kExperts);
+    if (order_ && !is_fused(experts)) {
+      reject(fmt::format("{}: --gate-up-order", checkpoint_.path().string()), "gate and up in one tensor",
+             fmt::format("experts one by one under '{}'", experts));
+    }
     ExpertLayer layer = is_fused(experts) ? load_fused(experts) : load_separate(experts);
     load_shared(layer);
     layer.weights.intermediate = rows_of(layer.weights.experts.front().up);
@@ -239,9 +243,9 @@ class LayerLoader {
     if (order_) return *order_;
     if (const auto order = fused_gate_up_order(checkpoint_.config())) return *order;
     fail(ErrorCode::kUnsupported,
-         "{}: expected a known family, which tells how gate and up lie in '{}gate_up_proj', found model type "
-         "'{}'; give --gate-up-order gate-first, up-first or interleaved",
-         checkpoint_.path().string(), prefix, checkpoint_.config().model_type);
+         "{}: expected a known family, which tells how gate and up lie in '{}gate_up_proj', found {}; give "
+         "--gate-up-order gate-first, up-first or interleaved",
+         checkpoint_.path().string(), prefix, identity(checkpoint_.config()));
   }
 
   Expert read_fused_expert(const std::string& name, int64_t id, const FusedReader& gate_up,
@@ -334,6 +338,21 @@ class LayerLoader {
     }
   }
 
+  /// DeepSeek's n shared experts are stored as one of n times the size; Qwen and Nemotron-H give the size.
+  void compare_shared(ExpertLayer& layer) const {
+    const ModelConfig& config = checkpoint_.config();
+    std::optional<int64_t> claimed = config.shared_intermediate;
+    if (!claimed && config.shared_experts) claimed = *config.shared_experts * layer.weights.intermediate;
+    const int64_t found = layer.weights.shared ? layer.weights.shared->intermediate : 0;
+    if (!claimed || *claimed == found) return;
+    const auto text = [](int64_t size) {
+      return size > 0 ? fmt::format("a shared expert of intermediate size {}", size)
+                      : std::string("no shared expert");
+    };
+    layer.notes.push_back(fmt::format("config.json says {}, the tensors have {}: the tensors are used",
+                                      text(*claimed), text(found)));
+  }
+
   void compare_with_config(ExpertLayer& layer) const {
     const ModelConfig& config = checkpoint_.config();
     const auto compare = [&](const char* what, std::optional<int64_t> claimed, int64_t found) {
@@ -345,10 +364,7 @@ class LayerLoader {
     compare("hidden size", config.hidden, layer.weights.hidden);
     compare("expert intermediate size", config.intermediate, layer.weights.intermediate);
     compare("experts", config.experts, layer.experts_in_checkpoint);
-    if (config.shared_experts && (*config.shared_experts > 0) != layer.weights.shared.has_value()) {
-      layer.notes.push_back(fmt::format("config.json says {} shared experts, the tensors have {}",
-                                        *config.shared_experts, layer.weights.shared ? "one" : "none"));
-    }
+    compare_shared(layer);
     const bool claims_nvfp4 = config.quantization.find("NVFP4") != std::string::npos;
     const bool is_nvfp4 = layer.scheme.find("nvfp4") != std::string::npos;
     if (claims_nvfp4 != is_nvfp4) {

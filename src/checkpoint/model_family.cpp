@@ -24,141 +24,45 @@ struct Family {
   bool always_renormalise;  ///< its router knows no norm_topk_prob
   float scaling_factor;     ///< default of routed_scaling_factor
   int64_t groups, top_groups;
-  bool has_correction_bias;
+  RouterBias router_bias;
   GateUpOrder fused_order;
   ActivationFunction activation;
   bool weight_on_input = false;
+  bool shared_has_gate = false;
 };
 
 constexpr ActivationFunction kSiluGate = {};
 constexpr ActivationFunction kDeepSeekV4 = {ActivationKind::kSwiglu, 1.0f, 0.0f, 10.0f};
 constexpr ActivationFunction kGptOss = {ActivationKind::kSwiglu, 1.702f, 1.0f, 7.0f};
 constexpr ActivationFunction kRelu2 = {ActivationKind::kReluSquared};
+constexpr RouterBias kNoBias = RouterBias::kNone, kLogits = RouterBias::kLogits,
+                     kCorrection = RouterBias::kCorrection;
 constexpr GateUpOrder kGateFirst = GateUpOrder::kGateFirst, kInterleaved = GateUpOrder::kInterleaved;
 
+// clang-format off
 constexpr std::array<Family, 10> kFamilies = {{
-    {"deepseek-v4",
-     {"deepseek_v4"},
-     "DeepseekV4ForCausalLM",
-     RouterScore::kSqrtSoftplus,
-     true,
-     false,
-     1.5f,
-     1,
-     1,
-     true,
-     kGateFirst,
-     kDeepSeekV4},
-    {"deepseek-v3",
-     {"deepseek_v3", "deepseek_v32", "kimi_k2"},
-     "DeepseekV3ForCausalLM",
-     RouterScore::kSigmoid,
-     true,
-     false,
-     2.5f,
-     8,
-     4,
-     true,
-     kGateFirst,
-     kSiluGate},
-    {"glm4-moe",
-     {"glm4_moe"},
-     "Glm4MoeForCausalLM",
-     RouterScore::kSigmoid,
-     true,
-     false,
-     1.0f,
-     1,
-     1,
-     true,
-     kGateFirst,
-     kSiluGate},
-    {"qwen3-moe",
-     {"qwen3_moe", "qwen3_vl_moe_text"},
-     "Qwen3MoeForCausalLM",
-     RouterScore::kSoftmax,
-     false,
-     false,
-     1.0f,
-     1,
-     1,
-     false,
-     kGateFirst,
-     kSiluGate},
-    {"qwen2-moe",
-     {"qwen2_moe"},
-     "Qwen2MoeForCausalLM",
-     RouterScore::kSoftmax,
-     false,
-     false,
-     1.0f,
-     1,
-     1,
-     false,
-     kGateFirst,
-     kSiluGate},
-    {"qwen3-next",
-     {"qwen3_next"},
-     "Qwen3NextForCausalLM",
-     RouterScore::kSoftmax,
-     true,
-     false,
-     1.0f,
-     1,
-     1,
-     false,
-     kGateFirst,
-     kSiluGate},
-    {"mixtral",
-     {"mixtral"},
-     "MixtralForCausalLM",
-     RouterScore::kSoftmax,
-     true,
-     true,
-     1.0f,
-     1,
-     1,
-     false,
-     kGateFirst,
-     kSiluGate},
-    {"gpt-oss",
-     {"gpt_oss"},
-     "GptOssForCausalLM",
-     RouterScore::kSoftmaxOfTopK,
-     true,
-     true,
-     1.0f,
-     1,
-     1,
-     false,
-     kInterleaved,
-     kGptOss},
-    {"llama-4",
-     {"llama4_text", "llama4"},
-     "Llama4ForConditionalGeneration",
-     RouterScore::kSigmoid,
-     false,
-     true,
-     1.0f,
-     1,
-     1,
-     false,
-     kGateFirst,
-     kSiluGate,
-     true},
-    {"nemotron-h",
-     {"nemotron_h"},
-     "NemotronHForCausalLM",
-     RouterScore::kSigmoid,
-     true,
-     false,
-     1.0f,
-     1,
-     1,
-     true,
-     kGateFirst,
-     kRelu2},
+    {"deepseek-v4", {"deepseek_v4"}, "DeepseekV4ForCausalLM",
+     RouterScore::kSqrtSoftplus, true, false, 1.5f, 1, 1, kCorrection, kGateFirst, kDeepSeekV4},
+    {"deepseek-v3", {"deepseek_v3", "deepseek_v32", "kimi_k2"}, "DeepseekV3ForCausalLM",
+     RouterScore::kSigmoid, true, false, 2.5f, 8, 4, kCorrection, kGateFirst, kSiluGate},
+    {"glm4-moe", {"glm4_moe"}, "Glm4MoeForCausalLM",
+     RouterScore::kSigmoid, true, false, 1.0f, 1, 1, kCorrection, kGateFirst, kSiluGate},
+    {"qwen3-moe", {"qwen3_moe", "qwen3_vl_moe_text"}, "Qwen3MoeForCausalLM",
+     RouterScore::kSoftmax, false, false, 1.0f, 1, 1, kNoBias, kGateFirst, kSiluGate},
+    {"qwen2-moe", {"qwen2_moe"}, "Qwen2MoeForCausalLM",
+     RouterScore::kSoftmax, false, false, 1.0f, 1, 1, kNoBias, kGateFirst, kSiluGate, false, true},
+    {"qwen3-next", {"qwen3_next"}, "Qwen3NextForCausalLM",
+     RouterScore::kSoftmax, true, false, 1.0f, 1, 1, kNoBias, kGateFirst, kSiluGate, false, true},
+    {"mixtral", {"mixtral"}, "MixtralForCausalLM",
+     RouterScore::kSoftmax, true, true, 1.0f, 1, 1, kNoBias, kGateFirst, kSiluGate},
+    {"gpt-oss", {"gpt_oss"}, "GptOssForCausalLM",
+     RouterScore::kSoftmaxOfTopK, true, true, 1.0f, 1, 1, kLogits, kInterleaved, kGptOss},
+    {"llama-4", {"llama4_text", "llama4"}, "Llama4ForConditionalGeneration",
+     RouterScore::kSigmoid, false, true, 1.0f, 1, 1, kNoBias, kGateFirst, kSiluGate, true},
+    {"nemotron-h", {"nemotron_h"}, "NemotronHForCausalLM",
+     RouterScore::kSigmoid, true, false, 1.0f, 1, 1, kCorrection, kGateFirst, kRelu2},
 }};
+// clang-format on
 
 const Family* find_family(const ModelConfig& config) {
   const auto is_it = [&](const Family& family) {
@@ -169,13 +73,6 @@ const Family* find_family(const ModelConfig& config) {
   };
   const auto it = std::find_if(kFamilies.begin(), kFamilies.end(), is_it);
   return it == kFamilies.end() ? nullptr : &*it;
-}
-
-/// What config.json calls the model, for messages.
-std::string identity(const ModelConfig& config) {
-  if (!config.model_type.empty()) return fmt::format("model_type '{}'", config.model_type);
-  if (!config.architecture.empty()) return fmt::format("architecture '{}'", config.architecture);
-  return "neither, or no such file";
 }
 
 /// The family's activation, with the limit and alpha of config.json; hidden_act may replace SiLU as the
@@ -221,11 +118,24 @@ RouterConfig router_of(const Family& family, const ModelConfig& config) {
   return router;
 }
 
+void require_gates(const Expert& expert, const ActivationFunction& function, const std::string& naming) {
+  if (expert.has_gate() == is_gated(function.kind)) return;
+  reject(fmt::format("{}, for {}", naming, describe(function)),
+         is_gated(function.kind) ? "experts with a gate" : "experts without a gate",
+         "the other kind; --activation overrides the config's");
+}
+
 }  // namespace
 
 std::string_view family_name(const ModelConfig& config) {
   const Family* family = find_family(config);
   return family ? family->name : std::string_view();
+}
+
+std::string identity(const ModelConfig& config) {
+  if (!config.model_type.empty()) return fmt::format("model_type '{}'", config.model_type);
+  if (!config.architecture.empty()) return fmt::format("architecture '{}'", config.architecture);
+  return "neither, or no such file";
 }
 
 std::string known_families() {
@@ -252,13 +162,14 @@ LayerRules rules_of(const ModelConfig& config, const RuleOverrides& overrides) {
   rules.family = family ? family->name : "given";
   rules.activation = overrides.activation ? *overrides.activation : activation_of(*family, config);
   rules.shared_activation = rules.activation;
+  rules.shared_has_gate = family != nullptr && family->shared_has_gate;
   rules.weight_on_input = overrides.weight_on_input || (family != nullptr && family->weight_on_input);
   if (overrides.router) {
     rules.router = overrides.router;
     if (rules.router->top_k == 0) rules.router->top_k = config.top_k.value_or(0);
   } else if (family != nullptr) {
     rules.router = router_of(*family, config);
-    rules.router_has_correction_bias = family->has_correction_bias;
+    rules.router_bias = family->router_bias;
   }
   return rules;
 }
@@ -274,7 +185,7 @@ std::string describe_router(const LayerRules& rules, bool by_token_id) {
     text += fmt::format(" in the best {} of {} groups", router.top_groups, router.groups);
   if (by_token_id) {
     text += " by token id";
-  } else if (rules.router_has_correction_bias) {
+  } else if (rules.router_bias == RouterBias::kCorrection) {
     text += " by biased score";
   }
   if (router.renormalise && router.score != RouterScore::kSoftmaxOfTopK) text += ", renormalised";
@@ -284,10 +195,13 @@ std::string describe_router(const LayerRules& rules, bool by_token_id) {
 }
 
 LayerConfig layer_config(const ExpertLayer& layer, const LayerRules& rules) {
-  if (layer.weights.experts.front().has_gate() != is_gated(rules.activation.kind)) {
-    reject(fmt::format("{}, for {}", layer.naming, describe(rules.activation)),
-           is_gated(rules.activation.kind) ? "experts with a gate" : "experts without a gate",
-           "the other kind; --activation overrides the config's");
+  require_gates(layer.weights.experts.front(), rules.activation, layer.naming);
+  if (layer.weights.shared) {
+    require_gates(layer.weights.shared->expert, rules.shared_activation, layer.shared_naming);
+    if (rules.shared_has_gate && !layer.weights.shared->gate) {
+      reject(layer.shared_naming,
+             fmt::format("'shared_expert_gate.weight' beside it, as {} has", rules.family), "none");
+    }
   }
   LayerConfig config;
   config.hidden = layer.weights.hidden;

@@ -33,18 +33,49 @@ std::vector<int64_t> read_hash_table(const Tensor& tensor, int64_t top_k, int64_
   return table;
 }
 
-/// The correction bias under either of its names: DeepSeek-V4 calls it plain "bias", which elsewhere belongs
-/// to the logits.
-const Tensor* find_correction_bias(const Checkpoint& checkpoint, const std::string& name) {
-  const Tensor* bias = checkpoint.find(name + ".e_score_correction_bias");
-  return bias ? bias : checkpoint.find(name + ".bias");
+/// The bias beside a router's weight, and what it is added to; null where there is none that may be there.
+struct FoundBias {
+  const Tensor* tensor = nullptr;
+  bool corrects_scores = false;
+};
+
+/// DeepSeek-V4 calls its correction bias plain "bias", which elsewhere belongs to the logits.
+FoundBias find_bias(const Checkpoint& checkpoint, const std::string& name, RouterBias kind) {
+  const Tensor *plain = checkpoint.find(name + ".bias"),
+               *correction = checkpoint.find(name + ".e_score_correction_bias");
+  switch (kind) {
+    case RouterBias::kNone:
+      return {};
+    case RouterBias::kLogits:
+      return {plain, false};
+    case RouterBias::kCorrection:
+      return {correction ? correction : plain, true};
+    case RouterBias::kByName:
+      return correction ? FoundBias{correction, true} : FoundBias{plain, false};
+  }
+  return {};
+}
+
+/// Tensors of this router or a second one that nothing reads would change the routing.
+void require_all_known(const Checkpoint& checkpoint, const MoeBlock& block,
+                       const std::set<std::string>& known) {
+  for (const std::string_view child : kRouters) {
+    for (const Tensor* tensor : tensors_under(checkpoint, block.prefix + std::string(child))) {
+      if (known.contains(tensor->name)) continue;
+      fail(
+          ErrorCode::kUnsupported,
+          "{}: tensor '{}': expected one router's weight, tid2eid and the bias that its family has, found {} "
+          "too, which would be left out",
+          tensor->file, tensor->name, tensor->describe());
+    }
+  }
 }
 
 }  // namespace
 
 std::optional<CheckpointRouter> load_router(const Checkpoint& checkpoint, int64_t layer, int64_t experts,
-                                            int64_t hidden, const RouterConfig& config,
-                                            bool has_correction_bias, std::string& why_not) {
+                                            int64_t hidden, const RouterConfig& config, RouterBias bias,
+                                            std::string& why_not) {
   const MoeBlock block = find_block(checkpoint, layer);
   CheckpointRouter router;
   router.config = config;
@@ -52,7 +83,7 @@ std::optional<CheckpointRouter> load_router(const Checkpoint& checkpoint, int64_
   for (const std::string_view child : kRouters) {
     const std::string name = block.prefix + std::string(child.substr(0, child.size() - 1));
     const Tensor* found = checkpoint.find(name + ".weight");
-    if (found == nullptr) continue;
+    if (found == nullptr || weight != nullptr) continue;
     weight = found;
     router.name = name;
   }
@@ -61,33 +92,26 @@ std::optional<CheckpointRouter> load_router(const Checkpoint& checkpoint, int64_
         fmt::format("the checkpoint has no '{}gate.weight' or '{}router.weight'", block.prefix, block.prefix);
     return std::nullopt;
   }
-  router.weights.weight = dense_tensor(*weight, {experts, hidden});
   std::set<std::string> known = {weight->name};
+  router.weights.weight = dense_tensor(*weight, {experts, hidden});
   if (const Tensor* table = checkpoint.find(router.name + ".tid2eid")) {
     router.hash_table =
         std::make_shared<const std::vector<int64_t>>(read_hash_table(*table, config.top_k, experts));
     router.weights.experts_of_token = {router.hash_table->data(), table->shape[0], config.top_k};
     known.insert(table->name);
   }
-  if (const Tensor* bias = find_correction_bias(checkpoint, router.name); bias && has_correction_bias) {
-    router.weights.correction_bias = dense_tensor(*bias, {experts});
-    known.insert(bias->name);
-  } else if (has_correction_bias && router.hash_table == nullptr) {
+  const FoundBias found = find_bias(checkpoint, router.name, bias);
+  if (found.tensor != nullptr) {
+    (found.corrects_scores ? router.weights.correction_bias : router.weights.bias) =
+        dense_tensor(*found.tensor, {experts});
+    known.insert(found.tensor->name);
+  } else if (bias == RouterBias::kCorrection && router.hash_table == nullptr) {
     fail(ErrorCode::kBadFile,
          "{}: expected a tensor '{}.e_score_correction_bias' or '{}.bias' beside the router's weight, found "
          "neither",
          checkpoint.path().string(), router.name, router.name);
-  } else if (bias) {
-    router.weights.bias = dense_tensor(*bias, {experts});
-    known.insert(bias->name);
   }
-  for (const Tensor* tensor : tensors_under(checkpoint, router.name + ".")) {
-    if (known.contains(tensor->name)) continue;
-    fail(ErrorCode::kUnsupported,
-         "{}: tensor '{}': expected weight, bias and tid2eid of a router, found {} too, which this version "
-         "does not read",
-         tensor->file, tensor->name, tensor->describe());
-  }
+  require_all_known(checkpoint, block, known);
   return router;
 }
 

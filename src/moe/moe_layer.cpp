@@ -239,11 +239,10 @@ std::string describe(const ActivationFunction& function) {
   switch (function.kind) {
     case ActivationKind::kSwiglu: {
       const std::string g = clamped ? fmt::format("min(g, {})", function.limit) : "g";
-      const std::string gated = function.alpha == 1.0f
-                                    ? fmt::format("silu({})", g)
-                                    : fmt::format("g' * sigmoid({} g'), g' = {}", function.alpha, g);
-      return function.beta == 0.0f ? fmt::format("{} * {}", gated, up)
-                                   : fmt::format("({} + {}) * {}", up, function.beta, gated);
+      const std::string factor = function.beta == 0.0f ? up : fmt::format("({} + {})", up, function.beta);
+      if (function.alpha == 1.0f) return fmt::format("silu({}) * {}", g, factor);
+      return clamped ? fmt::format("{} * g' * sigmoid({} g'), g' = {}", factor, function.alpha, g)
+                     : fmt::format("{} * g * sigmoid({} g)", factor, function.alpha);
     }
     case ActivationKind::kSwigluStep:
       return clamped ? fmt::format("min(silu(g), {}) * {}", function.limit, up) : "silu(g) * u";

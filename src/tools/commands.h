@@ -28,9 +28,9 @@ CLI::Validator whole_number() {
 }
 
 /// "" is what an unset shell variable gives: it must not count as an option that was left out.
-inline CLI::Validator nonempty() {
+inline CLI::Validator nonempty(const std::string& what = "a path") {
   return CLI::Validator(
-      [](std::string& text) { return text.empty() ? "expected a path, found nothing" : ""; }, "");
+      [what](std::string& text) { return text.empty() ? "expected " + what + ", found nothing" : ""; }, "");
 }
 
 /// "A,B,C" into `fields`, one each; false unless `text` is exactly that many numbers.

@@ -34,9 +34,9 @@ class InputRouter {
     require_rule();
     if (inputs_.made_up && !tests_all_experts() && !task_.router_given) return false;
     std::string why_not;
-    const auto router = load_router(task_.checkpoint, task_.layer, task_.experts.experts_in_checkpoint,
-                                    task_.experts.weights.hidden, *task_.rules.router,
-                                    task_.rules.router_has_correction_bias, why_not);
+    const auto router =
+        load_router(task_.checkpoint, task_.layer, task_.experts.experts_in_checkpoint,
+                    task_.experts.weights.hidden, *task_.rules.router, task_.rules.router_bias, why_not);
     if (!router) {
       if (task_.router_given) reject("--router", "the router's weight in the checkpoint", why_not);
       why_no_router_ = why_not;
@@ -54,11 +54,10 @@ class InputRouter {
 
   void require_rule() const {
     if (task_.rules.router) return;
-    fail(
-        ErrorCode::kUnsupported,
-        "{}: expected a known family ({}), which tells how its router works, found '{}'; give --router (e.g. "
-        "softmax,top-k=8), or topk_ids and topk_weights in --input",
-        task_.checkpoint.config().file, known_families(), task_.checkpoint.config().model_type);
+    fail(ErrorCode::kUnsupported,
+         "{}: expected a known family ({}), which tells how its router works, found {}; give --router (e.g. "
+         "softmax,top-k=8), or topk_ids and topk_weights in --input",
+         task_.checkpoint.config().file, known_families(), identity(task_.checkpoint.config()));
   }
 
   /// Hash routing goes by token ids: the input's, or made up with x.
@@ -77,15 +76,20 @@ class InputRouter {
                       router.name),
           "none of them");
     }
+    for (const int64_t id : inputs_.token_ids) {
+      if (id >= 0 && id < vocabulary) continue;
+      reject(fmt::format("{}: token_ids", inputs_.x_origin),
+             fmt::format("0 to {}, the rows of '{}.tid2eid'", vocabulary - 1, router.name), id);
+    }
   }
 
-  /// Errors name the checkpoint: it is its config that does not fit its tensors.
+  /// Errors name who gave the rule: --router, or the checkpoint, whose config then does not fit its tensors.
   RoutingDecision apply(const CheckpointRouter& router) const {
     try {
       return route(router.config, router.weights, inputs_.x_view(), inputs_.token_ids);
     } catch (const Error& error) {
       fail(ErrorCode::kBadFile, "{}: {}; give topk_ids and topk_weights in --input",
-           task_.checkpoint.config().file, error.what());
+           task_.router_given ? "--router" : task_.checkpoint.config().file, error.what());
     }
   }
 

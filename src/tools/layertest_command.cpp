@@ -352,15 +352,17 @@ void add_layertest(CLI::App& app, int& exit_code) {
       "global scale of NVFP4 activations: static, max-over-experts, dynamic-tensor or dynamic-token; two, "
       "with a comma, for x and the intermediate (default: static where every expert has input_scale, "
       "dynamic-token where none has)");
-  command->add_option(
-      "--activation", arguments->activation,
-      "the function between the GEMMs, instead of the config's: swiglu, swiglu-step, geglu, "
-      "geglu-tanh, relu2, silu or gelu, with ,alpha=A ,beta=B ,limit=L, e.g. swiglu,limit=10");
-  command->add_option(
-      "--router", arguments->router,
-      "how the checkpoint's router is computed, instead of the config's: softmax, "
-      "softmax-of-top-k, sigmoid or sqrt-softplus, with ,top-k=K ,renormalise=yes|no ,scale=F "
-      ",groups=G ,top-groups=N");
+  command
+      ->add_option("--activation", arguments->activation,
+                   "the function between the GEMMs, instead of the config's: swiglu, swiglu-step, geglu, "
+                   "geglu-tanh, relu2, silu or gelu, with ,alpha=A ,beta=B ,limit=L, e.g. swiglu,limit=10")
+      ->check(nonempty("an activation"));
+  command
+      ->add_option("--router", arguments->router,
+                   "how the checkpoint's router is computed, instead of the config's: softmax, "
+                   "softmax-of-top-k, sigmoid or sqrt-softplus, with ,top-k=K ,renormalise=yes|no ,scale=F "
+                   ",groups=G ,top-groups=N")
+      ->check(nonempty("a router"));
   command->add_flag("--weight-on-input", arguments->weight_on_input,
                     "routing weights multiply an expert's input instead of its output (Llama-4)");
   command

@@ -48,14 +48,4 @@ constexpr const ModelShape* find_model_shape(std::string_view name) {
   return nullptr;
 }
 
-constexpr bool every_alias_names_a_shape() {
-  for (const ShapeAlias& alias : kShapeAliases) {
-    bool names_one = false;
-    for (const ModelShape& shape : kModelShapes) names_one |= shape.name == alias.name;
-    if (!names_one) return false;
-  }
-  return true;
-}
-static_assert(every_alias_names_a_shape());
-
 }  // namespace fourfold

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <set>
 
+#include "bench/shapes.h"
 #include "fourfold/error.h"
 #include "fourfold/reference.h"
 #include "planted_faults.h"
@@ -19,6 +20,15 @@
 
 namespace fourfold {
 namespace {
+
+TEST(ModelShapes, EveryAliasNamesOne) {
+  for (const ShapeAlias& alias : kShapeAliases) {
+    const ModelShape* const shape = find_model_shape(alias.alias);
+    ASSERT_NE(shape, nullptr) << alias.alias;
+    EXPECT_EQ(shape->name, alias.name);
+  }
+  EXPECT_EQ(find_model_shape("nosuch"), nullptr);
+}
 
 TEST(Percentile, InterpolatesBetweenNeighbours) {
   const double sorted[] = {1.0, 2.0, 4.0, 8.0};

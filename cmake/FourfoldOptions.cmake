@@ -32,3 +32,16 @@ if(FOURFOLD_SANITIZE)
     $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${FOURFOLD_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer>)
   target_link_options(fourfold_options INTERFACE -fsanitize=${FOURFOLD_SANITIZE})
 endif()
+
+# Executables for another machine with the same kind of system: what such a machine may lack, or have in
+# another version, is linked statically.
+option(FOURFOLD_PORTABLE "Link fmt, libstdc++, libgcc and OpenMP statically" OFF)
+if(FOURFOLD_PORTABLE)
+  add_link_options(-static-libstdc++ -static-libgcc)
+  execute_process(COMMAND ${CMAKE_CXX_COMPILER} -print-file-name=libgomp.a
+                  OUTPUT_VARIABLE FOURFOLD_STATIC_OPENMP OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(NOT IS_ABSOLUTE "${FOURFOLD_STATIC_OPENMP}")
+    message(FATAL_ERROR "fourfold: FOURFOLD_PORTABLE=ON, but ${CMAKE_CXX_COMPILER} has no libgomp.a")
+  endif()
+  set(OpenMP_gomp_LIBRARY "${FOURFOLD_STATIC_OPENMP}" CACHE FILEPATH "OpenMP runtime" FORCE)
+endif()

@@ -26,6 +26,7 @@ PUBLIC_HEADERS = {
     "error.h": "base",
     "number_formats.h": "numeric",
     "tensor.h": "numeric",
+    "memory.h": "numeric",
     "block_scaled.h": "numeric",
     "scale_layout.h": "numeric",
     "quantize.h": "numeric",
@@ -47,7 +48,10 @@ LIBRARIES = [
     (re.compile(r"^CLI/"), lambda path: path.parts[:2] == ("src", "tools")),
     (re.compile(r"^fmt/"), lambda path: path.suffix != ".cu" and path.parts[0] != "include"),
     (re.compile(r"^nlohmann/"), lambda path: path.parts[0] != "include" and path.suffix != ".cu"),
-    (re.compile(r"^(cuda|cub/|thrust/|cooperative_groups)"), lambda path: path.suffix in (".cu", ".cuh")),
+    (
+        re.compile(r"^(cuda(_runtime\w*|_fp\w+|_bf16)?\.h|cudaTypedefs\.h|cuda/std/|cub/|thrust/|cooperative_groups)"),
+        lambda path: path.suffix in (".cu", ".cuh"),
+    ),
     (re.compile(r"^(cutlass|cute)/"), lambda path: path.parts[:2] == ("src", "blackwell") and path.suffix == ".cu"),
 ]
 
@@ -101,7 +105,8 @@ def check_itself() -> None:
         ("src/attic/a.cpp", '#include "base/fail.h"'),
     ]:
         assert violations_in(Path(path), text), f"{path} with {text} should be a violation"
-    assert not violations_in(Path("src/sm90/a.cu"), '#include "cuda/check.h"\n#include <cuda_runtime.h>')
+    assert not violations_in(Path("src/sm90/a.cu"), '#include "cuda/check.cuh"\n#include <cuda_runtime.h>')
+    assert not violations_in(Path("src/sm90/a.cpp"), '#include "cuda/device.h"')
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ enum class ErrorCode {
   kNotFound,         ///< a file, a tensor or a layer that is not there
   kUnsupported,      ///< valid, but this build, backend or version does not implement it
   kIo,               ///< the system refused to read or write
+  kDevice,           ///< a GPU or its driver refused or failed
 };
 
 /// What the library throws. The message names the thing, what was expected, what was found and the remedy.

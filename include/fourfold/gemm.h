@@ -56,5 +56,7 @@ void validate(const ActivationView& a, size_t groups);
 void validate(const GemmArgs& args);
 /// The same, and group offsets: it reads them, so it is for backends that compute on the host.
 void validate(const GroupedGemmArgs& args);
+/// The same without a look at the offsets, which GPUs have in their own memory.
+void validate_shapes(const GroupedGemmArgs& args);
 
 }  // namespace fourfold

@@ -19,6 +19,7 @@
 #include "fourfold/activations.h"
 #include "fourfold/expert_weights.h"
 #include "fourfold/gemm.h"
+#include "fourfold/memory.h"
 #include "fourfold/routing.h"
 
 namespace fourfold {
@@ -106,6 +107,9 @@ struct LayerPlan {
   std::string kernel;                   ///< which kernel will run, for reports
   std::string reason;                   ///< why that one
   std::shared_ptr<const void> details;  ///< the backend's own
+  /// On CPUs: which arithmetic its multiplications use, by the name of the peak that `fourfold bench` measures
+  /// (src/tools/cpu_ceilings.h), e.g. "int8-vnni-avx512".
+  std::string arithmetic = {};
 };
 
 /// Stages of the shared expert; rows are tokens, formats those of shared_options.
@@ -133,6 +137,15 @@ struct StageTaps {
   SharedTaps shared;
 };
 
+/// Told when a call has enqueued (on a CPU: computed) a stage: how `fourfold bench --stages` times them.
+class StageObserver {
+ public:
+  virtual ~StageObserver() = default;
+  /// `stage` names what came since the call before, e.g. "gemm1", or "gemm1+activate" where they are one
+  /// kernel. `stream` is that of the arguments.
+  virtual void after(std::string_view stage, void* stream) = 0;
+};
+
 struct ForwardArgs {
   MatrixView<const Bf16> x;  ///< [T, H]
   Routing routing;
@@ -141,6 +154,7 @@ struct ForwardArgs {
   void* stream = nullptr;     ///< cudaStream_t where the backend has streams
   int32_t* status = nullptr;  ///< StatusBits, in the backend's memory; may be null
   StageTaps taps = {};
+  StageObserver* observer = nullptr;  ///< may be null
 };
 
 /// The routed experts alone, for callers that permute and combine themselves (expert parallelism) and take
@@ -186,6 +200,8 @@ class Backend {
                                       const LayerOptions& options) const = 0;
   virtual std::unique_ptr<MoeLayer> make_layer(const ExpertWeights& weights, const LayerConfig& config,
                                                const LayerOptions& options) const = 0;
+  /// Where it computes: pointers in the arguments of its layers and GEMMs lie there.
+  virtual const Memory& memory() const { return host_memory(); }
   /// Workspace that gemm and grouped_gemm need for these shapes.
   virtual size_t gemm_workspace_bytes(const GroupedGemmArgs& /*args*/) const { return 0; }
   virtual void gemm(const GemmArgs& args) const = 0;
@@ -194,6 +210,8 @@ class Backend {
 
 /// The backend "reference": plain loops (fourfold/reference.h).
 const Backend& reference_backend();
+/// The backend "sm90": Hopper GPUs. In libraries built with CUDA alone.
+const Backend& sm90_backend();
 
 /// Every backend compiled in, best first; the reference is last and can always run.
 std::span<const Backend* const> backends();

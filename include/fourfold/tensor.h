@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 #include <variant>
 
 #include "fourfold/number_formats.h"
@@ -35,7 +36,9 @@ struct MatrixView {
   constexpr MatrixView(T* data_, int64_t rows_, int64_t cols_, int64_t stride_, Device device_ = {})
       : data(data_), rows(rows_), cols(cols_), stride(stride_), device(device_) {}
   /// A view of mutable elements is also a view of constant ones.
-  constexpr operator MatrixView<const T>() const { return {data, rows, cols, stride, device}; }  // NOLINT
+  template <class Mutable>
+  requires(std::is_same_v<const Mutable, T>) constexpr MatrixView(const MatrixView<Mutable>& other)  // NOLINT
+      : MatrixView(other.data, other.rows, other.cols, other.stride, other.device) {}
 
   constexpr bool empty() const { return data == nullptr; }
   constexpr T* row(int64_t r) const { return data + r * stride; }

@@ -98,12 +98,16 @@ void validate(const GemmArgs& args) {
 }
 
 void validate(const GroupedGemmArgs& args) {
+  validate_shapes(args);
+  validate_group_offsets(args.group_offsets, args.a.rows);
+}
+
+void validate_shapes(const GroupedGemmArgs& args) {
   if (args.group_offsets.size() != args.b.size() + 1) {
     reject("group offsets", fmt::format("{} for {} weights", args.b.size() + 1, args.b.size()),
            args.group_offsets.size());
   }
   validate(args.a, args.b.size());
-  validate_group_offsets(args.group_offsets, args.a.rows);
   for (size_t e = 0; e < args.b.size(); ++e) {
     validate_weight(fmt::format("b of expert {}", e), args.b[e], rows_of(args.b[0]), args.a.cols);
   }

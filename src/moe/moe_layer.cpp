@@ -185,7 +185,12 @@ BackendChoice choose(std::string_view forced, const std::function<std::string(co
 }  // namespace
 
 std::span<const Backend* const> backends() {
-  static const std::array<const Backend*, 1> list = {&reference_backend()};
+  static const std::array list = {
+#if defined(FOURFOLD_WITH_CUDA)
+    &sm90_backend(),
+#endif
+    &reference_backend(),
+  };
   return list;
 }
 

@@ -188,7 +188,7 @@ class ReferenceLayer final : public MoeLayer {
     return {max_tokens, counter.used(),
             options_.accumulation == Accumulation::kFloat32 ? "plain loops, float32 sums"
                                                             : "plain loops, float64 sums",
-            "the reference has no other", nullptr};
+            "the reference has no other", nullptr, "f32"};
   }
 
   void forward(const LayerPlan& plan, const ForwardArgs& args) const override {
@@ -208,10 +208,13 @@ class ReferenceLayer final : public MoeLayer {
     copy_tap<int32_t>(space.permutation.row_of_slot, args.taps.row_of_slot);
 
     reference::permute_rows(args.x, slot_of_row, args.routing.topk_weights, config_, space.rows);
+    if (args.observer) args.observer->after("permute", args.stream);
     routed_->run(space.rows.rows_from(0, rows), space.permutation.group_offsets, space.routed,
                  taps_of(args.taps));
+    if (args.observer) args.observer->after("stage+experts", args.stream);
     reference::combine(space.routed.z.rows_from(0, rows), space.permutation.row_of_slot,
                        args.routing.topk_weights, config_, run_shared(args, space), args.y);
+    if (args.observer) args.observer->after("combine", args.stream);
   }
 
   void experts(const LayerPlan& plan, const ExpertsArgs& args) const override {

@@ -49,5 +49,6 @@ inline bool parse_numbers(const std::string& text, std::span<int64_t* const> fie
 void add_synthesize(CLI::App& app, int& exit_code);
 void add_layertest(CLI::App& app, int& exit_code);
 void add_gemmtest(CLI::App& app, int& exit_code);
+void add_bench(CLI::App& app, int& exit_code);
 
 }  // namespace fourfold

@@ -8,6 +8,8 @@
 #include "fourfold/quantize.h"
 #include "fourfold/reference.h"
 #include "fourfold/scale_layout.h"
+#include "tools/layer_trace.h"
+#include "tools/mirror.h"
 #include "tools/random.h"
 
 namespace fourfold {
@@ -133,17 +135,18 @@ class Gemmtest {
     return a;
   }
 
-  std::vector<WeightView> quantized_b(const uint8_t* scales, ScaleLayout layout, int64_t groups) const {
+  std::vector<WeightView> quantized_b(const uint8_t* codes, const uint8_t* scales, ScaleLayout layout,
+                                      int64_t groups) const {
     // The global scale of a is folded into b's: gemm's a may have one a group, and dense has no groups.
     const std::vector<float> globals(static_cast<size_t>(groups), a_.global.value * b_.global.value);
-    return stacked_nvfp4_weights(b_.codes.data(), scales, layout, globals, request_.columns, request_.depth);
+    return stacked_nvfp4_weights(codes, scales, layout, globals, request_.columns, request_.depth);
   }
 
   /// float64 sums, rounded to bf16 like a backend's.
   std::vector<float> emulate(const std::vector<int32_t>& offsets) const {
     std::vector<Bf16> d(static_cast<size_t>(request_.rows * request_.columns));
-    const auto b =
-        quantized_b(b_.scales.data(), ScaleLayout::kRowMajor, static_cast<int64_t>(offsets.size()) - 1);
+    const auto b = quantized_b(b_.codes.data(), b_.scales.data(), ScaleLayout::kRowMajor,
+                               static_cast<int64_t>(offsets.size()) - 1);
     reference::grouped_gemm({quantized_a(a_.scales.data(), ScaleLayout::kRowMajor), b, offsets,
                              MatrixView<Bf16>(d.data(), request_.rows, request_.columns),
                              Accumulation::kFloat64});
@@ -188,13 +191,21 @@ class Gemmtest {
     }
     std::vector<Bf16> d(static_cast<size_t>(request_.rows * request_.columns));
     const MatrixView<Bf16> out(d.data(), request_.rows, request_.columns);
-    const ActivationView a = quantized_a(a_scales.data(), layout);
-    const auto b = quantized_b(b_scales.data(), layout, groups);
+    const Memory& memory = request_.backend->memory();
+    Mirror mirror(memory);
+    ActivationView a = quantized_a(mirror.bring(std::span(std::as_const(a_scales))).data(), layout);
+    a.codes = mirror.bring(a.codes);
+    const auto b = quantized_b(mirror.bring(std::span(b_.codes)).data(),
+                               mirror.bring(std::span(std::as_const(b_scales))).data(), layout, groups);
+    GroupedGemmArgs args{a, b, mirror.bring(std::span(offsets)), mirror.bring(out)};
+    const AlignedWorkspace workspace(request_.backend->gemm_workspace_bytes(args), memory);
+    args.workspace = workspace.span();
     if (operation == "dense") {
-      request_.backend->gemm({a, b.front(), out});
+      request_.backend->gemm({args.a, b.front(), args.d, args.accumulation, args.workspace});
     } else {
-      request_.backend->grouped_gemm({a, b, offsets, out});
+      request_.backend->grouped_gemm(args);
     }
+    mirror.fetch();
     return widen(d);
   }
 

@@ -99,6 +99,7 @@ LayerInputs make_inputs(int64_t tokens, int64_t hidden, uint64_t seed, bool outl
       channel_scale[static_cast<size_t>(channels.below(hidden))] = 10.0 + 20.0 * channels.uniform();
     }
   }
+#pragma omp parallel for schedule(static)
   for (int64_t token = 0; token < tokens; ++token) {
     Random random(seed, Random::Purpose::kToken, static_cast<uint64_t>(token));
     for (int64_t channel = 0; channel < hidden; ++channel) {
@@ -152,6 +153,16 @@ LayerInputs read_inputs(const std::filesystem::path& path, int64_t hidden, int64
   if (ids) read_routing(*ids, *weights, x.shape[0], inputs);
   if (const Tensor* token_ids = file->find("token_ids")) read_token_ids(*token_ids, x.shape[0], inputs);
   if (inputs.tokens == 0) bad_input(x, "at least one token");
+  return inputs;
+}
+
+LayerInputs read_routing(const std::filesystem::path& path) {
+  const auto file = SafetensorsFile::open(path);
+  const Tensor& ids = file->at("topk_ids");
+  if (ids.shape.size() != 2 || ids.shape[0] < 1) bad_input(ids, "at least one token");
+  LayerInputs inputs;
+  inputs.tokens = ids.shape[0];
+  read_routing(ids, file->at("topk_weights"), inputs.tokens, inputs);
   return inputs;
 }
 

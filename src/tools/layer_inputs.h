@@ -37,6 +37,10 @@ void route_at_random(LayerInputs& inputs, int64_t experts, int64_t top_k, uint64
 /// expected and found.
 LayerInputs read_inputs(const std::filesystem::path& path, int64_t hidden, int64_t max_tokens);
 
+/// The routing of such a file alone, `topk_ids` and `topk_weights`: x is left empty. Throws Error where the
+/// file has none.
+LayerInputs read_routing(const std::filesystem::path& path);
+
 /// Writes what read_inputs reads.
 void write_inputs(const std::filesystem::path& path, const LayerInputs& inputs);
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "tools/mirror.h"
+
 namespace fourfold {
 
 StagedBuffers::StagedBuffers(ActivationFormat format, int64_t rows, int64_t cols) {
@@ -25,11 +27,6 @@ StagedBuffers::StagedBuffers(ActivationFormat format, int64_t rows, int64_t cols
   }
 }
 
-AlignedWorkspace::AlignedWorkspace(size_t bytes) : buffer_(bytes + kWorkspaceAlignment) {
-  const size_t beyond = reinterpret_cast<uintptr_t>(buffer_.data()) % kWorkspaceAlignment;
-  span_ = {buffer_.data() + (kWorkspaceAlignment - beyond) % kWorkspaceAlignment, bytes};
-}
-
 namespace {
 
 /// A tap of `rows` x `cols` full of NaN: what a backend leaves unwritten shows.
@@ -38,8 +35,7 @@ MatrixView<Bf16> poisoned_tap(std::vector<Bf16>& values, int64_t rows, int64_t c
   return {values.data(), rows, cols};
 }
 
-SharedTrace make_shared_trace(const LayerConfig& config, ActivationFormat format, int64_t tokens,
-                              SharedTaps& taps) {
+SharedTrace make_shared_trace(const LayerConfig& config, ActivationFormat format, int64_t tokens) {
   const LayerConfig own = shared_config(config);
   SharedTrace trace;
   trace.intermediate = own.intermediate;
@@ -47,11 +43,17 @@ SharedTrace make_shared_trace(const LayerConfig& config, ActivationFormat format
   trace.staged_x = StagedBuffers(format, tokens, own.hidden);
   trace.staged_intermediate = StagedBuffers(format, tokens, own.intermediate);
   trace.z_weight.assign(static_cast<size_t>(tokens), std::numeric_limits<float>::quiet_NaN());
-  taps.h = poisoned_tap(trace.h, tokens, own.h_columns());
-  taps.activation = poisoned_tap(trace.activation, tokens, own.intermediate);
-  taps.z = poisoned_tap(trace.z, tokens, own.hidden);
-  taps.z_weight = trace.z_weight;
   return trace;
+}
+
+/// The taps of `trace` but for the staged ones, poisoned.
+SharedTaps bring_taps(SharedTrace& trace, int64_t tokens, int64_t hidden, Mirror& mirror) {
+  SharedTaps taps;
+  taps.h = mirror.bring(poisoned_tap(trace.h, tokens, trace.h_columns));
+  taps.activation = mirror.bring(poisoned_tap(trace.activation, tokens, trace.intermediate));
+  taps.z = mirror.bring(poisoned_tap(trace.z, tokens, hidden));
+  taps.z_weight = mirror.bring(std::span(trace.z_weight));
+  return taps;
 }
 
 }  // namespace
@@ -71,7 +73,8 @@ void StagedBuffers::trim(int64_t rows) {
   views.row_scales = row_scales;
 }
 
-LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs, const SharedExpert* shared) {
+LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs, const SharedExpert* shared,
+                 const Memory& memory) {
   const LayerConfig& config = layer.config();
   const ActivationFormat format = layer.options().activations;
   const int64_t slots = inputs.tokens * inputs.top_k;
@@ -88,28 +91,38 @@ LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs, const SharedE
   permutation.row_of_slot.resize(static_cast<size_t>(slots));
 
   const LayerPlan plan = layer.plan(inputs.tokens);
-  const AlignedWorkspace workspace(plan.workspace_bytes);
+  const AlignedWorkspace workspace(plan.workspace_bytes, memory);
+  Mirror mirror(memory);
+  const StagedActivations staged_x = mirror.bring(trace.staged_x.views);
+  const StagedActivations staged_intermediate = mirror.bring(trace.staged_intermediate.views);
+  const Routing routing = inputs.routing();
   ForwardArgs args;
-  args.x = inputs.x_view();
-  args.routing = inputs.routing();
-  args.y = poisoned_tap(trace.y, inputs.tokens, config.hidden);
+  args.x = mirror.bring(inputs.x_view());
+  std::visit([&](const auto& ids) { args.routing.topk_ids = mirror.bring(ids); }, routing.topk_ids);
+  args.routing.topk_weights = mirror.bring(routing.topk_weights);
+  args.y = mirror.bring(poisoned_tap(trace.y, inputs.tokens, config.hidden));
   args.workspace = workspace.span();
-  args.status = &permutation.status;
-  args.taps.group_offsets = permutation.group_offsets;
-  args.taps.slot_of_row = permutation.slot_of_row;
-  args.taps.row_of_slot = permutation.row_of_slot;
-  args.taps.staged_x = &trace.staged_x.views;
-  args.taps.h = poisoned_tap(trace.h, slots, config.h_columns());
-  args.taps.activation = poisoned_tap(trace.activation, slots, config.intermediate);
-  args.taps.staged_intermediate = &trace.staged_intermediate.views;
-  args.taps.z = poisoned_tap(trace.z, slots, config.hidden);
+  args.status = mirror.bring(&permutation.status, 1);
+  args.taps.group_offsets = mirror.bring(std::span(permutation.group_offsets));
+  args.taps.slot_of_row = mirror.bring(std::span(permutation.slot_of_row));
+  args.taps.row_of_slot = mirror.bring(std::span(permutation.row_of_slot));
+  args.taps.staged_x = &staged_x;
+  args.taps.h = mirror.bring(poisoned_tap(trace.h, slots, config.h_columns()));
+  args.taps.activation = mirror.bring(poisoned_tap(trace.activation, slots, config.intermediate));
+  args.taps.staged_intermediate = &staged_intermediate;
+  args.taps.z = mirror.bring(poisoned_tap(trace.z, slots, config.hidden));
+  StagedActivations shared_x, shared_intermediate;
   if (shared != nullptr) {
     const ActivationFormat shared_format = shared_options(*shared, layer.options()).activations;
-    trace.shared = make_shared_trace(config, shared_format, inputs.tokens, args.taps.shared);
-    args.taps.shared.staged_x = &trace.shared->staged_x.views;
-    args.taps.shared.staged_intermediate = &trace.shared->staged_intermediate.views;
+    trace.shared = make_shared_trace(config, shared_format, inputs.tokens);
+    shared_x = mirror.bring(trace.shared->staged_x.views);
+    shared_intermediate = mirror.bring(trace.shared->staged_intermediate.views);
+    args.taps.shared = bring_taps(*trace.shared, inputs.tokens, config.hidden, mirror);
+    args.taps.shared.staged_x = &shared_x;
+    args.taps.shared.staged_intermediate = &shared_intermediate;
   }
   layer.forward(plan, args);
+  mirror.fetch();
 
   // The rows that there are, by the layer's own word.
   trace.rows = std::clamp<int64_t>(permutation.group_offsets.back(), 0, slots);

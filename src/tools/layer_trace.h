@@ -55,18 +55,20 @@ struct LayerTrace {
   MatrixView<const Bf16> shared_z_view() const { return {shared->z.data(), tokens, hidden}; }
 };
 
-/// Runs `layer` on `inputs`. `shared`: its shared expert, which is traced too.
-LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs, const SharedExpert* shared = nullptr);
+/// Runs `layer`, which computes in `memory`, on `inputs`. `shared`: its shared expert, which is traced too.
+LayerTrace trace(const MoeLayer& layer, const LayerInputs& inputs, const SharedExpert* shared = nullptr,
+                 const Memory& memory = host_memory());
 
-/// A workspace for `plan`, aligned as layers want it.
+/// A workspace for a plan, aligned as layers want it.
 class AlignedWorkspace {
  public:
-  explicit AlignedWorkspace(size_t bytes);
-  std::span<std::byte> span() const { return span_; }
+  explicit AlignedWorkspace(size_t bytes, const Memory& memory = host_memory())
+      : buffer_(memory.allocate(bytes)) {}
+  std::span<std::byte> span() const { return {buffer_.data(), buffer_.bytes()}; }
 
  private:
+  static_assert(kMemoryAlignment % kWorkspaceAlignment == 0);
   Buffer buffer_;
-  std::span<std::byte> span_;
 };
 
 }  // namespace fourfold

@@ -5,8 +5,8 @@
 #include <memory>
 #include <utility>
 
-#include "bench/shapes.h"
 #include "tools/commands.h"
+#include "tools/shape_argument.h"
 #include "tools/synthesize.h"
 #include "tools/synthetic_layout.h"
 #include "tools/terminal.h"
@@ -14,32 +14,12 @@
 namespace fourfold {
 namespace {
 
-std::string shape_names() {
-  std::string names;
-  for (const ModelShape& shape : kModelShapes)
-    names += fmt::format("{}{}", names.empty() ? "" : ", ", shape.name);
-  return names;
-}
-
-[[noreturn]] void bad_shape(const std::string& text) {
-  throw CLI::ValidationError("--shape",
-                             fmt::format("expected E,H,I,K (experts, hidden, intermediate, top-k) or one of "
-                                         "{}; found '{}'",
-                                         shape_names(), text));
-}
-
 void set_shape(SynthesizeRequest& request, const std::string& text) {
-  for (const ModelShape& shape : kModelShapes) {
-    if (shape.name == text) {
-      request.experts = shape.experts;
-      request.hidden = shape.hidden;
-      request.intermediate = shape.intermediate;
-      request.top_k = shape.top_k;
-      return;
-    }
-  }
-  int64_t* const fields[] = {&request.experts, &request.hidden, &request.intermediate, &request.top_k};
-  if (!parse_numbers(text, fields)) bad_shape(text);
+  const LayerShape shape = parse_shape(text);
+  request.experts = shape.experts;
+  request.hidden = shape.hidden;
+  request.intermediate = shape.intermediate;
+  request.top_k = shape.top_k;
 }
 
 constexpr std::array<std::pair<const char*, OriginalFormat>, 3> kOriginals = {

@@ -1,0 +1,40 @@
+// Launching kernels so that the next one starts while the previous one ends (programmatic dependent launch).
+//
+// Rule of this room: a kernel launched here calls start_after_previous() before it reads or writes anything,
+// in every thread. It then sees all that earlier kernels of the stream wrote, however long their chain; what
+// it saves is the time of its launch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#include "cuda/check.cuh"
+
+namespace fourfold::cuda {
+
+/// Waits until the previous kernel of the stream has ended and its writes are visible, then lets the next
+/// one be launched. Does nothing in a plain launch.
+__device__ inline void start_after_previous() {
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+}
+
+/// Launches a kernel that begins with start_after_previous(). Throws Error naming it when CUDA refuses.
+template <class... Parameters, class... Arguments>
+void launch_after_previous(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                           size_t shared_bytes, void* stream, Arguments&&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
+}
+
+}  // namespace fourfold::cuda

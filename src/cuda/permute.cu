@@ -1,0 +1,284 @@
+// Stable counting sort of slots by expert.
+//
+// Slots are cut into consecutive chunks, a warp each. A warp takes its chunk 32 slots at a time: lanes with
+// the same expert find each other by match.any, so that a slot's rank is the number of equal slots before it
+// in the chunk, which no schedule can change. Ranks become rows by adding, for every (chunk, expert), the
+// rows of earlier experts and of earlier chunks:
+//   few slots    one block; the table of (chunk, expert) counts is in shared memory
+//   many slots   count_slots fills the table in global memory, sum_chunks turns its columns into prefix sums,
+//                place_slots writes rows
+#include <algorithm>
+#include <string>
+
+#include "cuda/block_scan.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/permute.h"
+
+namespace fourfold::cuda {
+namespace {
+
+constexpr int kSlotsAtOnce = 32;   // a warp's lanes
+constexpr int kMostChunks = 1024;  // of the path for many slots; bounds the table
+constexpr int kWarpsPerBlock = 4;  // of its kernels
+constexpr int kFewSlots = 1024;    // one block is faster up to about here
+constexpr int kFewThreads = 512;
+constexpr size_t kSharedBytes = 47 * 1024;  // without asking for more; the scan has some of its own
+
+/// The ids of one call, as a kernel reads them.
+template <class Id>
+struct Ids {
+  const Id* data;
+  int64_t stride;
+  int32_t top_k, slots, experts;
+
+  /// Expert of `slot`; -1 where it has none here. Sets a bit of `bad` for an id that is no expert.
+  __device__ int32_t expert_of(int32_t slot, bool& bad) const {
+    const int64_t id = data[slot / top_k * stride + slot % top_k];
+    const bool present = id >= 0 && id < experts;
+    bad |= !present && id != kAbsentExpert;
+    return present ? static_cast<int32_t>(id) : -1;
+  }
+};
+
+struct Outputs {
+  int32_t* group_offsets;
+  int32_t* slot_of_row;
+  int32_t* row_of_slot;
+  int32_t* status;
+};
+
+__device__ int lane_id() {
+  return static_cast<int>(threadIdx.x % 32);
+}
+
+/// Adds the chunk's slots of each expert to counts[expert]. A whole warp takes part.
+template <class Id>
+__device__ void count_chunk(const Ids<Id>& ids, int32_t first, int32_t end, int32_t* counts,
+                            int32_t* status) {
+  bool bad = false;
+  for (int32_t base = first; base < end; base += kSlotsAtOnce) {
+    const int32_t slot = base + lane_id();
+    const int32_t expert = slot < end ? ids.expert_of(slot, bad) : -1;
+    const unsigned peers = __match_any_sync(~0u, expert);
+    const bool leads = expert >= 0 && lane_id() == __ffs(static_cast<int>(peers)) - 1;
+    if (leads) counts[expert] += __popc(peers);
+    __syncwarp();
+  }
+  const bool any_bad = __any_sync(~0u, bad);
+  if (any_bad && status != nullptr && lane_id() == 0) atomicOr(status, kStatusExpertOutOfRange);
+}
+
+/// Writes rows of the chunk's slots: first_rows[expert] + starts[expert] + rank. `starts` walks forward.
+template <class Id>
+__device__ void place_chunk(const Ids<Id>& ids, int32_t first, int32_t end, const int32_t* first_rows,
+                            int32_t* starts, const Outputs& out) {
+  bool ignored = false;
+  for (int32_t base = first; base < end; base += kSlotsAtOnce) {
+    const int32_t slot = base + lane_id();
+    const int32_t expert = slot < end ? ids.expert_of(slot, ignored) : -1;
+    const unsigned peers = __match_any_sync(~0u, expert);
+    const unsigned before = peers & ((1u << lane_id()) - 1u);
+    const int32_t start = expert >= 0 ? starts[expert] : 0;
+    __syncwarp();
+    if (expert >= 0 && before == 0) starts[expert] = start + __popc(peers);
+    __syncwarp();
+    if (slot >= end) continue;
+    const int32_t row = expert >= 0 ? first_rows[expert] + start + __popc(before) : -1;
+    out.row_of_slot[slot] = row;
+    if (row >= 0) out.slot_of_row[row] = slot;
+  }
+}
+
+/// counts[chunk * experts + expert] -> the sum over earlier chunks; returns the sum over all.
+__device__ int32_t sum_before(int32_t* counts, int32_t chunks, int32_t experts, int32_t expert) {
+  int32_t sum = 0;
+  for (int32_t chunk = 0; chunk < chunks; ++chunk) {
+    int32_t& count = counts[chunk * experts + expert];
+    const int32_t own = count;
+    count = sum;
+    sum += own;
+  }
+  return sum;
+}
+
+/// One block. Shared memory: counts [warps, experts], then offsets [experts + 1].
+template <class Id>
+__global__ void __launch_bounds__(kFewThreads)
+    permute_few(Ids<Id> ids, int32_t chunk_slots, int32_t chunks, Outputs out) {
+  extern __shared__ int32_t shared[];
+  int32_t* counts = shared;
+  int32_t* offsets = shared + chunks * ids.experts;
+  const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
+  for (int32_t i = thread; i < chunks * ids.experts; i += kFewThreads) counts[i] = 0;
+  __syncthreads();
+
+  const int32_t first = warp * chunk_slots, end = min(first + chunk_slots, ids.slots);
+  if (warp < chunks) count_chunk(ids, first, end, counts + warp * ids.experts, out.status);
+  __syncthreads();
+  for (int32_t expert = thread; expert < ids.experts; expert += kFewThreads) {
+    offsets[expert + 1] = sum_before(counts, chunks, ids.experts, expert);
+  }
+  __syncthreads();
+  block_exclusive_offsets(offsets + 1, ids.experts, offsets);
+  for (int32_t i = thread; i <= ids.experts; i += kFewThreads) out.group_offsets[i] = offsets[i];
+  if (warp < chunks) place_chunk(ids, first, end, offsets, counts + warp * ids.experts, out);
+}
+
+template <class Id>
+__global__ void count_slots(Ids<Id> ids, int32_t chunk_slots, int32_t chunks, int32_t* counts,
+                            int32_t* status) {
+  const auto chunk = static_cast<int32_t>(blockIdx.x * kWarpsPerBlock + threadIdx.x / 32);
+  if (chunk >= chunks) return;
+  int32_t* own = counts + chunk * ids.experts;
+  for (int32_t expert = lane_id(); expert < ids.experts; expert += 32) own[expert] = 0;
+  __syncwarp();
+  count_chunk(ids, chunk * chunk_slots, min((chunk + 1) * chunk_slots, ids.slots), own, status);
+}
+
+/// A block a tile of 32 experts, 32 x 32 threads: thread (x, y) has expert x of the tile and every 32nd part
+/// of the chunks. Writes totals [experts].
+__global__ void sum_chunks(int32_t* counts, int32_t chunks, int32_t experts, int32_t* totals) {
+  __shared__ int32_t parts[32][33];
+  start_after_previous();
+  const auto x = static_cast<int32_t>(threadIdx.x), y = static_cast<int32_t>(threadIdx.y);
+  const int32_t expert = static_cast<int32_t>(blockIdx.x) * 32 + x;
+  const int32_t span = (chunks + 31) / 32, first = min(y * span, chunks), end = min(first + span, chunks);
+  int32_t sum = 0;
+  if (expert < experts) {
+    for (int32_t chunk = first; chunk < end; ++chunk) sum += counts[chunk * experts + expert];
+  }
+  parts[x][y] = sum;
+  __syncthreads();
+  // Row y of the transposed tile belongs to expert y: a warp scans its 32 parts.
+  const int32_t inclusive = warp_inclusive_scan(parts[y][x]);
+  const int32_t before = inclusive - parts[y][x];
+  const int32_t expert_of_row = static_cast<int32_t>(blockIdx.x) * 32 + y;
+  if (x == 31 && expert_of_row < experts) totals[expert_of_row] = inclusive;
+  parts[y][x] = before;
+  __syncthreads();
+  if (expert >= experts) return;
+  sum = parts[x][y];
+  for (int32_t chunk = first; chunk < end; ++chunk) {
+    const int32_t own = counts[chunk * experts + expert];
+    counts[chunk * experts + expert] = sum;
+    sum += own;
+  }
+}
+
+/// Shared memory: offsets [experts + 1]; every block sums the totals for itself.
+template <class Id>
+__global__ void place_slots(Ids<Id> ids, int32_t chunk_slots, int32_t chunks, int32_t* counts,
+                            const int32_t* totals, Outputs out) {
+  extern __shared__ int32_t offsets[];
+  start_after_previous();
+  block_exclusive_offsets(totals, ids.experts, offsets);
+  if (blockIdx.x == 0) {
+    for (auto i = static_cast<int32_t>(threadIdx.x); i <= ids.experts; i += kWarpsPerBlock * 32) {
+      out.group_offsets[i] = offsets[i];
+    }
+  }
+  const auto chunk = static_cast<int32_t>(blockIdx.x * kWarpsPerBlock + threadIdx.x / 32);
+  if (chunk >= chunks) return;
+  place_chunk(ids, chunk * chunk_slots, min((chunk + 1) * chunk_slots, ids.slots), offsets,
+              counts + chunk * ids.experts, out);
+}
+
+/// How slots are cut into chunks of whole warps' worth.
+struct Chunks {
+  int32_t slots_each, count;
+};
+
+Chunks cut(int64_t slots, int64_t most_chunks) {
+  const int64_t each = (slots + most_chunks * kSlotsAtOnce - 1) / (most_chunks * kSlotsAtOnce) * kSlotsAtOnce;
+  return {static_cast<int32_t>(each), static_cast<int32_t>(each == 0 ? 0 : (slots + each - 1) / each)};
+}
+
+size_t few_shared_bytes(int64_t chunks, int64_t experts) {
+  return static_cast<size_t>((chunks + 1) * experts + 1) * sizeof(int32_t);
+}
+
+/// Chunks of `slots` or fewer.
+int64_t most_chunks_of(int64_t slots, int64_t most_chunks) {
+  return std::min(most_chunks, (slots + kSlotsAtOnce - 1) / kSlotsAtOnce);
+}
+
+/// Whether one block does it. What fits still does with fewer slots.
+bool fits_one_block(int64_t slots, int64_t experts) {
+  const int64_t chunks = most_chunks_of(slots, kFewThreads / 32);
+  return slots <= kFewSlots && few_shared_bytes(chunks, experts) <= kSharedBytes;
+}
+
+template <class Id>
+void launch(const Ids<Id>& ids, const Outputs& out, std::span<std::byte> scratch, cudaStream_t stream) {
+  if (fits_one_block(ids.slots, ids.experts)) {
+    const Chunks chunks = cut(ids.slots, kFewThreads / 32);
+    permute_few<<<1, kFewThreads, few_shared_bytes(chunks.count, ids.experts), stream>>>(
+        ids, chunks.slots_each, chunks.count, out);
+    return check_launch("permute_few");
+  }
+  const Chunks chunks = cut(ids.slots, kMostChunks);
+  auto* counts = reinterpret_cast<int32_t*>(scratch.data());
+  int32_t* totals = counts + int64_t{chunks.count} * ids.experts;
+  const auto blocks = static_cast<unsigned>((chunks.count + kWarpsPerBlock - 1) / kWarpsPerBlock);
+  count_slots<<<blocks, kWarpsPerBlock * 32, 0, stream>>>(ids, chunks.slots_each, chunks.count, counts,
+                                                          out.status);
+  check_launch("count_slots");
+  launch_after_previous("sum_chunks", sum_chunks, static_cast<unsigned>((ids.experts + 31) / 32),
+                        dim3(32, 32), 0, stream, counts, chunks.count, ids.experts, totals);
+  const size_t shared_bytes = static_cast<size_t>(ids.experts + 1) * sizeof(int32_t);
+  launch_after_previous("place_slots", place_slots<Id>, blocks, kWarpsPerBlock * 32, shared_bytes, stream,
+                        ids, chunks.slots_each, chunks.count, counts, totals, out);
+}
+
+[[noreturn]] void reject(const std::string& what, const std::string& expected, int64_t found) {
+  throw Error(ErrorCode::kInvalidArgument,
+              what + ": expected " + expected + ", found " + std::to_string(found));
+}
+
+__global__ void slice_offsets(const int32_t* offsets, int32_t count, int32_t first, int32_t rows,
+                              int32_t* out) {
+  const auto i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < count) out[i] = min(max(offsets[i] - first, 0), rows);
+}
+
+}  // namespace
+
+size_t permute_scratch_bytes(int64_t slots, int64_t experts) {
+  if (fits_one_block(slots, experts)) return 0;
+  return static_cast<size_t>((most_chunks_of(slots, kMostChunks) + 1) * experts) * sizeof(int32_t);
+}
+
+void permute(const PermuteArgs& args, void* stream) {
+  const auto experts = static_cast<int64_t>(args.out.group_offsets.size()) - 1;
+  const int64_t slots = args.routing.tokens() * args.routing.top_k();
+  if (experts < 0 || experts > kMostExperts) {
+    reject("permute: experts", "at most " + std::to_string(kMostExperts), experts);
+  }
+  if (slots > kMostSlots) reject("permute: slots", "at most " + std::to_string(kMostSlots), slots);
+  if (args.scratch.size() < permute_scratch_bytes(slots, experts)) {
+    reject("permute: scratch", std::to_string(permute_scratch_bytes(slots, experts)) + " bytes",
+           static_cast<int64_t>(args.scratch.size()));
+  }
+  const Outputs out{args.out.group_offsets.data(), args.out.slot_of_row.data(), args.out.row_of_slot.data(),
+                    args.status};
+  std::visit(
+      [&](const auto& ids) {
+        using Id = std::remove_const_t<std::remove_pointer_t<decltype(ids.data)>>;
+        const Ids<Id> typed{ids.data, ids.stride, static_cast<int32_t>(args.routing.top_k()),
+                            static_cast<int32_t>(slots), static_cast<int32_t>(experts)};
+        launch(typed, out, args.scratch, static_cast<cudaStream_t>(stream));
+      },
+      args.routing.topk_ids);
+}
+
+void slice_group_offsets(std::span<const int32_t> group_offsets, int64_t first, int64_t rows,
+                         std::span<int32_t> out, void* stream) {
+  constexpr unsigned kThreads = 256;
+  const auto count = static_cast<unsigned>(group_offsets.size());
+  slice_offsets<<<(count + kThreads - 1) / kThreads, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      group_offsets.data(), static_cast<int32_t>(count), static_cast<int32_t>(first),
+      static_cast<int32_t>(rows), out.data());
+  check_launch("slice_offsets");
+}
+
+}  // namespace fourfold::cuda

@@ -1,0 +1,139 @@
+// Checks and choices of the grouped GEMM that need no GPU.
+#include "sm90/expert_gemm.h"
+
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <variant>
+
+#include "base/fail.h"
+#include "sm90/expert_gemm_checks.h"
+#include "sm90/gemm_choice.h"
+
+namespace fourfold::sm90 {
+namespace {
+
+bool is_aligned(const void* pointer, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+void require_aligned(const std::string& what, const void* pointer, uintptr_t bytes) {
+  if (pointer == nullptr || !is_aligned(pointer, bytes)) {
+    reject(what, fmt::format("a pointer aligned to {} bytes", bytes),
+           pointer == nullptr ? std::string("null") : fmt::format("{}", pointer));
+  }
+}
+
+template <class T>
+void require_matrix(const std::string& what, const MatrixView<T>& matrix, int64_t rows, int64_t cols) {
+  if (matrix.rows != rows || matrix.cols != cols) {
+    reject(what, shape_text(rows, cols), shape_text(matrix.rows, matrix.cols));
+  }
+  require_aligned(what, matrix.data, 16);
+  constexpr int64_t kMultiple = 16 / static_cast<int64_t>(sizeof(T));
+  if (matrix.stride < cols || matrix.stride % kMultiple != 0) {
+    reject(what + ": stride", fmt::format("a multiple of {}, at least {}", kMultiple, cols), matrix.stride);
+  }
+}
+
+void require_shape(const PackedShape& shape) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
+  if (shape.channels <= 0 || shape.channels % 16 != 0 || shape.channels > kMost || shape.depth <= 0 ||
+      shape.depth % 16 != 0 || shape.depth > kMost) {
+    reject("packed weights: channels and depth", "positive multiples of 16",
+           shape_text(shape.channels, shape.depth));
+  }
+}
+
+void require_source(const std::string& what, const BlockScaledView& matrix, const PackedShape& shape) {
+  if (matrix.format != QuantFormat::kNvfp4) {
+    reject(what, "nvfp4 (cast MXFP4 first)", traits_of(matrix.format).name);
+  }
+  if (matrix.rows != shape.channels || matrix.cols != shape.depth) {
+    reject(what, shape_text(shape.channels, shape.depth), shape_text(matrix.rows, matrix.cols));
+  }
+  if (matrix.codes.data == nullptr || matrix.scales == nullptr) {
+    reject(what, "codes and scales in device memory", "null");
+  }
+}
+
+void require_activation(const ExpertGemm& args) {
+  const auto* d = std::get_if<MatrixView<Bf16>>(&args.d);
+  const bool paired = args.weights.order == RowOrder::kGateUpPaired;
+  if (!args.activation) {
+    if (paired) reject("expert gemm: an epilogue for paired gate and up", "a gated activation", "none");
+    if (!args.h.empty()) reject("expert gemm: h without an activation", "an empty view", "one with data");
+    return;
+  }
+  if (d == nullptr) reject("expert gemm: output of an activation", "bf16", "float32");
+  if (is_gated(args.activation->kind) != paired) {
+    reject("expert gemm: row order for " + describe(*args.activation),
+           is_gated(args.activation->kind) ? "gate and up paired" : "plain", paired ? "paired" : "plain");
+  }
+  if (!args.h.empty()) {
+    require_matrix("expert gemm: h", args.h, args.max_rows, args.weights.rows());
+  }
+}
+
+/// The kernel counts tiles in 32 bits.
+void require_countable_tiles(const ExpertGemm& args) {
+  const int64_t token_tiles = args.max_rows / 8 + args.experts;
+  if (token_tiles > std::numeric_limits<int32_t>::max() / args.weights.row_blocks()) {
+    reject("expert gemm: tiles (rows / 8 x weight rows / 64)", "fewer than 2^31; split the rows",
+           fmt::format("{} rows, {} weight rows", args.max_rows, args.weights.rows()));
+  }
+}
+
+}  // namespace
+
+void validate(const PackWeights& args) {
+  require_shape(args.shape);
+  const bool paired = args.shape.order == RowOrder::kGateUpPaired;
+  require_source(paired ? "pack weights: gate" : "pack weights: matrix", args.matrix, args.shape);
+  if (paired) require_source("pack weights: up", args.up, args.shape);
+  require_aligned("pack weights: packed", args.packed, 128);
+}
+
+void validate(const ExpertGemm& args) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (args.experts <= 0 || args.experts > kMost - 1)
+    reject("expert gemm: experts", "at least 1", args.experts);
+  if (args.max_rows < 0 || args.max_rows > kMost) {
+    reject("expert gemm: max_rows", "0 to 2^31 - 1", args.max_rows);
+  }
+  require_shape(args.weights);
+  if (args.max_rows == 0) return;
+  require_countable_tiles(args);
+  require_matrix("expert gemm: tokens", args.tokens[0], args.max_rows, args.weights.depth);
+  if (!args.tokens[1].empty()) {
+    require_matrix("expert gemm: tokens, second term", args.tokens[1], args.max_rows, args.weights.depth);
+  }
+  require_aligned("expert gemm: group_offsets", args.group_offsets, 4);
+  require_aligned("expert gemm: packed", args.packed, 128);
+  require_aligned("expert gemm: weight_globals", args.weight_globals, 4);
+  std::visit(
+      [&](const auto& d) { require_matrix("expert gemm: d", d, args.max_rows, args.weights.channels); },
+      args.d);
+  require_activation(args);
+  if (const size_t needed = workspace_bytes(args); needed > 0) {
+    require_aligned("expert gemm: workspace", args.workspace.data(), kWorkspaceAlignment);
+    if (args.workspace.size() < needed) reject("expert gemm: workspace bytes", needed, args.workspace.size());
+  }
+}
+
+bool needs_own_activation(const ExpertGemm& args) {
+  return args.activation && args.activation->kind != ActivationKind::kSwiglu;
+}
+
+size_t workspace_bytes(const ExpertGemm& args) {
+  if (!needs_own_activation(args) || !args.h.empty()) return 0;
+  return static_cast<size_t>(args.max_rows * args.weights.rows()) * sizeof(Bf16);
+}
+
+std::string describe_kernel(const ExpertGemm& args) {
+  const GemmKernelShape& shape = choose_gemm_kernel(args.max_rows, args.experts);
+  return fmt::format("sm90 {} (at most {:.1f} rows an expert on average)", shape.name,
+                     static_cast<double>(args.max_rows) / static_cast<double>(args.experts));
+}
+
+}  // namespace fourfold::sm90

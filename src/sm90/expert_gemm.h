@@ -1,0 +1,90 @@
+// Grouped GEMM of one layer's experts on Hopper: NVFP4 weights, packed once, times bf16 token rows.
+//
+//   d[m, c] = epilogue(alpha(m, c) * sum over terms and k of tokens[term][m, k] * w[e][c, k]),  e = group of
+//   m, alpha(m, c) = row_scales[m] * weight_globals[e, half of c], rounded to float32.
+//
+// Every pointer is a device pointer, every call only enqueues: no allocation, no synchronisation, no host
+// read of device data, so that calls can be captured in a CUDA graph. Results do not depend on timing: two
+// runs give the same bits. The order of a sum depends on the kernel that describe_kernel() names, and so on
+// max_rows; it never depends on the routing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "fourfold/block_scaled.h"
+#include "fourfold/gemm.h"
+#include "fourfold/moe_layer.h"
+#include "sm90/packed_layout.h"
+
+namespace fourfold::sm90 {
+
+/// One expert's weights on their way from the checkpoint's form into the packed one.
+struct PackWeights {
+  PackedShape shape;
+  /// kPlain: the matrix [channels, depth]. kGateUpPaired: gate. NVFP4 in device memory, codes and scales at
+  /// any address and stride, scales row-major or swizzled. The global scale is not looked at: it goes into
+  /// ExpertGemm::weight_globals.
+  BlockScaledView matrix;
+  BlockScaledView up;           ///< kGateUpPaired alone; the shape of `matrix`
+  std::byte* packed = nullptr;  ///< shape.bytes(), 128-byte aligned; every byte is written, padding with zero
+};
+
+/// Enqueues the packing of one matrix, or of one gate/up pair. The sources may be reused when the stream has
+/// passed the call. Throws Error when shapes, formats or alignment do not fit, or CUDA refuses the launch.
+void launch_pack_weights(const PackWeights& args, void* stream);
+
+/// Arguments of one grouped GEMM.
+struct ExpertGemm {
+  // Token rows, sorted by expert.
+  int64_t experts = 0;   ///< E
+  int64_t max_rows = 0;  ///< upper bound of M = group_offsets[E]; rows of every matrix here. 0: nothing to do
+  /// [max_rows, K] each, 16-byte aligned, stride a multiple of 8 elements. The second is empty unless the
+  /// activations are two terms (nvfp4x2). Rows from M on may hold anything.
+  MatrixView<const Bf16> tokens[2];
+  const float* row_scales = nullptr;  ///< [max_rows]; null: 1
+  const int32_t* group_offsets =
+      nullptr;  ///< [E+1], ascending from 0 to at most max_rows; read on the device
+
+  // Weights.
+  PackedShape weights;                    ///< of one expert; depth = K, a multiple of 16, as channels is
+  const std::byte* packed = nullptr;      ///< E times weights.bytes(), expert after expert; 128-byte aligned
+  const float* weight_globals = nullptr;  ///< [E, halves]: gate then up when paired
+  const float* bias = nullptr;            ///< [E, halves * channels], gate's first; null: none
+
+  // What becomes of the sums.
+  /// Without an activation: [max_rows, channels], kPlain only, bf16 (rounded once) or float32. With one:
+  /// [max_rows, channels] bf16, the activation in float32 of h, h = bf16(alpha * acc + bias); gated kinds
+  /// need kGateUpPaired, others kPlain. 16-byte aligned, stride a multiple of 16 bytes. Rows from M on and
+  /// columns from `channels` on are not written.
+  OutputView d;
+  std::optional<ActivationFunction> activation;
+  /// Optional, with an activation: h [max_rows, halves * channels], gate columns first. Aligned as d. Does
+  /// not change d by a bit.
+  MatrixView<Bf16> h;
+
+  /// workspace_bytes() bytes, aligned to kWorkspaceAlignment. Calls that may overlap need separate ones.
+  std::span<std::byte> workspace;
+  /// Programmatic dependent launch: the kernel may start before the previous kernel of the stream ends, and
+  /// prefetches weights until that one does; everything else is read after griddepcontrol.wait. Needs:
+  /// group_offsets and the weights are complete when the previous kernel calls
+  /// griddepcontrol.launch_dependents (or ends, where it has no such call). That holds when the previous
+  /// kernel did not write them and itself waits before that call, as the kernels launched here do.
+  bool overlap_previous = false;
+};
+
+/// Bytes that launch_expert_gemm needs in `workspace`, by shapes, bounds and activation alone (pointers may
+/// be null): activations outside kSwiglu go through h in memory, where no tap holds it. Never decreases as
+/// max_rows grows.
+size_t workspace_bytes(const ExpertGemm& args);
+
+/// Enqueues the GEMM. Throws Error when arguments do not fit (naming which), or CUDA refuses the launch.
+void launch_expert_gemm(const ExpertGemm& args, void* stream);
+
+/// Which kernel launch_expert_gemm runs and why, for reports: "narrow 64x32, 4-way split k: ...".
+std::string describe_kernel(const ExpertGemm& args);
+
+}  // namespace fourfold::sm90

@@ -1,0 +1,15 @@
+// What launch_expert_gemm checks and derives on the host.
+#pragma once
+
+#include "sm90/expert_gemm.h"
+
+namespace fourfold::sm90 {
+
+/// Throws Error naming the first argument that does not fit.
+void validate(const ExpertGemm& args);
+void validate(const PackWeights& args);
+
+/// The GEMM's epilogue computes kSwiglu; other activations are a kernel of their own over h.
+bool needs_own_activation(const ExpertGemm& args);
+
+}  // namespace fourfold::sm90

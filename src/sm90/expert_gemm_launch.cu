@@ -1,0 +1,149 @@
+// launch_expert_gemm: tensor maps, the choice of the kernel, and the activation where it is one of its own.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "cuda/check.cuh"
+#include "sm90/activate_rows.h"
+#include "sm90/expert_gemm.h"
+#include "sm90/expert_gemm_checks.h"
+#include "sm90/gemm_launch.cuh"
+
+namespace fourfold::sm90 {
+namespace {
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+/// The driver's encoder, found at run time so that nothing links against the driver.
+EncodeTiled encoder() {
+  static const EncodeTiled function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    cuda::check(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+        "cudaGetDriverEntryPointByVersion");
+    if (found != cudaDriverEntryPointSuccess || entry == nullptr) {
+      throw Error(ErrorCode::kDevice,
+                  "the CUDA driver has no cuTensorMapEncodeTiled; expected a driver of CUDA 12.0 or later");
+    }
+    return reinterpret_cast<EncodeTiled>(entry);
+  }();
+  return function;
+}
+
+/// Boxes of 64 k x `box_rows` of a token matrix; what lies outside the matrix reads as zero.
+CUtensorMap token_map(MatrixView<const Bf16> tokens, int box_rows) {
+  CUtensorMap map;
+  const cuuint64_t extent[2] = {static_cast<cuuint64_t>(tokens.cols), static_cast<cuuint64_t>(tokens.rows)};
+  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(tokens.stride) * 2};
+  const cuuint32_t box[2] = {kUnitDepth, static_cast<cuuint32_t>(box_rows)}, step[2] = {1, 1};
+  const CUresult result =
+      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+                const_cast<uint16_t*>(reinterpret_cast<const uint16_t*>(tokens.data)), extent, stride, box,
+                step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw Error(ErrorCode::kDevice, "cuTensorMapEncodeTiled refused token rows [" +
+                                        std::to_string(tokens.rows) + ", " + std::to_string(tokens.cols) +
+                                        "] of stride " + std::to_string(tokens.stride) + ": CUresult " +
+                                        std::to_string(static_cast<int>(result)));
+  }
+  return map;
+}
+
+int multiprocessors() {
+  int device = 0, count = 0;
+  cuda::check(cudaGetDevice(&device), "cudaGetDevice");
+  cuda::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+              "cudaDeviceGetAttribute");
+  return count;
+}
+
+GemmKernelArgs kernel_args(const ExpertGemm& args) {
+  GemmKernelArgs kernel{};
+  kernel.packed = reinterpret_cast<const uint8_t*>(args.packed);
+  kernel.packed_bytes_per_expert = args.weights.bytes();
+  kernel.experts = static_cast<int32_t>(args.experts);
+  kernel.row_blocks = static_cast<int32_t>(args.weights.row_blocks());
+  kernel.depth_units = static_cast<int32_t>(args.weights.depth_units());
+  kernel.channels = static_cast<int32_t>(args.weights.channels);
+  kernel.group_offsets = args.group_offsets;
+  kernel.row_scales = args.row_scales;
+  kernel.weight_globals = args.weight_globals;
+  kernel.bias = args.bias;
+  return kernel;
+}
+
+void write_bf16(GemmKernelArgs& kernel, MatrixView<Bf16> d) {
+  kernel.d = d.data;
+  kernel.d_stride = d.stride;
+}
+
+/// Where h goes: the tap, or else the workspace.
+MatrixView<Bf16> h_rows(const ExpertGemm& args) {
+  if (!args.h.empty()) return args.h;
+  const int64_t columns = args.weights.rows();
+  return {reinterpret_cast<Bf16*>(args.workspace.data()), args.max_rows, columns};
+}
+
+void run_kernel(const GemmKernelShape& shape, const GemmLaunch& launch) {
+  switch (shape.kernel) {
+    case GemmKernel::kNarrow:
+      return launch_narrow_gemm(launch);
+    case GemmKernel::kMedium:
+      return launch_medium_gemm(launch);
+    case GemmKernel::kWide:
+      return launch_wide_gemm(launch);
+  }
+}
+
+}  // namespace
+
+void launch_expert_gemm(const ExpertGemm& args, void* stream) {
+  validate(args);
+  if (args.max_rows == 0) return;
+  const GemmKernelShape& shape = choose_gemm_kernel(args.max_rows, args.experts);
+  GemmLaunch launch;
+  launch.args = kernel_args(args);
+  launch.terms = args.tokens[1].empty() ? 1 : 2;
+  launch.paired = args.weights.order == RowOrder::kGateUpPaired;
+  launch.overlap_previous = args.overlap_previous;
+  launch.multiprocessors = multiprocessors();
+  launch.stream = static_cast<cudaStream_t>(stream);
+  for (int term = 0; term < launch.terms; ++term) {
+    launch.maps.large[term] = token_map(args.tokens[term], shape.large_box);
+    launch.maps.small[term] = token_map(args.tokens[term], shape.granule);
+  }
+  const auto* d = std::get_if<MatrixView<Bf16>>(&args.d);
+  const bool own_activation = needs_own_activation(args);
+  if (own_activation) {
+    const MatrixView<Bf16> h = h_rows(args);
+    if (launch.paired) {
+      launch.args.h = h.data;
+      launch.args.h_stride = h.stride;
+    } else {
+      write_bf16(launch.args, h);
+    }
+  } else if (args.activation) {
+    write_bf16(launch.args, *d);
+    launch.args.h = args.h.data;
+    launch.args.h_stride = args.h.stride;
+    launch.args.activation_alpha = args.activation->alpha;
+    launch.args.activation_beta = args.activation->beta == 0.0f ? -0.0f : args.activation->beta;
+    launch.args.activation_limit = args.activation->limit;
+  } else if (d != nullptr) {
+    write_bf16(launch.args, *d);
+  } else {
+    const auto& wide = std::get<MatrixView<float>>(args.d);
+    launch.args.d = wide.data;
+    launch.args.d_stride = wide.stride;
+    launch.args.d_is_float32 = true;
+  }
+  run_kernel(shape, launch);
+  if (own_activation) {
+    launch_activate_rows({*args.activation, h_rows(args), *d, args.group_offsets + args.experts}, stream);
+  }
+}
+
+}  // namespace fourfold::sm90

@@ -1,0 +1,289 @@
+// What becomes of a tile's sums: partial sums added, alpha and bias, rounding, SwiGLU, and the way to memory.
+//
+// A thread's accumulators are 16-bit columns of tokens; memory wants rows of channels. A few tokens at a time
+// go through shared memory, transposed by stmatrix, and leave in 16-byte pieces ("chunks", 8 packed rows):
+// half a pair when rows are in RowOrder::kGateUpPaired, where chunk 2i is gate and 2i+1 up of 8 channels.
+#pragma once
+
+#include <cstdint>
+
+#include "sm90/gemm_kernel_args.cuh"
+#include "sm90/ptx.cuh"
+#include "sm90/tile_schedule.h"
+
+namespace fourfold::sm90 {
+
+/// min(g, limit) * sigmoid(alpha * that) * (clamp(u) + beta), in float32. NaN goes through the clamps. A beta
+/// of zero comes as -0, which changes no sum.
+__device__ __forceinline__ float swiglu(const GemmKernelArgs& args, float gate, float up) {
+  constexpr float kLog2E = 1.44269504f;
+  const float g = ptx::min_nan(gate, args.activation_limit);
+  const float u = ptx::max_nan(ptx::min_nan(up, args.activation_limit), -args.activation_limit);
+  const float z = args.activation_alpha * g;
+  const float sigmoid = ptx::rcp_approx(1.0f + ptx::ex2_approx(-kLog2E * z));
+  return g * sigmoid * __fadd_rn(u, args.activation_beta);
+}
+
+__device__ __forceinline__ float low_bf16(uint32_t pair) {
+  return __uint_as_float(pair << 16);
+}
+__device__ __forceinline__ float high_bf16(uint32_t pair) {
+  return __uint_as_float(pair & 0xFFFF0000u);
+}
+
+/// A thread's accumulators. of[b][4 c + 2 u + i] is row 8 u + g of the warp's 16-row slab in row block b
+/// (lane 4 g + t), token 8 c + 2 t + i.
+template <class Traits>
+struct Sums {
+  float of[Traits::kRowBlocks][Traits::kTokens / 2];
+};
+
+template <class Traits>
+class Epilogue {
+ public:
+  /// Before the multiplication, so that the loads are done by its end.
+  __device__ Epilogue(const GemmKernelArgs& args, uint32_t shared, int row_part, int depth_part,
+                      const WorkTile& tile)
+      : args_(args),
+        shared_(shared),
+        row_part_(row_part),
+        depth_part_(depth_part),
+        thread_(static_cast<int>(threadIdx.x) % 128),
+        tile_(tile) {
+    if (depth_part_ != 0) return;
+#pragma unroll
+    for (int i = 0; i < kScalesPerThread; ++i) {
+      const int row = i * 128 + thread_;
+      row_scales_[i] = 1.0f;
+      if (args_.row_scales != nullptr && row < tile.rows)
+        row_scales_[i] = args_.row_scales[tile.first_row + row];
+    }
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half)
+      globals_[half] = args_.weight_globals[tile.expert * kHalves + half];
+  }
+
+  /// Called by every consumer warpgroup; those of other depth parts only hand over their sums.
+  __device__ void finish(Sums<Traits>& sums) {
+    if constexpr (Traits::kDepthParts > 1) {
+      if (depth_part_ != 0) return hand_over(sums);
+      collect(sums);
+    }
+    publish_alphas();
+    float biases[Traits::kRowBlocks][2];
+#pragma unroll
+    for (int b = 0; b < Traits::kRowBlocks; ++b) {
+      biases[b][0] = bias(b, 0);
+      biases[b][1] = bias(b, 1);
+    }
+#pragma unroll
+    for (int round = 0; round < Traits::kTokens / kRound; ++round) {
+      if (round * kRound >= tile_.rows) return;
+      finish_round(sums, biases, round);
+    }
+  }
+
+ private:
+  static constexpr int kHalves = Traits::kPaired ? 2 : 1;
+  static constexpr int kScalesPerThread = (Traits::kTokens + 127) / 128;
+  static constexpr int kChunks = Traits::kRowBlocks * 8;  ///< 16-byte pieces of a staged token
+  static constexpr int kRound = Traits::kStagingTokens;   ///< tokens staged at a time
+  static constexpr int kSums = Traits::kTokens / 2;       ///< of a row block
+
+  // Barriers of the CTA: two for partial sums, then one a row part.
+  static constexpr int kPartialsFree = 1, kPartialsFull = 2, kFirstStaging = 3;
+  static constexpr int kPartialThreads = 128 * Traits::kConsumers;
+
+  __device__ uint32_t partials(int part) const {
+    return shared_ + Traits::kPartialOffset +
+           (row_part_ * (Traits::kDepthParts - 1) + part - 1) * Traits::kPartialBytes + thread_ * 4;
+  }
+
+  __device__ void hand_over(const Sums<Traits>& sums) const {
+    ptx::bar_sync(kPartialsFree, kPartialThreads);
+#pragma unroll
+    for (int i = 0; i < Traits::kRowBlocks * kSums; ++i) {
+      ptx::st_shared_f32(partials(depth_part_) + i * 512, sums.of[i / kSums][i % kSums]);
+    }
+    ptx::bar_arrive(kPartialsFull, kPartialThreads);
+  }
+
+  /// Adds the other parts' sums in order.
+  __device__ void collect(Sums<Traits>& sums) const {
+    ptx::bar_arrive(kPartialsFree, kPartialThreads);
+    ptx::bar_sync(kPartialsFull, kPartialThreads);
+#pragma unroll
+    for (int part = 1; part < Traits::kDepthParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < Traits::kRowBlocks * kSums; ++i) {
+        sums.of[i / kSums][i % kSums] += ptx::ld_shared_f32(partials(part) + i * 512);
+      }
+    }
+  }
+
+  __device__ uint32_t alphas() const {
+    return shared_ + Traits::kAlphaOffset + row_part_ * Traits::kAlphaBytes;
+  }
+
+  /// alpha of every token and half, including what the decode left out. Scaling by a power of two commutes
+  /// with rounding, unless alpha is beyond 2^121.
+  __device__ void publish_alphas() const {
+#pragma unroll
+    for (int i = 0; i < kScalesPerThread; ++i) {
+      const int token = i * 128 + thread_;
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        if (token < Traits::kTokens) {
+          ptx::st_shared_f32(alphas() + (half * Traits::kTokens + token) * 4,
+                             row_scales_[i] * globals_[half] * kDecodedToValue);
+        }
+      }
+    }
+    ptx::bar_sync(kFirstStaging + row_part_, 128);
+  }
+
+  __device__ int first_block() const {
+    return tile_.row_tile * Traits::kTileBlocks + row_part_ * Traits::kRowBlocks;
+  }
+
+  /// Bias of the lower (0) or upper (1) row of this thread in a row block. Absent: -0, which changes no sum.
+  __device__ float bias(int block, int upper) const {
+    if (args_.bias == nullptr) return -0.0f;
+    const int slab = (first_block() + block) * 4 + thread_ / 32, g = thread_ % 32 / 4;
+    const int channel = Traits::kPaired ? slab * 8 + g : slab * 16 + upper * 8 + g;
+    if (channel >= args_.channels) return -0.0f;
+    const int64_t row = int64_t{tile_.expert} * kHalves + (Traits::kPaired ? upper : 0);
+    return args_.bias[row * args_.channels + channel];
+  }
+
+  /// alpha * sum + bias with the specified roundings.
+  static __device__ float scaled(float alpha, float sum, float bias) {
+    return __fadd_rn(__fmul_rn(alpha, sum), bias);
+  }
+
+  /// kRound tokens. Two buffers take turns, so that one barrier a round is enough: whoever writes a buffer
+  /// again has passed the barrier that all others reached after reading it. Between tiles, publish_alphas()
+  /// has it.
+  __device__ __forceinline__ void finish_round(const Sums<Traits>& sums,
+                                               const float (&biases)[Traits::kRowBlocks][2],
+                                               int round) const {
+    if (!Traits::kPaired && args_.d_is_float32) return store_float32(sums, biases, round);
+    const uint32_t buffer = shared_ + Traits::kStagingOffset + row_part_ * Traits::kStagingBytes +
+                            round % 2 * (Traits::kStagingBytes / 2);
+    stage_round(sums, biases, round, buffer);
+    ptx::bar_sync(kFirstStaging + row_part_, 128);
+    if constexpr (Traits::kPaired) {
+      write_activations(round, buffer);
+    } else {
+      write_rows(round, buffer);
+    }
+  }
+
+  __device__ __forceinline__ void store_float32(const Sums<Traits>& sums,
+                                                const float (&biases)[Traits::kRowBlocks][2],
+                                                int round) const {
+    const int lane = thread_ % 32;
+    float* d = static_cast<float*>(args_.d);
+#pragma unroll
+    for (int i = 0; i < kRound / 2; ++i) {
+      const int token = round * kRound + i / 4 * 8 + lane % 4 * 2 + i % 2, upper = i / 2 % 2;
+      const float alpha = ptx::ld_shared_f32(alphas() + token * 4);
+#pragma unroll
+      for (int b = 0; b < Traits::kRowBlocks; ++b) {
+        const int channel = (first_block() + b) * kUnitRows + thread_ / 32 * 16 + upper * 8 + lane / 4;
+        if (token < tile_.rows && channel < args_.channels) {
+          d[(int64_t{tile_.first_row} + token) * args_.d_stride + channel] =
+              scaled(alpha, sums.of[b][round * kRound / 2 + i], biases[b][upper]);
+        }
+      }
+    }
+  }
+
+  /// Where chunk `chunk` of staged token `token` lies; the swizzle spreads a column over all banks.
+  static __device__ uint32_t staged(uint32_t buffer, int token, int chunk) {
+    return buffer + token * Traits::kStagingRowBytes + (chunk ^ (token % 8)) * 16;
+  }
+
+  __device__ __forceinline__ void stage_round(const Sums<Traits>& sums,
+                                              const float (&biases)[Traits::kRowBlocks][2], int round,
+                                              uint32_t buffer) const {
+    const int lane = thread_ % 32;
+#pragma unroll
+    for (int b = 0; b < Traits::kRowBlocks; ++b) {
+      uint32_t pairs[kRound / 8][2];
+#pragma unroll
+      for (int c = 0; c < kRound / 8; ++c) {
+        const int first = (round * kRound + c * 8) / 2;  // of the eight tokens' sums
+#pragma unroll
+        for (int upper = 0; upper < 2; ++upper) {
+          const int half = Traits::kPaired ? upper : 0;
+          const float2 alpha = ptx::ld_shared_v2_f32(
+              alphas() + (half * Traits::kTokens + round * kRound + c * 8 + lane % 4 * 2) * 4);
+          pairs[c][upper] =
+              ptx::cvt_rn_bf16x2(scaled(alpha.y, sums.of[b][first + upper * 2 + 1], biases[b][upper]),
+                                 scaled(alpha.x, sums.of[b][first + upper * 2], biases[b][upper]));
+        }
+      }
+      // Lane i of matrix m = lane / 8 names the chunk of token i; matrices are lower, upper (, then 8 tokens
+      // on).
+      const int chunk = b * 8 + thread_ / 32 * 2 + lane / 8 % 2;
+      const uint32_t to = staged(buffer, lane / 16 * 8 % kRound + lane % 8, chunk);
+      if constexpr (kRound == 8) {
+        ptx::stmatrix_x2_trans(to, pairs[0][0], pairs[0][1]);
+      } else {
+        ptx::stmatrix_x4_trans(to, pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]);
+      }
+    }
+  }
+
+  __device__ void write_rows(int round, uint32_t buffer) const {
+#pragma unroll
+    for (int i = thread_; i < kRound * kChunks; i += 128) {
+      const int token = i / kChunks, chunk = i % kChunks, row = round * kRound + token;
+      const int channel = first_block() * kUnitRows + chunk * 8;
+      if (row < tile_.rows && channel < args_.channels) {
+        const uint4 values = ptx::ld_shared_v4(staged(buffer, token, chunk));
+        auto* d =
+            static_cast<uint16_t*>(args_.d) + (int64_t{tile_.first_row} + row) * args_.d_stride + channel;
+        *reinterpret_cast<uint4*>(d) = values;
+      }
+    }
+  }
+
+  __device__ void write_activations(int round, uint32_t buffer) const {
+#pragma unroll
+    for (int i = thread_; i < kRound * kChunks / 2; i += 128) {
+      const int token = i / (kChunks / 2), pair = i % (kChunks / 2), row = round * kRound + token;
+      const int channel = first_block() * (kUnitRows / 2) + pair * 8;
+      if (row < tile_.rows && channel < args_.channels) {
+        const uint4 gate = ptx::ld_shared_v4(staged(buffer, token, pair * 2));
+        const uint4 up = ptx::ld_shared_v4(staged(buffer, token, pair * 2 + 1));
+        const int64_t output_row = int64_t{tile_.first_row} + row;
+        if (args_.d != nullptr) {
+          auto* d = static_cast<uint16_t*>(args_.d) + output_row * args_.d_stride + channel;
+          *reinterpret_cast<uint4*>(d) = {activate(gate.x, up.x), activate(gate.y, up.y),
+                                          activate(gate.z, up.z), activate(gate.w, up.w)};
+        }
+        if (args_.h != nullptr) {
+          Bf16* h = args_.h + output_row * args_.h_stride + channel;
+          *reinterpret_cast<uint4*>(h) = gate;
+          *reinterpret_cast<uint4*>(h + args_.channels) = up;
+        }
+      }
+    }
+  }
+
+  __device__ uint32_t activate(uint32_t gates, uint32_t ups) const {
+    return ptx::cvt_rn_bf16x2(swiglu(args_, high_bf16(gates), high_bf16(ups)),
+                              swiglu(args_, low_bf16(gates), low_bf16(ups)));
+  }
+
+  const GemmKernelArgs& args_;
+  uint32_t shared_;
+  int row_part_, depth_part_, thread_;
+  WorkTile tile_;
+  float row_scales_[kScalesPerThread];
+  float globals_[kHalves];
+};
+
+}  // namespace fourfold::sm90

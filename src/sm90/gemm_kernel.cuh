@@ -1,0 +1,44 @@
+// Grouped GEMM for Hopper: d[m,c] = alpha(m,c) * sum_k tokens[m,k] * w[e,c,k], e = group of row m.
+// shapes:   tokens [M,K] bf16, one or two terms; w packed (sm90/packed_layout.h); group_offsets [E+1]; d
+// [M,C] needs:    K and C multiples of 16; groups may be empty or ragged numerics: weights decode exactly to
+// bf16; float32 accumulation by WGMMA; alpha, bias and activation at the
+//           rounding points of docs/formats.md, section 7
+// oracle:   a float64 kernel in tests/sm90_gemm_test.cu
+//
+// One persistent CTA an SM: warpgroup 0 produces (one warp of it works), the others consume. The weights are
+// the register operand of WGMMA, so the tile is rows of weights by columns of tokens. docs/hopper.md tells
+// why it is built this way and what was measured.
+#pragma once
+
+#include "sm90/gemm_consumer.cuh"
+#include "sm90/gemm_kernel_args.cuh"
+#include "sm90/gemm_producer.cuh"
+#include "sm90/ptx.cuh"
+
+namespace fourfold::sm90 {
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    expert_gemm_kernel(const __grid_constant__ GemmKernelArgs args, const __grid_constant__ TokenMaps maps) {
+  extern __shared__ uint8_t raw_shared[];
+  const uint32_t shared = (ptx::shared_address(raw_shared) + 1023u) & ~1023u;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      ptx::mbarrier_init(shared + Traits::kFullOffset + stage * 8, 1);
+      ptx::mbarrier_init(shared + Traits::kEmptyOffset + stage * 8, Traits::kConsumers * 4);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  if (warpgroup == 0) {
+    if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_dec<40>();
+    if (threadIdx.x < 32) Producer<Traits>(args, maps, shared).run();
+  } else {
+    if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_inc<232>();
+    ptx::griddepcontrol_wait();
+    Consumer<Traits>(args, shared, warpgroup - 1).run();
+  }
+}
+
+}  // namespace fourfold::sm90

@@ -1,0 +1,90 @@
+// What the grouped GEMM kernel takes, and the shapes that it is compiled for.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "fourfold/number_formats.h"
+#include "sm90/packed_decode.h"
+
+namespace fourfold::sm90 {
+
+/// How a kernel reads one term of the token rows: boxes of 64 k and a large or a small number of rows.
+struct TokenMaps {
+  CUtensorMap large[2];
+  CUtensorMap small[2];
+};
+
+/// Members as in ExpertGemm; strides in elements.
+struct GemmKernelArgs {
+  const uint8_t* packed;
+  int64_t packed_bytes_per_expert;
+  int32_t experts;
+  int32_t row_blocks;   ///< of 64 packed rows
+  int32_t depth_units;  ///< of 64 k
+  int32_t channels;
+  const int32_t* group_offsets;
+  const float* row_scales;
+  const float* weight_globals;
+  const float* bias;
+  void* d;
+  int64_t d_stride;
+  Bf16* h;
+  int64_t h_stride;
+  float activation_alpha, activation_beta, activation_limit;
+  bool d_is_float32;
+  DecodeMasks masks;
+};
+
+/// Shape of a kernel. Consumer warpgroup w multiplies row part w / kDepthParts of the tile with every
+/// kDepthParts-th k unit, starting with unit w % kDepthParts; partial sums are added in order of the parts.
+template <int kRowParts_, int kRowBlocks_, int kDepthParts_, int kTokens_, int kGranule_, int kLargeBox_,
+          int kTerms_, bool kPaired_>
+struct GemmTraits {
+  static constexpr int kRowParts = kRowParts_;      ///< warpgroups side by side
+  static constexpr int kRowBlocks = kRowBlocks_;    ///< blocks of 64 rows a warpgroup
+  static constexpr int kDepthParts = kDepthParts_;  ///< warpgroups that share a tile's k
+  static constexpr int kTokens = kTokens_;          ///< most tokens of a tile
+  static constexpr int kGranule = kGranule_;        ///< what the tokens of a tile are rounded up to
+  static constexpr int kLargeBox = kLargeBox_;      ///< token rows of a large box; kGranule of a small one
+  static constexpr int kTerms = kTerms_;
+  static constexpr bool kPaired = kPaired_;  ///< rows are in RowOrder::kGateUpPaired, the epilogue is SwiGLU
+
+  static constexpr int kConsumers = kRowParts * kDepthParts;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kTileBlocks = kRowParts * kRowBlocks;
+  static constexpr bool kManyRegisters = kConsumers == 2;
+  /// k-steps a WGMMA commit group: two, where registers allow.
+  static constexpr int kGroup = kRowBlocks * kTokens > 256 ? 1 : 2;
+
+  // Shared memory, in bytes from a multiple of 1024.
+  static constexpr int kTokenBoxBytes = kTokens * kUnitDepth * 2;  ///< one term of one k unit
+  static constexpr int kTokenStageBytes = kTerms * kDepthParts * kTokenBoxBytes;
+  static constexpr int kWeightStageBytes = kTileBlocks * kDepthParts * kUnitBytes;
+  static constexpr int kStagingTokens = kGranule;
+  static constexpr int kStagingRowBytes = kRowBlocks * kUnitRows * 2;
+  static constexpr int kStagingBytes = 2 * kStagingTokens * kStagingRowBytes;  ///< of a row part; two buffers
+  static constexpr int kAlphaBytes = 2 * kTokens * 4;                          ///< of a row part
+  static constexpr int kPartialBytes = kRowBlocks * kUnitRows * kTokens * 4;   ///< of a warpgroup
+  static constexpr int kFixedBytes =
+      1024 + kRowParts * (kStagingBytes + kAlphaBytes) + kRowParts * (kDepthParts - 1) * kPartialBytes;
+  static constexpr int kStageBytes = kTokenStageBytes + kWeightStageBytes + 16 + 2 * 8;
+  static constexpr int kMaxSharedBytes = 227 * 1024;
+  static constexpr int kStages = (kMaxSharedBytes - kFixedBytes) / kStageBytes;
+
+  static constexpr int kWeightOffset = kStages * kTokenStageBytes;
+  static constexpr int kStagingOffset = kWeightOffset + kStages * kWeightStageBytes;
+  static constexpr int kAlphaOffset = kStagingOffset + kRowParts * kStagingBytes;
+  static constexpr int kPartialOffset = kAlphaOffset + kRowParts * kAlphaBytes;
+  static constexpr int kTileOffset = kPartialOffset + kRowParts * (kDepthParts - 1) * kPartialBytes;
+  static constexpr int kFullOffset = kTileOffset + kStages * 16;
+  static constexpr int kEmptyOffset = kFullOffset + kStages * 8;
+  static constexpr int kSharedBytes = 1024 + kEmptyOffset + kStages * 8;
+
+  static_assert(kTokens % kGranule == 0 && kLargeBox % kGranule == 0 && kTokenBoxBytes % 1024 == 0);
+  static_assert(kStages >= 4 && kSharedBytes <= kMaxSharedBytes);
+  static_assert(kStagingRowBytes % 128 == 0 && kWeightOffset % 128 == 0 && kUnitBytes % 128 == 0);
+};
+
+}  // namespace fourfold::sm90

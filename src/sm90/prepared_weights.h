@@ -1,0 +1,60 @@
+// One layer's weights on the GPU, in the form that the grouped GEMM reads.
+#pragma once
+
+#include <string>
+
+#include "fourfold/memory.h"
+#include "fourfold/moe_layer.h"
+#include "sm90/packed_layout.h"
+
+namespace fourfold::sm90 {
+
+/// The weights of one GEMM for all experts.
+struct PreparedMatrix {
+  PackedShape shape;  ///< of one expert
+  Buffer packed;      ///< E times shape.bytes()
+  Buffer globals;     ///< float32 [E, halves], multipliers
+  Buffer bias;        ///< float32 [E, halves * channels]; no bytes where no expert has one
+
+  const float* global_scales() const { return reinterpret_cast<const float*>(globals.data()); }
+  const float* biases() const { return reinterpret_cast<const float*>(bias.data()); }
+};
+
+/// Why weights other than these can't be prepared on device `device`: formats other than NVFP4, or on another
+/// device; names the first expert and tensor. Empty when they can.
+std::string why_unpreparable(const ExpertWeights& weights, int device);
+
+/// Packs weights from host memory (a mapped checkpoint, say) or from the device. Host weights go through a
+/// staging buffer for one matrix pair of one expert, so that at its peak preparation holds the packed weights
+/// and that buffer.
+class PreparedWeights {
+ public:
+  /// Returns when the weights are on the device. Throws Error for weights that why_unpreparable names.
+  PreparedWeights(const ExpertWeights& weights, const LayerConfig& config, const LayerOptions& options,
+                  const Memory& memory);
+
+  /// Replaces them at the same addresses. Waits for the device first and last. Throws Error, with nothing
+  /// changed, unless shapes, formats and the matrices that have a bias are what they were.
+  void update(const ExpertWeights& weights);
+
+  const PreparedMatrix& gate_up() const { return gate_up_; }
+  const PreparedMatrix& down() const { return down_; }
+  /// Static scales [E] by the layer's policies: an expert's own, or the maximum for all.
+  const float* x_scales() const { return reinterpret_cast<const float*>(x_scales_.data()); }
+  const float* intermediate_scales() const {
+    return reinterpret_cast<const float*>(intermediate_scales_.data());
+  }
+
+ private:
+  void fill(const ExpertWeights& weights);
+  void pack(const ExpertWeights& weights);
+
+  LayerConfig config_;
+  LayerOptions options_;
+  const Memory& memory_;
+  ExpertWeights described_;  ///< shapes and formats; its pointers are not followed
+  PreparedMatrix gate_up_, down_;
+  Buffer x_scales_, intermediate_scales_;
+};
+
+}  // namespace fourfold::sm90

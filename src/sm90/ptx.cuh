@@ -1,0 +1,285 @@
+// The PTX instructions of sm_90a that the kernels use, one wrapper each, named after it. Addresses of shared
+// memory are 32-bit (shared window).
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace fourfold::sm90::ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Barriers in shared memory.
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+/// Makes initialised barriers visible to the asynchronous proxy.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/// Arrives where `predicate` holds, without a branch: a divergent branch here would make ptxas serialise
+/// WGMMA.
+__device__ __forceinline__ void mbarrier_arrive_if(uint32_t barrier, bool predicate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(
+          barrier),
+      "r"(static_cast<uint32_t>(predicate))
+      : "memory");
+}
+
+/// Arrives, and makes the phase wait for `bytes` more from bulk copies.
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+/// Waits until the phase of that parity is complete.
+__device__ __forceinline__ void mbarrier_wait_parity(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "WAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(
+          barrier),
+      "r"(parity)
+      : "memory");
+}
+
+/// Barriers of the CTA by number; 0 is __syncthreads'.
+__device__ __forceinline__ void bar_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void bar_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Copies into shared memory.
+
+/// L2 policy for data that is read once or in a short burst.
+__device__ __forceinline__ uint64_t createpolicy_evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+/// `bytes` (a multiple of 16) from global to shared memory, both 16-byte aligned.
+__device__ __forceinline__ void cp_async_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
+                                              uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], "
+      "%4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+/// The box of a two-dimensional tensor map that starts at (x, y), x counted along the contiguous axis.
+__device__ __forceinline__ void cp_async_bulk_tensor_2d(uint32_t to, const CUtensorMap* map, int32_t x,
+                                                        int32_t y, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+      "[%4];" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch_tensormap(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Programmatic dependent launch.
+
+__device__ __forceinline__ void griddepcontrol_wait() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Shared memory, arithmetic.
+
+__device__ __forceinline__ uint4 ld_shared_v4(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ uint2 ld_shared_v2(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void st_shared_v4(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                             uint32_t d) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+__device__ __forceinline__ void st_shared_f32(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+__device__ __forceinline__ float ld_shared_f32(uint32_t address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ float2 ld_shared_v2_f32(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+/// Four 8x8 matrices of 16-bit elements, transposed on the way: lane i of each eighth of the warp names the
+/// 16 bytes that receive column i of that matrix.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                                  uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+__device__ __forceinline__ void stmatrix_x2_trans(uint32_t address, uint32_t a, uint32_t b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b)
+               : "memory");
+}
+
+/// Two floats to bf16, nearest even; `low` becomes the low half.
+__device__ __forceinline__ uint32_t cvt_rn_bf16x2(float high, float low) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+__device__ __forceinline__ float ex2_approx(float x) {
+  float r;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+__device__ __forceinline__ float rcp_approx(float x) {
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+/// The operations of sm90/packed_decode.h. Halves are taken by mov, which folds into the multiplication's
+/// operands; a byte permute would stay an instruction.
+struct PtxOps {
+  static __device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+  }
+  static __device__ __forceinline__ uint32_t low_half_twice(uint32_t x) {
+    uint32_t r;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {low, low};\n}" : "=r"(r) : "r"(x));
+    return r;
+  }
+  static __device__ __forceinline__ uint32_t high_half_twice(uint32_t x) {
+    uint32_t r;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {high, high};\n}" : "=r"(r) : "r"(x));
+    return r;
+  }
+};
+
+// Warpgroup matrix multiplication.
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit_group() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/// Waits until at most kPending of the newest groups are unfinished.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait_group() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+/// Matrix descriptor of operand B: rows of 64 bf16 along k (128 bytes), 128-byte swizzle, 8-row groups 1024
+/// bytes apart, the first at a multiple of 1024. A k-step further is 32 bytes further: + 2.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kGroupStride = uint64_t{1024 >> 4} << 32;
+  return kSwizzle128 | kGroupStride | (uint64_t{1} << 16) | ((address & 0x3FFFFu) >> 4);
+}
+
+/// d [64, kN] += a [64, 16] . b [kN, 16]^T; bf16 operands, a in registers; d has at
+/// least kN / 2 elements, of which the first are used.
+template <int kN>
+struct Wgmma;
+
+#define FOURFOLD_D4(i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
+#define FOURFOLD_D8(i) FOURFOLD_D4(i), FOURFOLD_D4((i) + 4)
+#define FOURFOLD_D16(i) FOURFOLD_D8(i), FOURFOLD_D8((i) + 8)
+#define FOURFOLD_D32(i) FOURFOLD_D16(i), FOURFOLD_D16((i) + 16)
+#define FOURFOLD_R4 "%0, %1, %2, %3"
+#define FOURFOLD_R8 FOURFOLD_R4 ", %4, %5, %6, %7"
+#define FOURFOLD_R12 FOURFOLD_R8 ", %8, %9, %10, %11"
+#define FOURFOLD_R16 FOURFOLD_R12 ", %12, %13, %14, %15"
+#define FOURFOLD_R24 FOURFOLD_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define FOURFOLD_R32 FOURFOLD_R24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define FOURFOLD_R40 FOURFOLD_R32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define FOURFOLD_R48 FOURFOLD_R40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define FOURFOLD_R56 FOURFOLD_R48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define FOURFOLD_R64 FOURFOLD_R56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define FOURFOLD_R72 FOURFOLD_R64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define FOURFOLD_R80 FOURFOLD_R72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+
+// n: columns; registers: their list; a0 to descriptor: the numbers of the operands after it; then the
+// operands.
+#define FOURFOLD_WGMMA(n, registers, a0, a1, a2, a3, descriptor, ...)                                   \
+  template <>                                                                                           \
+  struct Wgmma<n> {                                                                                     \
+    template <int kSize>                                                                                \
+    static __device__ __forceinline__ void mma(float (&d)[kSize], const uint32_t (&a)[4], uint64_t b) { \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" registers "}, {%" #a0   \
+                   ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #descriptor ", 1, 1, 1, 0;"                     \
+                   : __VA_ARGS__                                                                        \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                               \
+    }                                                                                                   \
+  };
+
+FOURFOLD_WGMMA(8, FOURFOLD_R4, 4, 5, 6, 7, 8, FOURFOLD_D4(0))
+FOURFOLD_WGMMA(16, FOURFOLD_R8, 8, 9, 10, 11, 12, FOURFOLD_D8(0))
+FOURFOLD_WGMMA(24, FOURFOLD_R12, 12, 13, 14, 15, 16, FOURFOLD_D8(0), FOURFOLD_D4(8))
+FOURFOLD_WGMMA(32, FOURFOLD_R16, 16, 17, 18, 19, 20, FOURFOLD_D16(0))
+FOURFOLD_WGMMA(48, FOURFOLD_R24, 24, 25, 26, 27, 28, FOURFOLD_D16(0), FOURFOLD_D8(16))
+FOURFOLD_WGMMA(64, FOURFOLD_R32, 32, 33, 34, 35, 36, FOURFOLD_D32(0))
+FOURFOLD_WGMMA(80, FOURFOLD_R40, 40, 41, 42, 43, 44, FOURFOLD_D32(0), FOURFOLD_D8(32))
+FOURFOLD_WGMMA(96, FOURFOLD_R48, 48, 49, 50, 51, 52, FOURFOLD_D32(0), FOURFOLD_D16(32))
+FOURFOLD_WGMMA(112, FOURFOLD_R56, 56, 57, 58, 59, 60, FOURFOLD_D32(0), FOURFOLD_D16(32), FOURFOLD_D8(48))
+FOURFOLD_WGMMA(128, FOURFOLD_R64, 64, 65, 66, 67, 68, FOURFOLD_D32(0), FOURFOLD_D32(32))
+FOURFOLD_WGMMA(144, FOURFOLD_R72, 72, 73, 74, 75, 76, FOURFOLD_D32(0), FOURFOLD_D32(32), FOURFOLD_D8(64))
+FOURFOLD_WGMMA(160, FOURFOLD_R80, 80, 81, 82, 83, 84, FOURFOLD_D32(0), FOURFOLD_D32(32), FOURFOLD_D16(64))
+
+#undef FOURFOLD_WGMMA
+
+}  // namespace fourfold::sm90::ptx

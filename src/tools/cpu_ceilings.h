@@ -1,0 +1,37 @@
+// What this CPU can do at most, measured: reading memory, and arithmetic by instruction set.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace fourfold {
+
+/// A measured limit. Bytes or operations a second; a multiplication and an addition are two operations.
+struct Ceiling {
+  std::string name;
+  std::optional<double> per_second;  ///< absent: not measured
+  std::string note;                  ///< why not, or how
+};
+
+/// Bytes of the largest data cache that the system tells of; 32 MB where it tells nothing.
+int64_t last_level_cache_bytes();
+
+/// As the system names it.
+std::string cpu_name();
+
+/// Reading DRAM once, sequentially, with as many threads as OpenMP takes, each its own part: `bytes` in pages
+/// of 2 MB where the system gives them. The median of several passes.
+Ceiling measure_dram_read(int64_t bytes);
+
+/// Peaks of the instruction sets that this CPU and its system have, with as many threads as OpenMP takes;
+/// operands stay in registers (or tiles). The names are those of LayerPlan::arithmetic:
+///   f32            multiplication and addition as the compiler vectorises them for any CPU of this kind
+///   f32-avx2, f32-avx512           fused multiply-add
+///   int8-vnni-avx2, int8-vnni-avx512   vpdpbusd
+///   int8-amx, bf16-amx             tile multiplication
+/// Those that can't run are listed without a number, with the reason.
+std::vector<Ceiling> measure_cpu_peaks();
+
+}  // namespace fourfold

@@ -1,0 +1,176 @@
+// Combine on the GPU gives the reference's bits; and all stages together can be captured and replayed.
+#include <memory>
+
+#include "cuda/combine.h"
+#include "cuda/permute.h"
+#include "cuda/stage.h"
+#include "cuda_support.h"
+#include "fourfold/error.h"
+#include "fourfold/reference.h"
+
+namespace fourfold {
+namespace {
+
+struct CombineCase {
+  int64_t tokens, top_k, hidden;
+  bool weight_on_input = false;
+  int absent_percent = 10;
+  Values values = Values::kOrdinary;
+  int64_t misaligned = 0;  ///< elements by which y starts and strides too late
+};
+
+/// Everything that combine reads: the slots of each token in random rows.
+struct CombineInputs {
+  CombineInputs(const CombineCase& c, uint64_t salt) {
+    config.weight_on_input = c.weight_on_input;
+    Engine random = engine(salt);
+    const int64_t slots = c.tokens * c.top_k;
+    int32_t rows = 0;
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      row_of_slot.push_back(below(random, 100) < c.absent_percent ? -1 : rows++);
+      weights.push_back(static_cast<float>(below(random, 2001) - 1000) / 777.0f);
+    }
+    std::shuffle(row_of_slot.begin(), row_of_slot.end(), random);
+    z = random_rows(random, rows, c.hidden, c.values);
+    z_view = {z.data(), rows, c.hidden};
+    weight_view = {weights.data(), c.tokens, c.top_k};
+  }
+
+  LayerConfig config;
+  std::vector<int32_t> row_of_slot;
+  std::vector<float> weights;
+  std::vector<Bf16> z;
+  MatrixView<const Bf16> z_view;
+  MatrixView<const float> weight_view;
+};
+
+template <class T>
+void check_combine(const CombineCase& c, uint64_t salt) {
+  SCOPED_TRACE(testing::Message() << c.tokens << " tokens, top-" << c.top_k << ", H " << c.hidden << ", "
+                                  << sizeof(T) << " bytes");
+  const CombineInputs inputs(c, salt);
+  std::vector<T> expected(static_cast<size_t>(c.tokens * c.hidden));
+  reference::combine(inputs.z_view, inputs.row_of_slot, inputs.weight_view, inputs.config, {},
+                     MatrixView<T>(expected.data(), c.tokens, c.hidden));
+
+  const DeviceArray<Bf16> z(inputs.z);
+  const DeviceArray<int32_t> row_of_slot(inputs.row_of_slot);
+  const DeviceArray<float> weights(inputs.weights);
+  const int64_t stride = c.hidden + c.misaligned;
+  for (int repeat = 0; repeat < (c.tokens < 1000 ? 20 : 2); ++repeat) {
+    const DeviceArray<T> y(static_cast<size_t>(c.tokens * stride + c.misaligned));
+    cuda::combine(
+        {z.matrix(inputs.z_view.rows, c.hidden), row_of_slot.data(), weights.matrix(c.tokens, c.top_k),
+         c.weight_on_input, MatrixView<T>(y.data() + c.misaligned, c.tokens, c.hidden, stride)},
+        nullptr);
+    const std::vector<T> found = y.get();
+    for (int64_t t = 0; t < c.tokens; ++t) {
+      const auto row = std::span(found).subspan(static_cast<size_t>(t * stride + c.misaligned));
+      const auto expected_row = std::span(expected).subspan(static_cast<size_t>(t * c.hidden));
+      ASSERT_EQ(first_difference<T>(expected_row.first(static_cast<size_t>(c.hidden)),
+                                    row.first(static_cast<size_t>(c.hidden))),
+                -1)
+          << "token " << t;
+      if (c.misaligned > 0 && t + 1 < c.tokens) {
+        ASSERT_TRUE(is_poison(row[static_cast<size_t>(c.hidden)])) << "token " << t;
+      }
+    }
+  }
+}
+
+TEST(Combine, EqualsTheReferenceInEveryCase) {
+  const CombineCase cases[] = {
+      {0, 8, 64},
+      {1, 1, 16},
+      {1, 8, 7168},
+      {5, 6, 2880, true},
+      {100, 4, 1040, false, 100},
+      {77, 9, 272, false, 40, Values::kHostile},
+      {33, 8, 64, true, 5, Values::kHostile, 1},
+      {131072, 2, 16},
+  };
+  uint64_t salt = 3000;
+  for (const CombineCase& c : cases) {
+    check_combine<Bf16>(c, ++salt);
+    check_combine<float>(c, ++salt);
+  }
+}
+
+TEST(Combine, RefusesRowsThatItCannotLoad) {
+  const CombineInputs inputs({4, 2, 16}, 1);
+  std::vector<float> y(4 * 16);
+  const MatrixView<float> out(y.data(), 4, 16);
+  const MatrixView<const Bf16> shifted(inputs.z.data() + 1, 1, 16);
+  EXPECT_THROW(cuda::combine({shifted, nullptr, inputs.weight_view, false, out}, nullptr), Error);
+}
+
+/// Permute, stage to nvfp4 by token, and combine the staged rows as if they were z: every kernel of a layer
+/// but its GEMMs, on fixed addresses.
+class Pipeline {
+ public:
+  static constexpr int64_t kTokens = 60, kTopK = 4, kHidden = 528, kExperts = 9, kSlots = kTokens * kTopK;
+
+  void set_inputs(uint64_t salt) {
+    Engine random = engine(salt);
+    x_.set(random_rows(random, kTokens, kHidden, Values::kOrdinary));
+    std::vector<int64_t> ids(kSlots);
+    const int64_t distinct = 1 + below(random, kExperts);
+    for (int64_t& id : ids) id = below(random, distinct + 2) - 1;  // -1, and sometimes beyond the last
+    ids_.set(ids);
+    std::vector<float> weights(kSlots);
+    for (float& weight : weights) weight = static_cast<float>(below(random, 100)) / 99.0f;
+    weights_.set(weights);
+  }
+
+  void enqueue(void* stream) const {
+    Routing routing;
+    routing.topk_ids = MatrixView<const int64_t>(ids_.matrix(kTokens, kTopK));
+    routing.topk_weights = weights_.matrix(kTokens, kTopK);
+    cuda::permute({routing,
+                   {offsets_.span(), slot_of_row_.span(), row_of_slot_.span()},
+                   status_.data(),
+                   scratch_.span()},
+                  stream);
+    cuda::StageArgs stage;
+    stage.format = ActivationFormat::kNvfp4;
+    stage.policy = ScalePolicy::kDynamicTensor;
+    stage.source = {x_.matrix(kTokens, kHidden), slot_of_row_.data(), kTopK, {}};
+    stage.group_offsets = offsets_.span();
+    stage.max_rows = kSlots;
+    stage.tensor_amax = amax_.data();
+    stage.decoded.first = rows_.matrix(kSlots, kHidden);
+    stage.decoded.row_scales = row_scales_.data();
+    cuda::fill_async(amax_.data(), 0, sizeof(float), stream);
+    cuda::find_amax(stage.source, stage.group_offsets, stage.max_rows, amax_.data(), stream);
+    cuda::stage(stage, stream);
+    cuda::combine({rows_.matrix(kSlots, kHidden), row_of_slot_.data(), routing.topk_weights, false,
+                   y_.matrix(kTokens, kHidden)},
+                  stream);
+  }
+
+  std::vector<Bf16> y() const { return y_.get(); }
+
+ private:
+  DeviceArray<Bf16> x_{kTokens * kHidden}, rows_{kSlots * kHidden}, y_{kTokens * kHidden};
+  DeviceArray<int64_t> ids_{kSlots};
+  DeviceArray<float> weights_{kSlots}, row_scales_{kSlots}, amax_{1};
+  DeviceArray<int32_t> offsets_{kExperts + 1}, slot_of_row_{kSlots}, row_of_slot_{kSlots}, status_{1};
+  DeviceArray<std::byte> scratch_{cuda::permute_scratch_bytes(kSlots, kExperts)};
+};
+
+TEST(Stages, CapturedOnceGiveForEveryRoutingWhatEagerCallsGive) {
+  Pipeline eager, replayed;
+  replayed.set_inputs(4000);
+  CapturedGraph graph([&](void* stream) { replayed.enqueue(stream); });
+  for (uint64_t routing = 0; routing < 50; ++routing) {
+    eager.set_inputs(5000 + routing);
+    eager.enqueue(nullptr);
+    replayed.set_inputs(5000 + routing);
+    cuda::synchronize(nullptr);
+    graph.replay();
+    ASSERT_EQ(eager.y(), replayed.y()) << "routing " << routing;
+  }
+}
+
+}  // namespace
+}  // namespace fourfold

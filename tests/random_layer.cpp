@@ -1,0 +1,85 @@
+#include "random_layer.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "fourfold/scale_layout.h"
+
+namespace fourfold {
+
+RandomLayer::RandomLayer(const RandomLayerShape& shape, uint64_t seed)
+    : config{shape.hidden, shape.intermediate, shape.experts,
+             shape.top_k,  shape.activation,   shape.weight_on_input},
+      inputs(make_inputs(shape.tokens, shape.hidden, seed, false)),
+      shape_(shape),
+      random_(seed) {
+  weights.hidden = shape.hidden;
+  weights.intermediate = shape.intermediate;
+  matrices_.reserve(static_cast<size_t>(3 * shape.experts));  // views point into it
+  for (int64_t e = 0; e < shape.experts; ++e) add_expert(e);
+  route();
+}
+
+WeightView RandomLayer::add_matrix(int64_t rows, int64_t cols, float sigma) {
+  std::normal_distribution<float> normal(0.0f, sigma);
+  std::vector<float> values(static_cast<size_t>(rows * cols));
+  for (float& value : values) value = normal(random_);
+  const MatrixView<const float> matrix(values.data(), rows, cols);
+  BlockScaledView view =
+      matrices_.emplace_back(quantize_nvfp4(matrix, nvfp4_global_scale(absolute_maximum(matrix)))).view();
+  if (shape_.scale_layout == ScaleLayout::kSwizzled128x4) {
+    view.scales =
+        swizzled_scales_.emplace_back(swizzle_scales({view.scales, rows, view.blocks_per_row()})).data();
+    view.scale_layout = ScaleLayout::kSwizzled128x4;
+  }
+  if (shape_.global_kind == GlobalScaleKind::kDivisor) {
+    view.global = {1.0f / view.global.value, GlobalScaleKind::kDivisor};
+  }
+  return view;
+}
+
+DenseView RandomLayer::add_bias(int64_t cols, ElementType type) {
+  std::normal_distribution<float> normal(0.0f, 0.5f);
+  const size_t width = type == ElementType::kF32 ? 4 : 2;
+  std::vector<std::byte>& bytes = biases_.emplace_back(static_cast<size_t>(cols) * width + 1);
+  for (size_t i = 0; i < static_cast<size_t>(cols); ++i) {
+    const float value = normal(random_);
+    const Bf16 rounded = encode_bf16(value);
+    std::memcpy(bytes.data() + 1 + i * width, width == 4 ? static_cast<const void*>(&value) : &rounded,
+                width);
+  }
+  return {type, bytes.data() + 1, 1, cols, static_cast<int64_t>(width) * cols, {}};  // at an odd address
+}
+
+void RandomLayer::add_expert(int64_t index) {
+  const int64_t hidden = shape_.hidden, intermediate = shape_.intermediate;
+  const float spread = std::exp2(static_cast<float>(index % 3));  // globals differ between experts and halves
+  // h then has a deviation of about 1 to 4: activations and limits matter.
+  const float sigma = 1.0f / std::sqrt(static_cast<float>(hidden));
+  Expert expert;
+  expert.name = "experts." + std::to_string(index);
+  if (is_gated(shape_.activation.kind)) expert.gate = add_matrix(intermediate, hidden, sigma * spread);
+  expert.up = add_matrix(intermediate, hidden, 2.0f * sigma);
+  expert.down = add_matrix(hidden, intermediate, spread / std::sqrt(static_cast<float>(intermediate)));
+  if (shape_.biases == Biases::kAll || (shape_.biases == Biases::kSome && index % 2 == 1)) {
+    if (expert.has_gate()) expert.gate_bias = add_bias(intermediate, ElementType::kBf16);
+    expert.up_bias = add_bias(intermediate, ElementType::kF32);
+    expert.down_bias = add_bias(hidden, ElementType::kBf16);
+  }
+  if (expert.has_gate()) expert.gate_input_scale = 3.0f / 2688.0f;
+  expert.up_input_scale = (5.0f + static_cast<float>(index)) / 2688.0f;
+  expert.down_input_scale = (20.0f + static_cast<float>(index)) / 2688.0f;
+  weights.experts.push_back(std::move(expert));
+}
+
+void RandomLayer::route() {
+  route_at_random(inputs, shape_.experts, shape_.top_k, random_());
+  for (size_t slot = 0; slot < inputs.topk_ids.size(); ++slot) {
+    int32_t& id = inputs.topk_ids[slot];
+    if (shape_.assignment == Assignment::kOneExpert) id = static_cast<int32_t>(shape_.experts - 1);
+    if (shape_.assignment == Assignment::kSomeAbsent && random_() % 3 == 0) id = -1;
+    if (shape_.assignment == Assignment::kRepeated) id = static_cast<int32_t>(random_() % 2);
+  }
+}
+
+}  // namespace fourfold

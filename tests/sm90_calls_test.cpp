@@ -1,0 +1,363 @@
+// How layers on Hopper are called: captured, from several streams, with new weights, in parts, by halves.
+#include <algorithm>
+#include <memory>
+#include <optional>
+
+#include "cuda_support.h"
+#include "fourfold/error.h"
+#include "fourfold/scale_layout.h"
+#include "random_layer.h"
+#include "sm90/sm90_layer.h"
+#include "tools/layer_trace.h"
+#include "tools/mirror.h"
+
+namespace fourfold {
+namespace {
+
+const Memory& gpu() {
+  return sm90_backend().memory();
+}
+
+std::unique_ptr<MoeLayer> make(const RandomLayer& layer, const LayerOptions& options = {}) {
+  return sm90_backend().make_layer(layer.weights, layer.config, options);
+}
+
+/// Buffers for forward() at fixed addresses, whose contents can change between calls.
+class Call {
+ public:
+  Call(const MoeLayer& layer, int64_t max_tokens)
+      : layer_(layer),
+        plan_(layer.plan(max_tokens)),
+        workspace_(plan_.workspace_bytes, gpu()),
+        x_(elements(max_tokens, layer.config().hidden)),
+        ids_(elements(max_tokens, layer.config().top_k)),
+        weights_(elements(max_tokens, layer.config().top_k)),
+        y_(elements(max_tokens, layer.config().hidden)) {
+    // What a workspace holds at the start must not matter.
+    gpu().fill(workspace_.span().data(), kPoisonByte, workspace_.span().size());
+  }
+
+  void set(const LayerInputs& inputs) {
+    tokens_ = inputs.tokens;
+    x_.set(inputs.x);
+    ids_.set(inputs.topk_ids);
+    weights_.set(inputs.topk_weights);
+    gpu().synchronize();
+  }
+
+  void enqueue(void* stream, const StageTaps& taps = {}) const {
+    const LayerConfig& config = layer_.config();
+    ForwardArgs args;
+    args.x = x_.matrix(tokens_, config.hidden);
+    args.routing.topk_ids = MatrixView<const int32_t>(ids_.matrix(tokens_, config.top_k));
+    args.routing.topk_weights = weights_.matrix(tokens_, config.top_k);
+    args.y = y_.matrix(tokens_, config.hidden);
+    args.workspace = workspace_.span();
+    args.stream = stream;
+    args.taps = taps;
+    layer_.forward(plan_, args);
+  }
+
+  std::vector<Bf16> y() const {
+    std::vector<Bf16> y = y_.get();
+    y.resize(static_cast<size_t>(tokens_ * layer_.config().hidden));
+    return y;
+  }
+
+ private:
+  static size_t elements(int64_t rows, int64_t cols) { return static_cast<size_t>(rows * cols); }
+
+  const MoeLayer& layer_;
+  LayerPlan plan_;
+  AlignedWorkspace workspace_;
+  int64_t tokens_ = 0;
+  DeviceArray<Bf16> x_;
+  DeviceArray<int32_t> ids_;
+  DeviceArray<float> weights_;
+  DeviceArray<Bf16> y_;
+};
+
+std::vector<Bf16> run(const MoeLayer& layer, const LayerInputs& inputs, int64_t max_tokens) {
+  Call call(layer, max_tokens);
+  call.set(inputs);
+  call.enqueue(nullptr);
+  return call.y();
+}
+
+/// The same number of tokens, other values and another routing; the later, the fewer experts get any.
+LayerInputs other_inputs(const RandomLayer& layer, uint64_t number) {
+  LayerInputs inputs = make_inputs(layer.inputs.tokens, layer.config.hidden, test_seed() + number, false);
+  const int64_t hit = 1 + static_cast<int64_t>(number) % layer.config.experts;
+  route_at_random(inputs, layer.config.experts, layer.config.top_k, test_seed() + number);
+  for (int32_t& id : inputs.topk_ids) id = static_cast<int32_t>(id % hit) - (number % 5 == 0 && id % 3 == 0);
+  return inputs;
+}
+
+LayerOptions with_format(ActivationFormat format, ScalePolicy policy) {
+  LayerOptions options;
+  options.activations = format;
+  options.x_scale = options.intermediate_scale = policy;
+  return options;
+}
+
+const LayerOptions kOptions[] = {
+    with_format(ActivationFormat::kNvfp4, ScalePolicy::kStatic),
+    with_format(ActivationFormat::kNvfp4x2, ScalePolicy::kDynamicTensor),
+    with_format(ActivationFormat::kFp8, ScalePolicy::kStatic),
+    with_format(ActivationFormat::kBf16, ScalePolicy::kStatic),
+};
+
+TEST(Sm90Calls, CapturedOnceGiveForEveryRoutingWhatEagerCallsGive) {
+  for (const int64_t tokens : {3, 150}) {
+    RandomLayerShape shape;
+    shape.tokens = tokens;
+    const RandomLayer layer(shape, test_seed());
+    for (const LayerOptions& options : kOptions) {
+      const auto moe = make(layer, options);
+      Call eager(*moe, tokens), captured(*moe, tokens);
+      captured.set(layer.inputs);
+      CapturedGraph graph([&](void* stream) { captured.enqueue(stream); });
+      for (uint64_t number = 0; number < 50; ++number) {
+        const LayerInputs inputs = other_inputs(layer, number);
+        eager.set(inputs);
+        eager.enqueue(nullptr);
+        captured.set(inputs);
+        graph.replay();
+        ASSERT_EQ(eager.y(), captured.y()) << to_string(options.activations) << ", routing " << number;
+      }
+    }
+  }
+}
+
+TEST(Sm90Calls, RepeatToTheLastBit) {
+  const RandomLayer layer({.tokens = 300}, test_seed());
+  for (const LayerOptions& options : kOptions) {
+    const auto moe = make(layer, options);
+    const std::vector<Bf16> first = run(*moe, layer.inputs, 300);
+    for (int repeat = 0; repeat < 20; ++repeat) ASSERT_EQ(run(*moe, layer.inputs, 300), first);
+  }
+}
+
+TEST(Sm90Calls, DoNotDependOnWhatElseIsInTheBatch) {
+  const RandomLayer layer({.tokens = 200}, test_seed());
+  const auto moe = make(layer);
+  const std::vector<Bf16> all = run(*moe, layer.inputs, 200);
+  LayerInputs one = layer.inputs;
+  one.tokens = 1;
+  one.x.resize(static_cast<size_t>(one.hidden));
+  one.topk_ids.resize(static_cast<size_t>(one.top_k));
+  one.topk_weights.resize(static_cast<size_t>(one.top_k));
+  const std::vector<Bf16> alone = run(*moe, one, 200);
+  EXPECT_TRUE(std::equal(alone.begin(), alone.end(), all.begin()));
+}
+
+TEST(Sm90Calls, FromTwoStreamsAtOnceGiveWhatOneGives) {
+  const RandomLayer layer({.tokens = 120}, test_seed());
+  const auto moe = make(layer);
+  const LayerInputs inputs[2] = {other_inputs(layer, 1), other_inputs(layer, 2)};
+  const std::vector<Bf16> expected[2] = {run(*moe, inputs[0], 120), run(*moe, inputs[1], 120)};
+  const TestStream streams[2];
+  Call calls[2] = {Call(*moe, 120), Call(*moe, 120)};
+  for (int i = 0; i < 2; ++i) calls[i].set(inputs[i]);
+  for (int repeat = 0; repeat < 20; ++repeat) {
+    for (int i = 0; i < 2; ++i) calls[i].enqueue(streams[i].get());
+  }
+  for (int i = 0; i < 2; ++i) {
+    streams[i].synchronize();
+    EXPECT_EQ(calls[i].y(), expected[i]);
+  }
+}
+
+TEST(Sm90Calls, TappedGiveWhatUntappedGive) {
+  const RandomLayer layer({.tokens = 90, .assignment = Assignment::kSomeAbsent}, test_seed());
+  for (const LayerOptions& options : kOptions) {
+    const auto moe = make(layer, options);
+    EXPECT_EQ(trace(*moe, layer.inputs, nullptr, gpu()).y, run(*moe, layer.inputs, 90))
+        << to_string(options.activations);
+  }
+}
+
+TEST(Sm90Calls, GraphsSurviveNewWeights) {
+  const RandomLayerShape shape{.biases = Biases::kSome};
+  const RandomLayer before(shape, test_seed()), after(shape, test_seed() + 1);
+  const auto moe = make(before);
+  Call captured(*moe, shape.tokens);
+  captured.set(before.inputs);
+  CapturedGraph graph([&](void* stream) { captured.enqueue(stream); });
+  graph.replay();
+  EXPECT_EQ(captured.y(), run(*make(before), before.inputs, shape.tokens));
+  moe->update_weights(after.weights);
+  graph.replay();
+  EXPECT_EQ(captured.y(), run(*make(after), before.inputs, shape.tokens));
+}
+
+TEST(Sm90Calls, RefuseNewWeightsOfAnotherShapeOrWithOtherBiases) {
+  const RandomLayer layer({}, test_seed());
+  const auto moe = make(layer);
+  EXPECT_THROW(moe->update_weights(RandomLayer({.hidden = 208}, 1).weights), Error);
+  EXPECT_THROW(moe->update_weights(RandomLayer({.biases = Biases::kAll}, 1).weights), Error);
+  EXPECT_THROW(moe->update_weights(RandomLayer({.scale_layout = ScaleLayout::kSwizzled128x4}, 1).weights),
+               Error);
+}
+
+TEST(Sm90Calls, TakeWeightsFromTheDevice) {
+  const RandomLayer layer({.biases = Biases::kSome}, test_seed());
+  Mirror mirror(gpu());
+  ExpertWeights weights = layer.weights;
+  for (Expert& expert : weights.experts) {
+    for (WeightView* weight : {&expert.gate, &expert.up, &expert.down}) {
+      auto& blocks = std::get<BlockScaledView>(*weight);
+      blocks.codes = mirror.bring(blocks.codes);
+      blocks.scales = mirror.bring(blocks.scales, static_cast<size_t>(blocks.rows * blocks.blocks_per_row()));
+    }
+    for (auto* bias : {&expert.gate_bias, &expert.up_bias, &expert.down_bias}) {
+      if (!*bias) continue;
+      (*bias)->data = mirror.bring((*bias)->data, static_cast<size_t>((*bias)->row_stride_bytes));
+      (*bias)->device = gpu().device();
+    }
+  }
+  const auto moe = sm90_backend().make_layer(weights, layer.config, {});
+  EXPECT_EQ(run(*moe, layer.inputs, 37), run(*make(layer), layer.inputs, 37));
+}
+
+// ---- more tokens than one part takes ----
+
+/// Tokens [first, first + count) of `inputs`.
+LayerInputs part_of(const LayerInputs& inputs, int64_t first, int64_t count) {
+  const auto cut = [&](const auto& values, int64_t width) {
+    using Values = std::remove_cvref_t<decltype(values)>;
+    return Values(values.begin() + first * width, values.begin() + (first + count) * width);
+  };
+  LayerInputs part = inputs;
+  part.tokens = count;
+  part.x = cut(inputs.x, inputs.hidden);
+  part.topk_ids = cut(inputs.topk_ids, inputs.top_k);
+  part.topk_weights = cut(inputs.topk_weights, inputs.top_k);
+  return part;
+}
+
+/// Of a call planned for `max_tokens`, as the kernels are chosen by the plan.
+float largest_activation(const MoeLayer& layer, const LayerInputs& inputs, int64_t max_tokens) {
+  const int64_t slots = inputs.tokens * inputs.top_k, intermediate = layer.config().intermediate;
+  Call call(layer, max_tokens);
+  const DeviceArray<Bf16> activation(std::vector<Bf16>(static_cast<size_t>(slots * intermediate)));
+  call.set(inputs);
+  StageTaps taps;
+  taps.activation = activation.matrix(slots, intermediate);
+  call.enqueue(nullptr, taps);
+  const std::vector<Bf16> values = activation.get();
+  return absolute_maximum(MatrixView<const Bf16>(values.data(), slots, intermediate));
+}
+
+TEST(Sm90Calls, InPartsGiveWhatEachPartGivesWithTheScalesOfTheWhole) {
+  // 80000 slots: two parts. The largest x, and so the scale of the whole tensor, is in the second.
+  constexpr int64_t kTokens = 40000, kPart = sm90::kMostRowsAtOnce / 2;
+  RandomLayer layer({kTokens, 64, 48, 5, 2}, test_seed());
+  layer.inputs.x[static_cast<size_t>((kTokens - 7) * 64 + 3)] = encode_bf16(200.0f);
+  const LayerInputs parts[] = {part_of(layer.inputs, 0, kPart),
+                               part_of(layer.inputs, kPart, kTokens - kPart)};
+  const auto dynamic = make(layer, with_format(ActivationFormat::kNvfp4, ScalePolicy::kDynamicTensor));
+  const std::vector<Bf16> y = run(*dynamic, layer.inputs, kTokens);
+
+  // The same scales by another way: given as the largest input scale over all experts.
+  LayerOptions fixed = with_format(ActivationFormat::kNvfp4, ScalePolicy::kMaxOverExperts);
+  fixed.x_max_scale = nvfp4_global_scale(200.0f);
+  const auto measuring = make(layer, fixed);
+  fixed.intermediate_max_scale = nvfp4_global_scale(std::max(
+      largest_activation(*measuring, parts[0], kTokens), largest_activation(*measuring, parts[1], kTokens)));
+  const auto scaled = make(layer, fixed);
+  std::vector<Bf16> expected = run(*scaled, parts[0], kTokens);
+  const std::vector<Bf16> second = run(*scaled, parts[1], kTokens);
+  expected.insert(expected.end(), second.begin(), second.end());
+  EXPECT_EQ(y, expected);
+}
+
+TEST(Sm90Calls, RefuseTapsThatDoNotFitOnePart) {
+  const RandomLayer layer({40000, 16, 16, 2, 2}, test_seed());
+  EXPECT_THROW(trace(*make(layer), layer.inputs, nullptr, gpu()), Error);
+}
+
+// ---- the expert half alone ----
+
+/// Staged rows and group offsets of a tapped forward, handed to experts() in one of the layouts that callers
+/// may bring.
+class ExpertHalf {
+ public:
+  ExpertHalf(const RandomLayer& layer, const LayerOptions& options)
+      : moe_(make(layer, options)), run_(trace(*moe_, layer.inputs, nullptr, gpu())) {}
+
+  const LayerTrace& whole() const { return run_; }
+
+  ActivationView staged(Mirror& mirror) {
+    brought_ = mirror.bring(run_.staged_x.views);
+    return brought_.view(moe_->options().activations, run_.rows, run_.hidden);
+  }
+
+  /// Scales of both terms as tensor cores want them, padding poisoned with NaN.
+  ActivationView swizzled(Mirror& mirror) {
+    ActivationView a = staged(mirror);
+    a.scale_layout = ScaleLayout::kSwizzled128x4;
+    a.scale_stride = 0;
+    first_ = swizzle(run_.staged_x.views.scales);
+    a.scales = mirror.bring(std::as_const(first_).data(), first_.size());
+    if (run_.staged_x.views.residual_scales.empty()) return a;
+    second_ = swizzle(run_.staged_x.views.residual_scales);
+    a.residual_scales = mirror.bring(std::as_const(second_).data(), second_.size());
+    return a;
+  }
+
+  /// z of experts(), its rows `offset` elements from an aligned address.
+  std::vector<Bf16> z(Mirror& mirror, const ActivationView& a, int64_t offset) const {
+    const int64_t stride = run_.hidden + offset;
+    std::vector<Bf16> z(static_cast<size_t>(run_.rows * stride + offset), Bf16{0x7FFF});
+    Bf16* device_z = mirror.bring(z.data(), z.size());
+    const LayerPlan plan = moe_->plan(run_.tokens);
+    const AlignedWorkspace workspace(plan.workspace_bytes, gpu());
+    ExpertsArgs args;
+    args.activations = a;
+    args.group_offsets = mirror.bring(std::span(run_.permutation.group_offsets));
+    args.z = {device_z + offset, run_.rows, run_.hidden, stride};
+    args.workspace = workspace.span();
+    moe_->experts(plan, args);
+    mirror.fetch();
+    std::vector<Bf16> dense;
+    for (int64_t row = 0; row < run_.rows; ++row) {
+      const auto begin = z.begin() + row * stride + offset;
+      dense.insert(dense.end(), begin, begin + run_.hidden);
+    }
+    return dense;
+  }
+
+ private:
+  std::vector<uint8_t> swizzle(const MatrixView<uint8_t>& scales) const {
+    const std::vector<uint8_t> ones(static_cast<size_t>(scales.rows * scales.cols), 1);
+    std::vector<uint8_t> swizzled = swizzle_scale_groups(scales, run_.permutation.group_offsets);
+    const auto used =
+        swizzle_scale_groups({ones.data(), scales.rows, scales.cols}, run_.permutation.group_offsets);
+    for (size_t i = 0; i < used.size(); ++i) swizzled[i] = used[i] ? swizzled[i] : kE4m3NanCode;
+    return swizzled;
+  }
+
+  std::unique_ptr<MoeLayer> moe_;
+  LayerTrace run_;
+  StagedActivations brought_;
+  std::vector<uint8_t> first_, second_;
+};
+
+TEST(Sm90Calls, OfTheExpertHalfGiveWhatTheWholeLayerGives) {
+  const RandomLayer layer({.tokens = 90, .biases = Biases::kAll}, test_seed());
+  for (const LayerOptions& options : kOptions) {
+    SCOPED_TRACE(to_string(options.activations));
+    ExpertHalf half(layer, options);
+    for (const int64_t offset : {0, 3}) {
+      Mirror mirror(gpu());
+      EXPECT_EQ(half.z(mirror, half.staged(mirror), offset), half.whole().z) << "offset " << offset;
+      if (!is_nvfp4(options.activations)) continue;
+      Mirror another(gpu());
+      EXPECT_EQ(half.z(another, half.swizzled(another), offset), half.whole().z) << "swizzled";
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fourfold

@@ -3,12 +3,12 @@
 
 #include <memory>
 
-#include "cpu/isa.h"
+#include "cpu/kernels.h"
 #include "fourfold/moe_layer.h"
 
 namespace fourfold::cpu {
 
-/// The backend with one instruction set, whatever is forced; why_unavailable says why it can't run.
-std::unique_ptr<Backend> make_backend(Isa isa);
+/// The backend with these kernels, whatever is forced. They can run here.
+std::unique_ptr<Backend> make_backend(const Kernels& kernels);
 
 }  // namespace fourfold::cpu

@@ -112,11 +112,11 @@ class TeamClock {
 
 class CpuLayer final : public MoeLayer {
  public:
-  CpuLayer(const IsaChoice& choice, const ExpertWeights& weights, const LayerConfig& config,
-           const LayerOptions& options)
-      : choice_(choice),
-        kernels_(kernels_of(choice.isa)),
-        functions_(row_functions_of(choice.isa)),
+  CpuLayer(const Kernels& kernels, const std::string& reason, const ExpertWeights& weights,
+           const LayerConfig& config, const LayerOptions& options)
+      : reason_(reason),
+        kernels_(kernels),
+        functions_(row_functions_of(kernels.isa)),
         config_(config),
         options_(options),
         routed_(weights, config, options) {
@@ -138,10 +138,10 @@ class CpuLayer final : public MoeLayer {
     plan.max_tokens = max_tokens;
     plan.workspace_bytes = counter.used();
     plan.kernel =
-        fmt::format("{}: {}", to_string(choice_.isa), describe_kernels(choice_.isa, options_.activations));
-    plan.reason = choice_.reason;
+        fmt::format("{}: {}", to_string(kernels_.isa), describe_kernels(kernels_.isa, options_.activations));
+    plan.reason = reason_;
     plan.details = std::make_shared<PlannedThreads>(PlannedThreads{threads});
-    plan.arithmetic = arithmetic_of(choice_.isa, options_.activations);
+    plan.arithmetic = arithmetic_of(kernels_.isa, options_.activations);
     return plan;
   }
 
@@ -343,7 +343,7 @@ class CpuLayer final : public MoeLayer {
     copy_tap<float>(space.shared_weights.first(static_cast<size_t>(tokens)), args.taps.shared.z_weight);
   }
 
-  IsaChoice choice_;
+  std::string reason_;  // why these kernels
   const Kernels& kernels_;
   const RowFunctions& functions_;
   LayerConfig config_;
@@ -374,9 +374,10 @@ std::string why_unsupported(const ExpertWeights& weights, const LayerOptions& op
   return "";
 }
 
-std::unique_ptr<MoeLayer> make_layer(const IsaChoice& choice, const ExpertWeights& weights,
-                                     const LayerConfig& config, const LayerOptions& options) {
-  return std::make_unique<CpuLayer>(choice, weights, config, options);
+std::unique_ptr<MoeLayer> make_layer(const Kernels& kernels, const std::string& reason,
+                                     const ExpertWeights& weights, const LayerConfig& config,
+                                     const LayerOptions& options) {
+  return std::make_unique<CpuLayer>(kernels, reason, weights, config, options);
 }
 
 }  // namespace fourfold::cpu

@@ -71,12 +71,16 @@ FOURFOLD_AVX512_FP16 void multiply_emulated_tiles(const uint8_t* pair, int64_t c
   multiply_pair<EmulatedTiles>(pair, chunks, tiles, row_tiles, terms, scratch, sums);
 }
 
-const char* why_no_emulation() {
-  if (!why_not(Isa::kAvx512).empty()) return "the emulation of tiles decodes with AVX-512";
+}  // namespace fourfold::cpu::amx
+
+namespace fourfold::cpu {
+
+std::string why_no_emulated_tiles() {
+  if (!why_not(Isa::kAvx512).empty()) return why_not(Isa::kAvx512);
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr uint32_t kFp16Bit = 1u << 23;  // CPUID 7.0 EDX
   const bool known = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0;
-  return known && (edx & kFp16Bit) != 0 ? "" : "the CPU has no avx512_fp16";
+  return known && (edx & kFp16Bit) != 0 ? "" : "the CPU has no avx512_fp16, with which tiles are decoded";
 }
 
-}  // namespace fourfold::cpu::amx
+}  // namespace fourfold::cpu

@@ -27,6 +27,12 @@ const Kernels& kernels_of(Isa isa) {
   return kPortable;
 }
 
+const Kernels& kernels_with_emulated_tiles() {
+  static constexpr Kernels kEmulated = {Isa::kAmx, avx512::multiply_ints, avx512::decode_floats,
+                                        avx512::multiply_floats, amx::multiply_emulated_tiles};
+  return kEmulated;
+}
+
 void multiply_pair_floats(const Kernels& kernels, const uint8_t* pair, int64_t chunks, const float* rows,
                           int64_t row_count, std::byte* scratch, float* sums) {
   auto* const weights = reinterpret_cast<float*>(scratch);

@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "cpu/isa.h"
 #include "cpu/operands.h"
@@ -42,6 +43,11 @@ struct Kernels {
 };
 
 const Kernels& kernels_of(Isa isa);
+/// Those of kAmx with the tile instructions computed in plain C++: for tests, where the CPU has AVX-512 with
+/// fp16 and no tiles.
+const Kernels& kernels_with_emulated_tiles();
+/// Why they can't run here; empty when they can.
+std::string why_no_emulated_tiles();
 
 /// multiply_floats over the whole depth of a pair of NVFP4 panels: sums [row_count][32] = rows x pair.
 void multiply_pair_floats(const Kernels& kernels, const uint8_t* pair, int64_t chunks, const float* rows,
@@ -77,12 +83,8 @@ void multiply_tiles(const uint8_t* pair, int64_t chunks, const std::byte* tiles,
                     std::byte* scratch, float* sums);
 void begin_tiles();
 void end_tiles();
-/// The same kernel with the tile instructions computed in plain C++: for tests, where the CPU has AVX-512
-/// with fp16 and no tiles.
 void multiply_emulated_tiles(const uint8_t* pair, int64_t chunks, const std::byte* tiles, int64_t row_tiles,
                              int terms, std::byte* scratch, float* sums);
-/// Why multiply_emulated_tiles can't run here; empty when it can.
-const char* why_no_emulation();
 }  // namespace amx
 
 }  // namespace fourfold::cpu

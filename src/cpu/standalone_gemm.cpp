@@ -20,10 +20,10 @@ bool is_nvfp4_weight(const WeightView& weight) {
 /// One call.
 class StandaloneGemm {
  public:
-  StandaloneGemm(Isa isa, const GroupedGemmArgs& args)
+  StandaloneGemm(const Kernels& kernels, const GroupedGemmArgs& args)
       : args_(args),
-        kernels_(kernels_of(isa)),
-        functions_(row_functions_of(isa)),
+        kernels_(kernels),
+        functions_(row_functions_of(kernels.isa)),
         stager_(functions_, args.a.format, args.a.cols) {
     needs_floats_ = !std::all_of(args.b.begin(), args.b.end(), is_nvfp4_weight);
     largest_pair_ = 0;
@@ -156,21 +156,21 @@ class StandaloneGemm {
 
 }  // namespace
 
-size_t gemm_workspace_bytes(Isa isa, const GroupedGemmArgs& args) {
-  return StandaloneGemm(isa, args).workspace_bytes();
+size_t gemm_workspace_bytes(const Kernels& kernels, const GroupedGemmArgs& args) {
+  return StandaloneGemm(kernels, args).workspace_bytes();
 }
 
-void grouped_gemm(Isa isa, const GroupedGemmArgs& args) {
+void grouped_gemm(const Kernels& kernels, const GroupedGemmArgs& args) {
   validate(args);
-  StandaloneGemm(isa, args).run();
+  StandaloneGemm(kernels, args).run();
 }
 
-void gemm(Isa isa, const GemmArgs& args) {
+void gemm(const Kernels& kernels, const GemmArgs& args) {
   validate(args);
   const std::array<int32_t, 2> one_group = {0, static_cast<int32_t>(args.a.rows)};
   const GroupedGemmArgs grouped = {args.a,         {&args.b, 1}, one_group, args.d, args.accumulation,
                                    args.workspace, args.stream};
-  StandaloneGemm(isa, grouped).run();
+  StandaloneGemm(kernels, grouped).run();
 }
 
 }  // namespace fourfold::cpu

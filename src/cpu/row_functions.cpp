@@ -24,8 +24,8 @@ constexpr int64_t padded(int64_t bytes) {
 
 loops::QuantizerScratch carve(std::byte* scratch, int64_t cols) {
   std::byte* const codes = scratch + padded(cols / kBlockDepth * 4);
-  return {reinterpret_cast<float*>(scratch), reinterpret_cast<uint8_t*>(codes),
-          reinterpret_cast<float*>(codes + padded(cols))};
+  return {reinterpret_cast<float*>(scratch), reinterpret_cast<uint32_t*>(codes),
+          reinterpret_cast<float*>(codes + padded(cols * 4))};
 }
 
 namespace any {
@@ -77,17 +77,22 @@ FOURFOLD_INLINE void finish_row(const PairSums& sums, int64_t row, float* values
   }
 }
 
+/// Up to 16 values that are bf16 already.
+FOURFOLD_INLINE void store_bf16_values(const float* values, int count, Bf16* out) {
+  if (count == kPanelRows) {
+    for (int i = 0; i < kPanelRows; ++i) out[i].bits = static_cast<uint16_t>(loops::to_bits(values[i]) >> 16);
+  } else {
+    for (int i = 0; i < count; ++i) out[i].bits = static_cast<uint16_t>(loops::to_bits(values[i]) >> 16);
+  }
+}
+
 /// Of one row: rounds to bf16 in place and stores what targets want.
 FOURFOLD_INLINE void round_and_store(const PairTargets& targets, int64_t row, float* values) {
-  uint16_t bits[kPairRows];
-  for (int i = 0; i < kPairRows; ++i) {
-    bits[i] = loops::round_to_bf16(values[i]);
-    values[i] = loops::to_float(uint32_t{bits[i]} << 16);
-  }
+  for (int i = 0; i < kPairRows; ++i) values[i] = loops::rounded_to_bf16(values[i]);
   for (int panel = 0; panel < 2; ++panel) {
-    if (targets.h[panel] == nullptr || targets.columns[panel] == 0) continue;
-    __builtin_memcpy(static_cast<void*>(targets.h[panel] + row * targets.h_stride), bits + panel * kPanelRows,
-                     static_cast<size_t>(targets.columns[panel]) * sizeof(Bf16));
+    if (targets.h[panel] == nullptr) continue;
+    store_bf16_values(values + panel * kPanelRows, targets.columns[panel],
+                      targets.h[panel] + row * targets.h_stride);
   }
 }
 
@@ -105,9 +110,7 @@ FOURFOLD_INLINE void store_float(const PairSums& sums, const int columns[2], flo
     float values[kPairRows];
     finish_row(sums, row, values);
     for (int panel = 0; panel < 2; ++panel) {
-      if (columns[panel] == 0) continue;
-      __builtin_memcpy(d[panel] + row * stride, values + panel * kPanelRows,
-                       static_cast<size_t>(columns[panel]) * sizeof(float));
+      for (int i = 0; i < columns[panel]; ++i) d[panel][row * stride + i] = values[panel * kPanelRows + i];
     }
   }
 }
@@ -118,17 +121,19 @@ FOURFOLD_INLINE void activate_rows(const ActivationFunction& function, const Pai
   constexpr int kLanes = is_gated(kKind) ? kPanelRows : kPairRows;
   constexpr int kUp = is_gated(kKind) ? kPanelRows : 0;
   const float alpha = function.alpha, beta = function.beta, limit = function.limit;
-  const int columns = is_gated(kKind) ? targets.columns[0] : targets.columns[0] + targets.columns[1];
   for (int64_t row = 0; row < sums.rows; ++row) {
     float values[kPairRows];
     finish_row(sums, row, values);
     round_and_store(targets, row, values);
-    uint16_t bits[kLanes];
+    float activated[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      bits[i] = loops::round_to_bf16(loops::activate<kKind>(values[i], values[kUp + i], alpha, beta, limit));
+      activated[i] =
+          loops::rounded_to_bf16(loops::activate<kKind>(values[i], values[kUp + i], alpha, beta, limit));
     }
-    __builtin_memcpy(static_cast<void*>(out + row * out_stride), bits,
-                     static_cast<size_t>(columns) * sizeof(Bf16));
+    for (int first = 0; first < kLanes; first += kPanelRows) {
+      store_bf16_values(activated + first, targets.columns[first / kPanelRows],
+                        out + row * out_stride + first);
+    }
   }
 }
 
@@ -219,7 +224,7 @@ const float* e4m3_values() {
 }
 
 int64_t quantizer_scratch_bytes(int64_t cols) {
-  return padded(cols / kBlockDepth * 4) + padded(cols) + padded(cols * 4);
+  return padded(cols / kBlockDepth * 4) + 2 * padded(cols * 4);
 }
 
 }  // namespace fourfold::cpu

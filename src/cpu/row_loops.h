@@ -30,6 +30,14 @@ FOURFOLD_INLINE uint16_t round_to_bf16(float value) {
   return static_cast<uint16_t>((bits & kMagnitude) > kInfinityBits ? quiet : rounded);
 }
 
+/// A float that bf16 holds: `value` rounded.
+FOURFOLD_INLINE float rounded_to_bf16(float value) {
+  const uint32_t bits = to_bits(value);
+  const uint32_t rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
+  const uint32_t quiet = bits | 0x400000u;
+  return to_float(((bits & kMagnitude) > kInfinityBits ? quiet : rounded) & 0xFFFF0000u);
+}
+
 FOURFOLD_INLINE void widen(const Bf16* x, int64_t cols, float* out) {
   for (int64_t col = 0; col < cols; ++col) out[col] = to_float(uint32_t{x[col].bits} << 16);
 }
@@ -100,7 +108,7 @@ FOURFOLD_INLINE uint32_t encode_code(float value) {
 /// Scratch of the quantizers, for rows of `cols` values.
 struct QuantizerScratch {
   float* reciprocals;  ///< [cols / 16]
-  uint8_t* codes;      ///< [cols], one a byte
+  uint32_t* codes;     ///< [cols]
   float* residual;     ///< [cols]
 };
 
@@ -129,11 +137,13 @@ FOURFOLD_INLINE void quantize_nvfp4(const float* x, int64_t cols, float global, 
     const float reciprocal = scratch.reciprocals[block];
     for (int64_t i = 0; i < kBlockDepth; ++i) {
       const int64_t k = block * kBlockDepth + i;
-      scratch.codes[k] = static_cast<uint8_t>(encode_code(x[k] * reciprocal));
+      scratch.codes[k] = encode_code(x[k] * reciprocal);
     }
   }
   for (int64_t i = 0; i < cols / 2; ++i) {
-    codes[i] = static_cast<uint8_t>(scratch.codes[2 * i] | scratch.codes[2 * i + 1] << 4);
+    uint64_t two = 0;  // codes of k = 2i in the low half, of 2i + 1 in the high one
+    __builtin_memcpy(&two, scratch.codes + 2 * i, sizeof(two));
+    codes[i] = static_cast<uint8_t>(two | two >> 28);
   }
 }
 

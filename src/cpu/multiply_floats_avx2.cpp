@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#include "cpu/prefetch.h"
 #include "cpu/targets.h"
 
 namespace fourfold::cpu::avx2 {
@@ -67,6 +68,7 @@ constexpr MultiplyRows kMultiplyRows[kRowsAtATime + 1] = {nullptr, multiply_rows
 
 void decode_floats(const uint8_t* pair, int64_t chunks, float* weights) {
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    prefetch_ahead(pair + chunk * kPairChunkBytes);
     for (int half_panel = 0; half_panel < 4; ++half_panel) {
       decode_half_panel(pair + chunk * kPairChunkBytes + half_panel / 2 * kPanelChunkBytes, half_panel % 2,
                         weights + chunk * kChunkDepth * kPairRows + half_panel * 8);

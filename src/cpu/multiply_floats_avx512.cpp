@@ -7,13 +7,13 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#include "cpu/prefetch.h"
 #include "cpu/targets.h"
 
 namespace fourfold::cpu::avx512 {
 namespace {
 
 constexpr int kRowsAtATime = 12;
-constexpr int64_t kPrefetchBytes = 4608;  // as in multiply_ints_avx512.cpp
 
 FOURFOLD_AVX512 FOURFOLD_INLINE void decode_panel(const uint8_t* panel_chunk, float* weights) {
   // Values x 256, for scales x 2^-8. A look-up takes the low four bits of a lane.
@@ -93,9 +93,7 @@ constexpr MultiplyRows kMultiplyRows[kRowsAtATime + 1] = {
 
 FOURFOLD_AVX512 void decode_floats(const uint8_t* pair, int64_t chunks, float* weights) {
   for (int64_t chunk = 0; chunk < chunks; ++chunk, pair += kPairChunkBytes) {
-    for (int64_t line = 0; line < kPairChunkBytes; line += 64) {
-      _mm_prefetch(pair + kPrefetchBytes + line, _MM_HINT_T1);
-    }
+    prefetch_ahead(pair);
     float* const out = weights + chunk * kChunkDepth * kPairRows;
     decode_panel(pair, out);
     decode_panel(pair + kPanelChunkBytes, out + kPanelRows);

@@ -7,22 +7,22 @@
 // and fma by the row's scale adds it. 6 operations on 2 ports, of which 4 multiply: two thirds of VNNI's peak
 // is the most that this can reach.
 //
-// Up to kDirectRows rows decode as they go. More rows meet weights decoded once, a few chunks at a time so
-// that they stay in the first-level cache.
+// Up to kDirectRows rows decode as they go, and twice as many do so in two passes. More rows meet weights
+// decoded once, a few chunks at a time so that they stay in the first-level cache.
 #include <immintrin.h>
 
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#include "cpu/prefetch.h"
 #include "cpu/targets.h"
 
 namespace fourfold::cpu::avx512 {
 namespace {
 
-constexpr int64_t kDirectRows = 4;
-constexpr int kRowsAtATime = 6;           // against decoded weights: 12 sums in registers
-constexpr int64_t kDecodedChunks = 8;     // 8 x 4 blocks of 768 bytes: 24 KB
-constexpr int64_t kPrefetchBytes = 4608;  // four pair chunks ahead, into the second-level cache
+constexpr int64_t kDirectRows = 8;     // 16 sums in registers, and 8 of weights
+constexpr int kRowsAtATime = 6;        // against decoded weights: 12 sums in registers
+constexpr int64_t kDecodedChunks = 8;  // 8 x 4 blocks of 768 bytes: 24 KB
 
 /// Decoded block of one panel.
 struct Block {
@@ -86,9 +86,7 @@ FOURFOLD_AVX512 void multiply_direct(const uint8_t* pair, int64_t chunks, const 
   for (auto& row : sums) row[0] = row[1] = _mm512_setzero_ps();
   const int64_t stride = chunks * kBlocksPerChunk;
   for (int64_t chunk = 0; chunk < chunks; ++chunk, pair += kPairChunkBytes) {
-    for (int64_t line = 0; line < kPairChunkBytes; line += 64) {
-      _mm_prefetch(pair + kPrefetchBytes + line, _MM_HINT_T1);
-    }
+    prefetch_ahead(pair);
 #pragma GCC unroll 8
     for (int block = 0; block < kBlocksPerChunk; ++block) {
       Block first, second;
@@ -105,6 +103,17 @@ FOURFOLD_AVX512 void multiply_direct(const uint8_t* pair, int64_t chunks, const 
     _mm512_storeu_ps(out + row * kPairRows + kPanelRows, sums[row][1]);
   }
 }
+
+using MultiplyDirect = void (*)(const uint8_t*, int64_t, const IntBlock*, float*);
+constexpr MultiplyDirect kMultiplyDirect[kDirectRows + 1] = {nullptr,
+                                                             multiply_direct<1>,
+                                                             multiply_direct<2>,
+                                                             multiply_direct<3>,
+                                                             multiply_direct<4>,
+                                                             multiply_direct<5>,
+                                                             multiply_direct<6>,
+                                                             multiply_direct<7>,
+                                                             multiply_direct<8>};
 
 /// Blocks of both panels: scratch[block][panel].
 FOURFOLD_AVX512 void decode_chunks(const uint8_t* pair, int64_t chunks, Block* blocks) {
@@ -149,12 +158,7 @@ constexpr MultiplyDecoded kMultiplyDecoded[kRowsAtATime + 1] = {nullptr,
                                                                 multiply_decoded<5>,
                                                                 multiply_decoded<6>};
 
-/// Asks for `bytes` from `at` on, for the second-level cache.
-void prefetch(const uint8_t* at, int64_t bytes) {
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
-}
-
-/// More than kDirectRows rows.
+/// Any number of rows, against weights decoded once.
 void multiply_blocked(const uint8_t* pair, int64_t chunks, const IntBlock* rows, int64_t row_count,
                       Block* blocks, float* sums) {
   const int64_t stride = chunks * kBlocksPerChunk;
@@ -165,7 +169,7 @@ void multiply_blocked(const uint8_t* pair, int64_t chunks, const IntBlock* rows,
     decode_chunks(pair + chunk * kPairChunkBytes, now, blocks);
     const uint8_t* next = pair + (chunk + now) * kPairChunkBytes;
     for (int64_t row = 0; row < row_count; row += kRowsAtATime) {
-      prefetch(next, prefetched);
+      prefetch_to_second_level(next, prefetched);
       next += prefetched;
       const int64_t count = std::min<int64_t>(kRowsAtATime, row_count - row);
       kMultiplyDecoded[count](blocks, now * kBlocksPerChunk, rows + row * stride + chunk * kBlocksPerChunk,
@@ -180,19 +184,13 @@ void multiply_ints(const uint8_t* pair, int64_t chunks, const IntBlock* rows, in
                    std::byte* scratch, float* sums) {
   static_assert(kDecodedChunks * kBlocksPerChunk * 2 * static_cast<int64_t>(sizeof(Block)) <=
                 kKernelScratchBytes);
-  switch (row_count) {
-    case 0:
-      return;
-    case 1:
-      return multiply_direct<1>(pair, chunks, rows, sums);
-    case 2:
-      return multiply_direct<2>(pair, chunks, rows, sums);
-    case 3:
-      return multiply_direct<3>(pair, chunks, rows, sums);
-    case kDirectRows:
-      return multiply_direct<4>(pair, chunks, rows, sums);
-    default:
-      return multiply_blocked(pair, chunks, rows, row_count, reinterpret_cast<Block*>(scratch), sums);
+  if (row_count > 2 * kDirectRows) {
+    return multiply_blocked(pair, chunks, rows, row_count, reinterpret_cast<Block*>(scratch), sums);
+  }
+  const int64_t first = row_count > kDirectRows ? (row_count + 1) / 2 : row_count, second = row_count - first;
+  if (first > 0) kMultiplyDirect[first](pair, chunks, rows, sums);
+  if (second > 0) {
+    kMultiplyDirect[second](pair, chunks, rows + first * chunks * kBlocksPerChunk, sums + first * kPairRows);
   }
 }
 

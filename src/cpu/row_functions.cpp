@@ -180,10 +180,16 @@ void make_portable_int_blocks(const uint8_t* codes, const uint8_t* scales, int64
   any::make_int_blocks(codes, scales, cols, out);
 }
 
+void decode_portable_nvfp4(const uint8_t* codes, const float* scales, int64_t cols, float* out) {
+  loops::decode_nvfp4(codes, scales, cols, out);
+}
+
 namespace rows_portable {
 #define FOURFOLD_TARGET
 #define FOURFOLD_INT_BLOCKS make_portable_int_blocks
+#define FOURFOLD_DECODE_NVFP4 decode_portable_nvfp4
 #include "cpu/row_functions_of_target.inc"
+#undef FOURFOLD_DECODE_NVFP4
 #undef FOURFOLD_INT_BLOCKS
 #undef FOURFOLD_TARGET
 }  // namespace rows_portable
@@ -191,7 +197,9 @@ namespace rows_portable {
 namespace rows_avx2 {
 #define FOURFOLD_TARGET FOURFOLD_AVX2
 #define FOURFOLD_INT_BLOCKS avx2::make_int_blocks
+#define FOURFOLD_DECODE_NVFP4 avx2::decode_nvfp4
 #include "cpu/row_functions_of_target.inc"
+#undef FOURFOLD_DECODE_NVFP4
 #undef FOURFOLD_INT_BLOCKS
 #undef FOURFOLD_TARGET
 }  // namespace rows_avx2
@@ -199,7 +207,9 @@ namespace rows_avx2 {
 namespace rows_avx512 {
 #define FOURFOLD_TARGET FOURFOLD_AVX512
 #define FOURFOLD_INT_BLOCKS avx2::make_int_blocks
+#define FOURFOLD_DECODE_NVFP4 avx512::decode_nvfp4
 #include "cpu/row_functions_of_target.inc"
+#undef FOURFOLD_DECODE_NVFP4
 #undef FOURFOLD_INT_BLOCKS
 #undef FOURFOLD_TARGET
 }  // namespace rows_avx512

@@ -73,8 +73,13 @@ const float* e4m3_values();
 
 int64_t quantizer_scratch_bytes(int64_t cols);
 
+// Entries of the tables that are not loops.
 namespace avx2 {
 void make_int_blocks(const uint8_t* codes, const uint8_t* scales, int64_t cols, IntBlock* out);
-}
+void decode_nvfp4(const uint8_t* codes, const float* scales, int64_t cols, float* out);
+}  // namespace avx2
+namespace avx512 {
+void decode_nvfp4(const uint8_t* codes, const float* scales, int64_t cols, float* out);
+}  // namespace avx512
 
 }  // namespace fourfold::cpu

@@ -1,4 +1,4 @@
-// Codes of activations as integers for byte products, with AVX2.
+// Codes of staged activations as integers for byte products and as floats, with AVX2.
 #include <immintrin.h>
 
 #include "cpu/row_functions.h"
@@ -23,6 +23,22 @@ FOURFOLD_AVX2 void make_int_blocks(const uint8_t* codes, const uint8_t* scales, 
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out[block].codes), ordered);
     out[block].start = kIntBias - kWeightBias * sum;
     out[block].scale = values[scales[block]] * kIntScale;
+  }
+}
+
+FOURFOLD_AVX2 void decode_nvfp4(const uint8_t* codes, const float* scales, int64_t cols, float* out) {
+  const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
+  for (int64_t block = 0; block < cols / kBlockDepth; ++block, codes += kBlockDepth / 2, out += kBlockDepth) {
+    const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+    const __m128i ordered = _mm_unpacklo_epi8(pairs, _mm_srli_epi16(pairs, 4));  // bits above a code are rest
+    const __m256 scale = _mm256_set1_ps(scales[block]);
+    for (int half = 0; half < 2; ++half) {
+      const __m256i words = _mm256_cvtepu8_epi32(half == 0 ? ordered : _mm_unpackhi_epi64(ordered, ordered));
+      const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(words, _mm256_set1_epi32(8)), 28);
+      const __m256 value =
+          _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, words), _mm256_castsi256_ps(sign));
+      _mm256_storeu_ps(out + half * 8, _mm256_mul_ps(value, scale));
+    }
   }
 }
 

@@ -41,6 +41,7 @@ PUBLIC_HEADERS = {
     "checkpoint.h": "checkpoint",
     "model_family.h": "checkpoint",
     "reference.h": "reference",
+    "cpu.h": "cpu",
 }
 
 # Libraries that only some places may see: (pattern of the include, who may).

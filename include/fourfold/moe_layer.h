@@ -210,6 +210,8 @@ class Backend {
 
 /// The backend "reference": plain loops (fourfold/reference.h).
 const Backend& reference_backend();
+/// The backend "cpu": the best instruction set that the CPU has (fourfold/cpu.h forces one).
+const Backend& cpu_backend();
 /// The backend "sm90": Hopper GPUs. In libraries built with CUDA alone.
 const Backend& sm90_backend();
 

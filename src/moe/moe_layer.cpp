@@ -189,6 +189,7 @@ std::span<const Backend* const> backends() {
 #if defined(FOURFOLD_WITH_CUDA)
     &sm90_backend(),
 #endif
+    &cpu_backend(),
     &reference_backend(),
   };
   return list;

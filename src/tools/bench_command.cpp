@@ -181,6 +181,7 @@ void add_bench(CLI::App& app, int& exit_code) {
   command->add_option("--tokens", arguments->tokens, "numbers of tokens, with commas")->capture_default_str();
   command->add_option("--backend", arguments->backends,
                       "backends, with commas (default: for each shape the best that can run it)");
+  add_isa_option(*command);
   command
       ->add_option("--activations", arguments->activations,
                    "what activations become before a GEMM: nvfp4, nvfp4x2, fp8, bf16, with commas")

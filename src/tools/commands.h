@@ -46,6 +46,9 @@ inline bool parse_numbers(const std::string& text, std::span<int64_t* const> fie
   return true;
 }
 
+/// --isa, beside --backend: the instruction set of the backend "cpu" (fourfold/cpu.h).
+void add_isa_option(CLI::App& command);
+
 void add_synthesize(CLI::App& app, int& exit_code);
 void add_layertest(CLI::App& app, int& exit_code);
 void add_gemmtest(CLI::App& app, int& exit_code);

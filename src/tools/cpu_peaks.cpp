@@ -51,6 +51,19 @@ __attribute__((target("avx512f"))) void run_f32_avx512(int64_t iterations) {
   for (__m512& sum : sums) asm volatile("" ::"v"(sum));
 }
 
+/// Products of bytes in pairs, each added to 16-bit sums: what there is without VNNI.
+__attribute__((target("avx2"))) void run_int8_maddubs(int64_t iterations) {
+  __m256i a = _mm256_set1_epi32(0x01020304), b = a, sums[kChains];
+  for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+  for (int64_t i = 0; i < iterations; ++i) {
+    for (__m256i& sum : sums) {
+      asm volatile("" : "+x"(a), "+x"(b));  // the products are computed anew each time
+      sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b));
+    }
+  }
+  for (__m256i& sum : sums) asm volatile("" ::"x"(sum));
+}
+
 __attribute__((target("avx2,avxvnni"))) void run_int8_avx2(int64_t iterations) {
   __m256i a = _mm256_set1_epi32(0x01020304), b = a, sums[kChains];
   asm volatile("" : "+x"(a), "+x"(b));
@@ -164,6 +177,7 @@ std::vector<CpuPeak> x86_peaks() {
   return {
       {"f32-avx2", unless(avx2, "this CPU has no AVX2"), run_f32_avx2, kChains * 8 * 2.0},
       {"f32-avx512", unless(avx512, "this CPU has no AVX-512"), run_f32_avx512, kChains * 16 * 2.0},
+      {"int8-avx2", unless(avx2, "this CPU has no AVX2"), run_int8_maddubs, kChains * 32 * 2.0},
       {"int8-vnni-avx2", unless(avx2 && (leaf.eax_of_1 & kAvxVnniBit), "this CPU has no AVX-VNNI"),
        run_int8_avx2, kChains * 32 * 2.0},
       {"int8-vnni-avx512",

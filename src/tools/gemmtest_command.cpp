@@ -63,6 +63,7 @@ void add_gemmtest(CLI::App& app, int& exit_code) {
       ->capture_default_str();
   command->add_option("--backend", arguments->backend,
                       "backend to test (default: the best that can run here)");
+  add_isa_option(*command);
   command->add_option("--seed", arguments->request.seed, "seed of the operands")
       ->capture_default_str()
       ->check(whole_number<uint64_t>());

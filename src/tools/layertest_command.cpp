@@ -380,6 +380,7 @@ void add_layertest(CLI::App& app, int& exit_code) {
   command->add_option(
       "--backend", arguments->backend,
       fmt::format("backend to test (default: the best that can run the layer, or {})", kBackendVariable));
+  add_isa_option(*command);
   command->add_flag("--double-quantize", arguments->double_quantize,
                     "dequantize to bf16 and quantize again, gate and up as one tensor, to see the loss");
   command->add_option("--json", arguments->json, "write the report as JSON too (docs/layertest.md)")

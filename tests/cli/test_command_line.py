@@ -33,13 +33,13 @@ from command import (
 OPTIONS = {
     "layertest": [
         *("--nvfp4", "--original", "--layer", "--experts", "--tokens", "--input", "--seed", "--activations"),
-        *("--activation-scale", "--gate-up", "--accumulate", "--backend", "--double-quantize", "--json"),
+        *("--activation-scale", "--gate-up", "--accumulate", "--backend", "--isa", "--double-quantize", "--json"),
     ],
     "synthesize": ["DIR", "--shape", "--original", "--profile", "--layers", "--tokens", "--seed", "--force"],
-    "gemmtest": ["--shape", "--backend", "--seed"],
+    "gemmtest": ["--shape", "--backend", "--isa", "--seed"],
     "bench": [
-        *("--shape", "--tokens", "--backend", "--activations", "--activation-scale", "--routing", "--experts"),
-        *("--threads", "--repeats", "--min-time", "--stages", "--seed", "--json"),
+        *("--shape", "--tokens", "--backend", "--isa", "--activations", "--activation-scale", "--routing"),
+        *("--experts", "--threads", "--repeats", "--min-time", "--stages", "--seed", "--json"),
     ],
 }
 UNKNOWN_BACKENDS = ["nosuch", "Reference", "reference ", "0"]
@@ -232,6 +232,51 @@ def test_backend_variable_of_gemmtest() -> None:
     result = run("gemmtest", "--shape=1,1,1,16", env={"FOURFOLD_BACKEND": "reference"})
     assert_fine(result)
     assert re.search(r"^backend +reference ", result.stdout, re.MULTILINE), str(result)
+
+
+# ---- instruction sets of the backend cpu ----
+
+ISAS = ["amx", "avx512", "avx2", "portable"]
+
+
+def can_run(isa: str) -> bool:
+    """Whether this machine has the instruction set, by the command's own word."""
+    return run("gemmtest", "--shape=1,1,1,16", "--backend=cpu", "--isa", isa).code == FINE
+
+
+def test_some_instruction_set_always_runs() -> None:
+    assert can_run("portable")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("origin", ["option", "variable"])
+def test_forced_instruction_set(cast: Path, isa: str, origin: str) -> None:
+    """The report names it and who forced it; where it can't run, an error says why, and what else there is."""
+    if origin == "option":
+        result = layertest(cast, "--isa", isa)
+    else:
+        result = layertest(cast, env={"FOURFOLD_ISA": isa})
+    if can_run(isa):
+        assert_fine(result)
+        forced_by = "--isa" if origin == "option" else "FOURFOLD_ISA"
+        assert f"kernel: {isa}: " in result.stdout and f"(forced by {forced_by})" in result.stdout, str(result)
+    else:
+        assert_refused(result, f"'{isa}' can't run", *ISAS, "the CPU has no")
+
+
+def test_instruction_set_option_goes_before_the_variable(cast: Path) -> None:
+    result = layertest(cast, "--isa", "portable", env={"FOURFOLD_ISA": "nosuch"})
+    assert_fine(result)
+    assert "(forced by --isa)" in result.stdout, str(result)
+    assert layertest(cast, env={"FOURFOLD_ISA": ""}).stdout == layertest(cast).stdout
+
+
+@pytest.mark.parametrize("name", ["nosuch", "AVX2", ""])
+def test_unknown_instruction_set(cast: Path, name: str) -> None:
+    """A usage error as an option; an error that lists all as a variable. Never a silent fallback."""
+    assert_usage(layertest(cast, "--isa", name), "--isa", *ISAS)
+    if name:
+        assert_refused(layertest(cast, env={"FOURFOLD_ISA": name}), f"'{name}'", *ISAS)
 
 
 # ---- streams and colour ----

@@ -1,0 +1,149 @@
+#include "cpu/group_multiply.h"
+
+#include <algorithm>
+
+#include "cpu/irregular_multiply.h"
+
+namespace fourfold::cpu {
+namespace {
+
+constexpr int64_t kSumsBytes = kRowsAtATime * kPairRows * 4;
+
+/// Some rows of a group on their way through a pair.
+struct RowRange {
+  int64_t first = 0;  // in the group
+  int64_t count = 0;
+};
+
+class PairMultiplier {
+ public:
+  PairMultiplier(const GroupMultiply& args, const ExpertMatrix& matrix, const RowGroup& group,
+                 const std::byte* operand, std::byte* scratch)
+      : args_(args),
+        matrix_(matrix),
+        group_(group),
+        operand_(operand),
+        sums_(reinterpret_cast<float*>(scratch)),
+        scratch_(scratch + kSumsBytes) {}
+
+  void run(int64_t pair, const RowRange& rows) const {
+    PairSums sums;
+    sums.sums = sums_;
+    sums.rows = rows.count;
+    const int64_t row = group_.first_row + rows.first;
+    const bool irregular = matrix_.panels.is_irregular(pair);
+    if (irregular) {
+      multiply_irregular(matrix_.panels, pair, *args_.staged, args_.format, row, rows.count, sums_);
+    } else {
+      multiply(pair, rows);
+      sums.terms = operand_rows(group_.form, args_.format);
+      if (group_.form == OperandForm::kTiles && args_.format == ActivationFormat::kBf16) {
+        sums.row_factors = args_.row_factors + row;
+      }
+    }
+    if (args_.row_scales != nullptr) sums.row_scales = args_.row_scales + row;
+    for (int panel = 0; panel < 2; ++panel) {
+      sums.globals[panel] = matrix_.globals[panel];
+      if (matrix_.biases != nullptr)
+        sums.biases[panel] = matrix_.biases + pair * kPairRows + panel * kPanelRows;
+    }
+    store(pair, row, sums);
+  }
+
+ private:
+  void multiply(int64_t pair, const RowRange& rows) const {
+    const int64_t chunks = matrix_.panels.chunks();
+    const auto* const weights = reinterpret_cast<const uint8_t*>(matrix_.panels.pair(pair));
+    const int terms = operand_rows(group_.form, args_.format);
+    const int64_t row_bytes = terms * operand_row_bytes(group_.form, matrix_.panels.depth);
+    switch (group_.form) {
+      case OperandForm::kInts:
+        return args_.kernels->multiply_ints(
+            weights, chunks, reinterpret_cast<const IntBlock*>(operand_ + rows.first * row_bytes),
+            rows.count * terms, scratch_, sums_);
+      case OperandForm::kFloats: {
+        const auto* const values = reinterpret_cast<const float*>(operand_ + rows.first * row_bytes);
+        if (matrix_.panels.storage != PanelStorage::kNvfp4)
+          return multiply_dense(pair, values, rows.count * terms);
+        return multiply_pair_floats(*args_.kernels, weights, chunks, values, rows.count * terms, scratch_,
+                                    sums_);
+      }
+      case OperandForm::kTiles: {
+        // rows.first is a multiple of a tile's rows.
+        const std::byte* const tiles = operand_ + rows.first * terms_of(args_.format) * row_bytes;
+        return args_.kernels->multiply_tiles(weights, chunks, tiles, (rows.count + kTileRows - 1) / kTileRows,
+                                             terms_of(args_.format), scratch_, sums_);
+      }
+    }
+  }
+
+  void multiply_dense(int64_t pair, const float* rows, int64_t count) const {
+    const int64_t depth = matrix_.panels.chunks() * kChunkDepth;
+    const std::byte* const data = matrix_.panels.pair(pair);
+    std::fill_n(sums_, count * kPairRows, 0.0f);
+    for (int64_t k = 0; k < depth; k += kFloatDepth) {
+      const int64_t now = std::min(kFloatDepth, depth - k);
+      const float* weights = reinterpret_cast<const float*>(data) + k * kPairRows;
+      if (matrix_.panels.storage == PanelStorage::kBf16) {
+        auto* const widened = reinterpret_cast<float*>(scratch_);
+        args_.functions->widen(reinterpret_cast<const Bf16*>(data) + k * kPairRows, now * kPairRows, widened);
+        weights = widened;
+      }
+      args_.kernels->multiply_floats(weights, now, rows + k, depth, count, sums_);
+    }
+  }
+
+  void store(int64_t pair, int64_t row, const PairSums& sums) const {
+    const PairColumns columns = columns_of(matrix_.panels, pair);
+    const GroupOutput& output = args_.output;
+    if (output.activation != nullptr) {
+      const bool is_gate_up = matrix_.panels.is_gate_up;
+      const PairTargets targets = targets_in(output.h, is_gate_up ? matrix_.panels.rows : 0, columns, row);
+      args_.functions->activate(*output.activation, sums, targets,
+                                output.activated.row(row) + columns.first[0], output.activated.stride);
+    } else if (const auto* const bf16 = std::get_if<MatrixView<Bf16>>(output.d)) {
+      args_.functions->store_bf16(sums, targets_in(*bf16, 0, columns, row));
+    } else {
+      const auto& d = std::get<MatrixView<float>>(*output.d);
+      float* const to[2] = {d.row(row) + columns.first[0], d.row(row) + columns.first[1]};
+      args_.functions->store_float(sums, columns.count, to, d.stride);
+    }
+  }
+
+  /// `second_half`: where the second panel's columns start, beside their own number.
+  static PairTargets targets_in(const MatrixView<Bf16>& d, int64_t second_half, const PairColumns& columns,
+                                int64_t row) {
+    PairTargets targets;
+    for (int panel = 0; panel < 2; ++panel) {
+      targets.columns[panel] = columns.count[panel];
+      if (!d.empty()) targets.h[panel] = d.row(row) + columns.first[panel] + panel * second_half;
+    }
+    targets.h_stride = d.stride;
+    return targets;
+  }
+
+  const GroupMultiply& args_;
+  const ExpertMatrix& matrix_;
+  const RowGroup& group_;
+  const std::byte* operand_;
+  float* sums_;
+  std::byte* scratch_;
+};
+
+}  // namespace
+
+int64_t multiply_scratch_bytes() {
+  return kSumsBytes + kKernelScratchBytes;
+}
+
+void multiply_group(const GroupMultiply& args, const ExpertMatrix& matrix, const RowGroup& group,
+                    int64_t operand_offset, int64_t first, int64_t last, std::byte* scratch) {
+  const PairMultiplier multiplier(args, matrix, group, args.operands + operand_offset, scratch);
+  const int64_t step = kRowsAtATime / operand_rows(group.form, args.format);
+  for (int64_t row = 0; row < group.rows; row += step) {
+    const RowRange rows{row, std::min(step, group.rows - row)};
+    for (int64_t pair = first; pair < last; ++pair) multiplier.run(pair, rows);
+  }
+}
+
+}  // namespace fourfold::cpu

@@ -1,0 +1,59 @@
+// The tile kernel on AMX.
+#include "cpu/tile_multiply.h"
+
+namespace fourfold::cpu::amx {
+namespace {
+
+/// Operand of LDTILECFG (Intel SDM, volume 1, 18.3).
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+/// Instructions in assembly: g++ 12's intrinsics take tile numbers as literals alone, and its
+/// _tile_loadconfig declares 8 of the 64 bytes that it reads, so that stores before it get lost.
+struct HardwareTiles {
+  template <int kTile>
+  FOURFOLD_INLINE static void zero() {
+    __asm__ volatile("tilezero %%tmm%c0" : : "i"(kTile));
+  }
+  template <int kTile>
+  FOURFOLD_INLINE static void load(const void* from, int64_t stride_bytes) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride_bytes), "i"(kTile) : "memory");
+  }
+  template <int kTile>
+  FOURFOLD_INLINE static void store(void* to, int64_t stride_bytes) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride_bytes), "i"(kTile) : "memory");
+  }
+  /// C += A x B: rows of A, pairs of k; B holds pairs of k by columns.
+  template <int kC, int kA, int kB>
+  FOURFOLD_INLINE static void multiply() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+  }
+};
+
+}  // namespace
+
+FOURFOLD_AVX512_FP16 void multiply_tiles(const uint8_t* pair, int64_t chunks, const std::byte* tiles,
+                                         int64_t row_tiles, int terms, std::byte* scratch, float* sums) {
+  multiply_pair<HardwareTiles>(pair, chunks, tiles, row_tiles, terms, scratch, sums);
+}
+
+void begin_tiles() {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = kTileRows;
+  }
+  __asm__ volatile("ldtilecfg %0" : : "m"(config));
+}
+
+void end_tiles() {
+  __asm__ volatile("tilerelease");
+}
+
+}  // namespace fourfold::cpu::amx

@@ -1,0 +1,85 @@
+// What is done to rows beside multiplying them: staging, the forms that kernels read, epilogues, combine.
+// One table an instruction set; all give the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+#include "cpu/operands.h"
+#include "fourfold/moe_layer.h"
+
+namespace fourfold::cpu {
+
+/// Sums of a pair on their way out.
+struct PairSums {
+  const float* sums = nullptr;  ///< [rows * terms][32]; the terms of a row are added
+  int64_t rows = 0;
+  int terms = 1;
+  const float* row_factors = nullptr;  ///< [rows]: powers of two that belong to the sums; null: 1
+  const float* row_scales = nullptr;   ///< [rows]: global scales of the activations; null: 1
+  float globals[2] = {1.0f, 1.0f};     ///< of the panels' weights
+  const float* biases[2] = {};         ///< [16] of each panel; null: none
+};
+
+/// Where the pair's columns go. Column c of panel p is stored if c < columns[p].
+struct PairTargets {
+  int columns[2] = {};
+  Bf16* h[2] = {};  ///< first row's 16 columns of each panel; null: not stored
+  int64_t h_stride = 0;
+};
+
+struct RowFunctions {
+  void (*widen)(const Bf16* x, int64_t cols, float* out);
+  /// bf16(weight * x), widened.
+  void (*widen_weighted)(const Bf16* x, float weight, int64_t cols, float* out);
+  void (*narrow)(const float* x, int64_t cols, Bf16* out);   ///< of values that are bf16
+  float (*largest_magnitude)(const float* x, int64_t cols);  ///< NaN if there is one
+  float (*largest_finite_magnitude)(const float* x, int64_t cols);
+
+  /// quantize_row_nvfp4 and quantize_row_nvfp4x2 of fourfold/quantize.h (no floor), and the codes of
+  /// quantize_row_fp8, bit for bit. `scratch` as quantizer_scratch_bytes says.
+  void (*quantize_nvfp4)(const float* x, int64_t cols, float global, uint8_t* codes, uint8_t* scales,
+                         std::byte* scratch);
+  void (*quantize_nvfp4x2)(const float* x, int64_t cols, float global, uint8_t* codes, uint8_t* scales,
+                           uint8_t* residual_codes, uint8_t* residual_scales, std::byte* scratch);
+  void (*encode_fp8)(const float* x, int64_t cols, float reciprocal, uint8_t* codes);
+
+  /// cols / 16 blocks.
+  void (*make_int_blocks)(const uint8_t* codes, const uint8_t* scales, int64_t cols, IntBlock* out);
+  /// e2m1 x scale.
+  void (*decode_nvfp4)(const uint8_t* codes, const float* scales, int64_t cols, float* out);
+  /// bf16(x * factor * factor2) of `depth` values, 32 at a time, `stride` values apart.
+  void (*write_tile_row)(const float* x, int64_t depth, float factor, float factor2, int64_t stride,
+                         Bf16* out);
+
+  /// h = bf16(row scale * global * sum + bias), stored where targets say.
+  void (*store_bf16)(const PairSums& sums, const PairTargets& targets);
+  /// The same in float32, not rounded.
+  void (*store_float)(const PairSums& sums, const int columns[2], float* const d[2], int64_t stride);
+  /// The activation of h. With a gate: panel 0 is gate's, panel 1 up's, out [rows][columns[0]]. Without:
+  /// out [rows][columns[0] + columns[1]]. h is stored too where targets say.
+  void (*activate)(const ActivationFunction& function, const PairSums& sums, const PairTargets& targets,
+                   Bf16* out, int64_t out_stride);
+
+  /// out [cols] = sum over k of weights[k] * rows[k], in that order; float32. Null rows are left out.
+  void (*combine)(const Bf16* const* rows, const float* weights, int64_t count, int64_t cols, float* out);
+  void (*round_row)(const float* x, int64_t cols, Bf16* out);
+};
+
+const RowFunctions& row_functions_of(Isa isa);
+
+/// Value of every e4m3 code.
+const float* e4m3_values();
+
+int64_t quantizer_scratch_bytes(int64_t cols);
+
+// Entries of the tables that are not loops.
+namespace avx2 {
+void make_int_blocks(const uint8_t* codes, const uint8_t* scales, int64_t cols, IntBlock* out);
+void decode_nvfp4(const uint8_t* codes, const float* scales, int64_t cols, float* out);
+}  // namespace avx2
+namespace avx512 {
+void decode_nvfp4(const uint8_t* codes, const float* scales, int64_t cols, float* out);
+}  // namespace avx512
+
+}  // namespace fourfold::cpu

@@ -1,0 +1,209 @@
+#include "cpu/staged_rows.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "fourfold/quantize.h"
+#include "fourfold/scale_layout.h"
+
+namespace fourfold::cpu {
+namespace {
+
+// Up to so many rows (of operands) byte products and floats beat tiles, whose decoding costs as much as three
+// to four rows of byte products: src/cpu counts of operations in docs/cpu.md.
+constexpr int64_t kMostIntRows = 4;
+constexpr int64_t kMostFloatRows = 2;
+
+constexpr int64_t round_to_line(int64_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
+
+/// Splits 2^exponent, which may be beyond float32, into two factors.
+std::pair<float, float> two_factors(int exponent) {
+  const int first = std::clamp(exponent, -126, 127);
+  return {power_of_two(first), power_of_two(exponent - first)};
+}
+
+void copy_scales(const ActivationView& a, const uint8_t* scales, int64_t row, int64_t row_in_group,
+                 int64_t padded_first_row, uint8_t* out) {
+  const int64_t count = a.cols / kBlockDepth;
+  if (a.scale_layout == ScaleLayout::kRowMajor) {
+    std::copy_n(scales + row * (a.scale_stride ? a.scale_stride : count), count, out);
+    return;
+  }
+  const uint8_t* const group = scales + padded_first_row * round_up(count, kScaleTileCols);
+  for (int64_t i = 0; i < count; ++i) out[i] = group[swizzled_scale_offset(row_in_group, i, count)];
+}
+
+}  // namespace
+
+float global_scale_of(const ActivationView& a, int64_t row, int32_t group) {
+  if (!a.row_scales.empty()) return a.row_scales[static_cast<size_t>(row)];
+  return a.group_scales.empty() ? 1.0f : a.group_scales[static_cast<size_t>(group)];
+}
+
+void copy_staged_row(const ActivationView& a, std::span<const int32_t> group_offsets, const RowGroup& group,
+                     int64_t row, const StagedActivations& out) {
+  if (a.format == ActivationFormat::kBf16) {
+    std::copy_n(a.values.row(row), a.cols, out.values.row(row));
+    return;
+  }
+  std::copy_n(a.codes.row(row), a.codes.cols, out.codes.row(row));
+  if (a.format == ActivationFormat::kFp8) return;
+  int64_t padded_first_row = 0;
+  if (a.scale_layout == ScaleLayout::kSwizzled128x4) {
+    for (size_t e = 0; e < static_cast<size_t>(group.expert); ++e) {
+      padded_first_row += round_up(group_offsets[e + 1] - group_offsets[e], kScaleTileRows);
+    }
+  }
+  const int64_t row_in_group = row - group.first_row;
+  copy_scales(a, a.scales, row, row_in_group, padded_first_row, out.scales.row(row));
+  if (a.format != ActivationFormat::kNvfp4x2) return;
+  std::copy_n(a.residual_codes.row(row), a.residual_codes.cols, out.residual_codes.row(row));
+  copy_scales(a, a.residual_scales, row, row_in_group, padded_first_row, out.residual_scales.row(row));
+}
+
+StagedRow row_of(const StagedActivations& staged, int64_t row) {
+  return {staged.values.empty() ? nullptr : staged.values.row(row),
+          staged.codes.empty() ? nullptr : staged.codes.row(row),
+          staged.scales.empty() ? nullptr : staged.scales.row(row),
+          staged.residual_codes.empty() ? nullptr : staged.residual_codes.row(row),
+          staged.residual_scales.empty() ? nullptr : staged.residual_scales.row(row)};
+}
+
+OperandForm choose_form(const Kernels& kernels, ActivationFormat format, int64_t rows, bool needs_floats) {
+  if (needs_floats) return OperandForm::kFloats;
+  const bool has_tiles = kernels.multiply_tiles != nullptr;
+  if (is_nvfp4(format)) {
+    return has_tiles && rows * terms_of(format) > kMostIntRows ? OperandForm::kTiles : OperandForm::kInts;
+  }
+  return has_tiles && rows > kMostFloatRows ? OperandForm::kTiles : OperandForm::kFloats;
+}
+
+int64_t operand_bytes(OperandForm form, ActivationFormat format, int64_t rows, int64_t depth) {
+  const bool is_tiles = form == OperandForm::kTiles;
+  const int64_t padded_rows = is_tiles ? (rows + kTileRows - 1) / kTileRows * kTileRows : rows;
+  return round_to_line(padded_rows * terms_of(format) * operand_row_bytes(form, depth));
+}
+
+int64_t most_operand_bytes(const Kernels& kernels, ActivationFormat format, int64_t rows, int64_t groups,
+                           int64_t depth, bool needs_floats) {
+  const OperandForm few = choose_form(kernels, format, 1, needs_floats);
+  const OperandForm many = choose_form(kernels, format, kMostIntRows + 1, needs_floats);
+  const int64_t row_bytes =
+      terms_of(format) * std::max(operand_row_bytes(few, depth), operand_row_bytes(many, depth));
+  const int64_t padding = many == OperandForm::kTiles ? kTileRows - 1 : 1;
+  return round_to_line((rows + padding * std::min(rows, groups)) * row_bytes);
+}
+
+int64_t RowStager::scratch_bytes() const {
+  const int64_t row = round_to_line(padded_depth() * 4);
+  return 2 * row + round_to_line(quantizer_scratch_bytes(depth_));
+}
+
+void RowStager::quantize(int64_t row, const StagedActivations& staged, std::byte* scratch) const {
+  const float* const x = values(scratch);
+  std::byte* const rest = scratch + round_to_line(padded_depth() * 4);
+  switch (format_) {
+    case ActivationFormat::kNvfp4:
+      return functions_.quantize_nvfp4(x, depth_, staged.row_scales[static_cast<size_t>(row)],
+                                       staged.codes.row(row), staged.scales.row(row), rest);
+    case ActivationFormat::kNvfp4x2:
+      return functions_.quantize_nvfp4x2(
+          x, depth_, staged.row_scales[static_cast<size_t>(row)], staged.codes.row(row),
+          staged.scales.row(row), staged.residual_codes.row(row), staged.residual_scales.row(row), rest);
+    case ActivationFormat::kFp8: {
+      const float scale = dynamic_scale(functions_.largest_magnitude(x, depth_), kE4m3Max);
+      staged.row_scales[static_cast<size_t>(row)] = scale;
+      return functions_.encode_fp8(x, depth_, 1.0f / scale, staged.codes.row(row));
+    }
+    case ActivationFormat::kBf16:
+      return functions_.narrow(x, depth_, staged.values.row(row));
+  }
+}
+
+void RowStager::decode_term(const StagedRow& staged, int term, float* out, std::byte* scratch) const {
+  switch (format_) {
+    case ActivationFormat::kBf16:
+      functions_.widen(staged.values, depth_, out);
+      break;
+    case ActivationFormat::kFp8:
+      for (int64_t k = 0; k < depth_; ++k) out[k] = e4m3_values()[staged.codes[k]];
+      break;
+    case ActivationFormat::kNvfp4:
+    case ActivationFormat::kNvfp4x2: {
+      auto* const scales = reinterpret_cast<float*>(scratch);
+      const uint8_t* const codes = term == 0 ? staged.scales : staged.residual_scales;
+      for (int64_t block = 0; block < depth_ / kBlockDepth; ++block)
+        scales[block] = e4m3_values()[codes[block]];
+      functions_.decode_nvfp4(term == 0 ? staged.codes : staged.residual_codes, scales, depth_, out);
+      break;
+    }
+  }
+  std::fill(out + depth_, out + padded_depth(), 0.0f);
+}
+
+void RowStager::expand_ints(const StagedRow& staged, int64_t row, std::byte* operand) const {
+  const int64_t blocks = chunks_of(depth_) * kBlocksPerChunk, used = depth_ / kBlockDepth;
+  const int terms = terms_of(format_);
+  auto* out = reinterpret_cast<IntBlock*>(operand) + row * terms * blocks;
+  for (int term = 0; term < terms; ++term, out += blocks) {
+    functions_.make_int_blocks(term == 0 ? staged.codes : staged.residual_codes,
+                               term == 0 ? staged.scales : staged.residual_scales, depth_, out);
+    std::fill(out + used, out + blocks, IntBlock{{}, kIntBias, 0.0f});
+  }
+}
+
+void RowStager::expand_floats(const StagedRow& staged, int64_t row, std::byte* operand,
+                              std::byte* scratch) const {
+  const int terms = terms_of(format_);
+  auto* out = reinterpret_cast<float*>(operand) + row * terms * padded_depth();
+  for (int term = 0; term < terms; ++term, out += padded_depth()) decode_term(staged, term, out, scratch);
+}
+
+void RowStager::expand_tiles(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
+                             float& row_factor, std::byte* scratch) const {
+  float* const x = values(scratch);
+  std::byte* const rest = scratch + round_to_line(padded_depth() * 4);
+  const int terms = terms_of(format_);
+  constexpr int64_t kTileValues = kTileRows * kTileDepth;
+  auto* const tiles = reinterpret_cast<Bf16*>(operand) +
+                      row / kTileRows * (padded_depth() / kTileDepth) * terms * kTileValues +
+                      row % kTileRows * kTileDepth;
+  for (int term = 0; term < terms; ++term) {
+    decode_term(staged, term, x, rest);
+    int exponent = 0;
+    if (format_ == ActivationFormat::kBf16) {
+      // Below 2 in magnitude, or the factor of kTileScale would take it beyond float32.
+      const float amax = functions_.largest_finite_magnitude(x, depth_);
+      const auto biased = static_cast<int>(float_bits(amax) >> 23);
+      exponent = amax == 0.0f ? 0 : std::max(biased, 1) - 127;
+      row_factor = power_of_two(exponent);
+    }
+    const auto [factor, factor2] = two_factors(112 - exponent);
+    functions_.write_tile_row(x, padded_depth(), factor, factor2, terms * kTileValues,
+                              tiles + term * kTileValues);
+  }
+  if (row + 1 < group.rows) return;
+  for (int64_t missing = group.rows; missing % kTileRows != 0; ++missing) {
+    Bf16* const padding = tiles + (missing - row) * kTileDepth;
+    for (int64_t tile = 0; tile < padded_depth() / kTileDepth * terms; ++tile) {
+      std::memset(static_cast<void*>(padding + tile * kTileValues), 0, kTileDepth * sizeof(Bf16));
+    }
+  }
+}
+
+void RowStager::expand(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
+                       float& row_factor, std::byte* scratch) const {
+  row_factor = 1.0f;
+  switch (group.form) {
+    case OperandForm::kInts:
+      return expand_ints(staged, row, operand);
+    case OperandForm::kFloats:
+      return expand_floats(staged, row, operand, scratch);
+    case OperandForm::kTiles:
+      return expand_tiles(staged, group, row, operand, row_factor, scratch);
+  }
+}
+
+}  // namespace fourfold::cpu

@@ -72,10 +72,6 @@ class LayerLoader {
   ExpertLayer load() {
     require_known_children();
     const std::string experts = block_.prefix + std::string(kExperts);
-    if (order_ && !is_fused(experts)) {
-      reject(fmt::format("{}: --gate-up-order", checkpoint_.path().string()), "gate and up in one tensor",
-             fmt::format("experts one by one under '{}'", experts));
-    }
     ExpertLayer layer = is_fused(experts) ? load_fused(experts) : load_separate(experts);
     load_shared(layer);
     layer.weights.intermediate = rows_of(layer.weights.experts.front().up);
@@ -309,6 +305,11 @@ class LayerLoader {
       std::set<std::string> schemes;
       SharedExpert shared;
       shared.expert = read_expert(name, schemes);
+      if (!shared.expert.has_gate() && layer.weights.experts.front().has_gate()) {
+        fail(ErrorCode::kBadFile,
+             "{}: expected a tensor '{}.{}.weight', as the routed experts have, found none",
+             checkpoint_.path().string(), name, block_.names.gate);
+      }
       shared.intermediate = rows_of(shared.expert.up);
       layer.shared_scheme = scheme_text(schemes);
       layer.shared_naming = fmt::format("{}.{}", name, linear_names(shared.expert));
@@ -341,16 +342,17 @@ class LayerLoader {
   /// DeepSeek's n shared experts are stored as one of n times the size; Qwen and Nemotron-H give the size.
   void compare_shared(ExpertLayer& layer) const {
     const ModelConfig& config = checkpoint_.config();
+    const auto count = config.shared_experts;
     std::optional<int64_t> claimed = config.shared_intermediate;
-    if (!claimed && config.shared_experts) claimed = *config.shared_experts * layer.weights.intermediate;
+    if (!claimed && count) claimed = *count * layer.weights.intermediate;
     const int64_t found = layer.weights.shared ? layer.weights.shared->intermediate : 0;
     if (!claimed || *claimed == found) return;
-    const auto text = [](int64_t size) {
-      return size > 0 ? fmt::format("a shared expert of intermediate size {}", size)
-                      : std::string("no shared expert");
-    };
-    layer.notes.push_back(fmt::format("config.json says {}, the tensors have {}: the tensors are used",
-                                      text(*claimed), text(found)));
+    layer.notes.push_back(
+        fmt::format("config.json says {}shared experts of intermediate size {} in all, the tensors have {}: "
+                    "the tensors are "
+                    "used",
+                    count ? fmt::format("{} ", *count) : "", *claimed,
+                    found > 0 ? fmt::format("size {}", found) : "none"));
   }
 
   void compare_with_config(ExpertLayer& layer) const {

@@ -199,8 +199,8 @@ LayerConfig layer_config(const ExpertLayer& layer, const LayerRules& rules) {
   if (layer.weights.shared) {
     require_gates(layer.weights.shared->expert, rules.shared_activation, layer.shared_naming);
     if (rules.shared_has_gate && !layer.weights.shared->gate) {
-      reject(layer.shared_naming,
-             fmt::format("'shared_expert_gate.weight' beside it, as {} has", rules.family), "none");
+      const std::string name = layer.shared_naming.substr(0, layer.shared_naming.rfind(".{"));
+      reject(name, fmt::format("'{}_gate.weight' beside it, as {} has", name, rules.family), "none");
     }
   }
   LayerConfig config;

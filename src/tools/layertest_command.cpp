@@ -150,14 +150,25 @@ class Run {
                               arguments_.layer, nvfp4_.weights.count(), nvfp4_.experts_in_checkpoint,
                               weights_.hidden, weights_.intermediate));
     fact("nvfp4", fmt::format("{}: {}, {}", arguments_.nvfp4, nvfp4_.scheme, nvfp4_.naming));
-    if (arguments_.original.empty()) return;
+    if (arguments_.original.empty()) return require_fused_for_order();
 
     const auto original = Checkpoint::open(arguments_.original);
     original_ = load_experts(original, arguments_.layer, experts, order);
     original_config_ = original->config();
+    require_fused_for_order();
     require_alike();
     fact("original", fmt::format("{}: {}, {}", arguments_.original, original_->scheme, original_->naming));
     for (const std::string& note : original_->notes) subject_.notes.push_back("original: " + note);
+  }
+
+  /// An order that nothing is read by was meant for something.
+  void require_fused_for_order() const {
+    const auto is_fused = [](const ExpertLayer& layer) {
+      return layer.scheme.find("(fused") != std::string::npos;
+    };
+    if (arguments_.gate_up_order.empty() || is_fused(nvfp4_) || (original_ && is_fused(*original_))) return;
+    reject("--gate-up-order", "gate and up in one tensor",
+           fmt::format("experts one by one: {}", nvfp4_.naming));
   }
 
   /// Original and NVFP4 are the same layer.
@@ -209,7 +220,7 @@ class Run {
   void configure() {
     const RuleOverrides overrides = overrides_in(arguments_);
     rules_ = rules_of(checkpoint_->config(), overrides);
-    config_ = layer_config(nvfp4_, rules_);
+    config_ = config_of_layer();
     fact("family", rules_.family == "given" ? "unknown: the command line says how the layer is computed"
                                             : rules_.family);
     fact("activation",
@@ -228,6 +239,15 @@ class Run {
              ? fmt::format("{}, scale of x {}, of the intermediate {} ({})", arguments_.activations,
                            to_string(policies.x), to_string(policies.intermediate), origin)
              : arguments_.activations);
+  }
+
+  /// Errors name the checkpoint whose tensors and rules don't fit each other.
+  LayerConfig config_of_layer() const {
+    try {
+      return layer_config(nvfp4_, rules_);
+    } catch (const Error& error) {
+      fail(error.code(), "{}: {}", arguments_.nvfp4, error.what());
+    }
   }
 
   /// The original's config should describe the same layer.

@@ -48,12 +48,4 @@ constexpr const ModelShape* find_model_shape(std::string_view name) {
   return nullptr;
 }
 
-constexpr bool every_alias_names_a_shape() {
-  for (const ShapeAlias& alias : kShapeAliases) {
-    if (find_model_shape(alias.alias) == nullptr) return false;
-  }
-  return true;
-}
-static_assert(every_alias_names_a_shape());
-
 }  // namespace fourfold

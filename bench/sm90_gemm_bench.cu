@@ -1,8 +1,9 @@
 // Times the two GEMMs of an expert layer on Hopper, for tuning: uniform random routings in rotation, weights
 // of random bits, larger than L2 together; every figure is of a captured graph of calls.
 //
-// usage: sm90_gemm_bench [SHAPES] [TOKENS], e.g. `sm90_gemm_bench AC 1,16,256`. No figure without a check:
-// the results of every case are sampled against float64 sums over the packed weights' decode on the host.
+// usage: sm90_gemm_bench [SHAPES] [TOKENS] [even], e.g. `sm90_gemm_bench AC 1,16,256`; even: all groups
+// alike. No figure without a check: the results of every case are sampled against float64 sums over the
+// packed weights' decode on the host.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -82,10 +83,12 @@ struct Routing {
   int touched = 0;
 };
 
-Routing uniform_routing(const Shape& shape, int64_t tokens, uint64_t seed) {
+/// Every token's experts are a random choice; or, `even`, all experts get the same number of rows.
+Routing draw_routing(const Shape& shape, int64_t tokens, uint64_t seed, bool even) {
   std::mt19937_64 random(seed);
-  std::vector<int32_t> rows(static_cast<size_t>(shape.experts));
-  for (int64_t t = 0; t < tokens; ++t) {
+  const auto experts = static_cast<size_t>(shape.experts);
+  std::vector<int32_t> rows(experts, even ? static_cast<int32_t>(tokens * shape.top_k / shape.experts) : 0);
+  for (int64_t t = 0; t < tokens && !even; ++t) {
     std::set<int> chosen;
     while (static_cast<int>(chosen.size()) < shape.top_k) {
       chosen.insert(static_cast<int>(random() % static_cast<uint64_t>(shape.experts)));
@@ -223,13 +226,13 @@ struct Figure {
   }
 };
 
-void run_case(const Shape& shape, Operands& o, int64_t tokens) {
+void run_case(const Shape& shape, Operands& o, int64_t tokens, bool even) {
   const int64_t rows = tokens * shape.top_k, h = shape.hidden, i = shape.intermediate;
   constexpr size_t kRoutings = 8;
   std::vector<Routing> routings;
   double touched = 0;
   for (size_t r = 0; r < kRoutings; ++r) {
-    routings.push_back(uniform_routing(shape, tokens, 1000 * static_cast<uint64_t>(tokens) + r));
+    routings.push_back(draw_routing(shape, tokens, 1000 * static_cast<uint64_t>(tokens) + r, even));
     touched += routings[r].touched / static_cast<double>(kRoutings);
     check(cudaMemcpy(o.offsets[r], routings[r].offsets.data(), routings[r].offsets.size() * 4,
                      cudaMemcpyHostToDevice),
@@ -262,7 +265,7 @@ void run_case(const Shape& shape, Operands& o, int64_t tokens) {
   std::fflush(stdout);
 }
 
-void run_shape(const Shape& shape, const std::vector<int64_t>& tokens) {
+void run_shape(const Shape& shape, const std::vector<int64_t>& tokens, bool even) {
   Operands o{};
   o.shape = shape;
   const int64_t most = *std::max_element(tokens.begin(), tokens.end()) * shape.top_k;
@@ -282,7 +285,7 @@ void run_shape(const Shape& shape, const std::vector<int64_t>& tokens) {
   fill_floats<<<64, 256>>>(o.globals, shape.experts * 2, 0.01f);
   fill_tokens<<<1056, 256>>>(o.x, most * shape.hidden, 1);
   check(cudaDeviceSynchronize(), "fill");
-  for (const int64_t t : tokens) run_case(shape, o, t);
+  for (const int64_t t : tokens) run_case(shape, o, t, even);
   for (void* data : {static_cast<void*>(o.packed_gate_up), static_cast<void*>(o.packed_down),
                      static_cast<void*>(o.globals), static_cast<void*>(o.x), static_cast<void*>(o.activation),
                      static_cast<void*>(o.z)}) {
@@ -309,7 +312,8 @@ int run(int argc, char** argv) {
   const std::string shapes = argc > 1 ? argv[1] : "ABC";
   const auto tokens = parse_numbers(argc > 2 ? argv[2] : "1,4,16,64,256,1024,4096,16384");
   for (const Shape& shape : kShapes) {
-    if (shapes.find(shape.name) != std::string::npos) run_shape(shape, tokens);
+    if (shapes.find(shape.name) != std::string::npos)
+      run_shape(shape, tokens, argc > 3 && std::string(argv[3]) == "even");
   }
   return 0;
 }

@@ -141,7 +141,7 @@ TEST(ReplayTimer, TimesEveryCallOfTheGraph) {
   ASSERT_GE(seconds.size(), 20u);
   const double rate = cuda::measure_read_bandwidth(gpu_memory(), int64_t{2} << 30);
   for (const double sample : seconds) {
-    EXPECT_GT(sample, 0.9 * kBytes / rate) << "faster than memory: not every call is in the time";
+    EXPECT_GT(sample, 0.8 * kBytes / rate) << "faster than memory: not every call is in the time";
     EXPECT_LT(sample, 5.0 * kBytes / rate) << "slower than memory by far: the host is in the time";
   }
   EXPECT_EQ(array.get()[kBytes - 1], 2) << "the replays ran";

@@ -1,4 +1,5 @@
 // Combine on the GPU gives the reference's bits; and all stages together can be captured and replayed.
+#include <cmath>
 #include <memory>
 
 #include "cuda/combine.h"
@@ -17,6 +18,7 @@ struct CombineCase {
   int absent_percent = 10;
   Values values = Values::kOrdinary;
   int64_t misaligned = 0;  ///< elements by which y starts and strides too late
+  enum Shared : uint8_t { kNone, kPlain, kWeighted } shared = kNone;
 };
 
 /// Everything that combine reads: the slots of each token in random rows.
@@ -32,6 +34,11 @@ struct CombineInputs {
     }
     std::shuffle(row_of_slot.begin(), row_of_slot.end(), random);
     z = random_rows(random, rows, c.hidden, c.values);
+    if (c.shared != CombineCase::kNone) shared_z = random_rows(random, c.tokens, c.hidden, c.values);
+    for (int64_t t = 0; t < c.tokens; ++t) {
+      const auto weight = static_cast<float>(below(random, 1000)) / 999.0f;
+      shared_weights.push_back(c.shared == CombineCase::kWeighted ? weight : 1.0f);
+    }
     z_view = {z.data(), rows, c.hidden};
     weight_view = {weights.data(), c.tokens, c.top_k};
   }
@@ -39,7 +46,8 @@ struct CombineInputs {
   LayerConfig config;
   std::vector<int32_t> row_of_slot;
   std::vector<float> weights;
-  std::vector<Bf16> z;
+  std::vector<Bf16> z, shared_z;
+  std::vector<float> shared_weights;
   MatrixView<const Bf16> z_view;
   MatrixView<const float> weight_view;
 };
@@ -50,19 +58,26 @@ void check_combine(const CombineCase& c, uint64_t salt) {
                                   << sizeof(T) << " bytes");
   const CombineInputs inputs(c, salt);
   std::vector<T> expected(static_cast<size_t>(c.tokens * c.hidden));
-  reference::combine(inputs.z_view, inputs.row_of_slot, inputs.weight_view, inputs.config, {},
+  reference::SharedOutput shared;
+  if (c.shared != CombineCase::kNone) {
+    shared = {{inputs.shared_z.data(), c.tokens, c.hidden}, inputs.shared_weights};
+  }
+  reference::combine(inputs.z_view, inputs.row_of_slot, inputs.weight_view, inputs.config, shared,
                      MatrixView<T>(expected.data(), c.tokens, c.hidden));
 
   const DeviceArray<Bf16> z(inputs.z);
   const DeviceArray<int32_t> row_of_slot(inputs.row_of_slot);
-  const DeviceArray<float> weights(inputs.weights);
+  const DeviceArray<float> weights(inputs.weights), shared_weights(inputs.shared_weights);
+  const DeviceArray<Bf16> shared_z(inputs.shared_z);
   const int64_t stride = c.hidden + c.misaligned;
   for (int repeat = 0; repeat < (c.tokens < 1000 ? 20 : 2); ++repeat) {
     const DeviceArray<T> y(static_cast<size_t>(c.tokens * stride + c.misaligned));
-    cuda::combine(
-        {z.matrix(inputs.z_view.rows, c.hidden), row_of_slot.data(), weights.matrix(c.tokens, c.top_k),
-         c.weight_on_input, MatrixView<T>(y.data() + c.misaligned, c.tokens, c.hidden, stride)},
-        nullptr);
+    cuda::CombineArgs args{z.matrix(inputs.z_view.rows, c.hidden), row_of_slot.data(),
+                           weights.matrix(c.tokens, c.top_k), c.weight_on_input,
+                           MatrixView<T>(y.data() + c.misaligned, c.tokens, c.hidden, stride)};
+    if (c.shared != CombineCase::kNone) args.shared_z = shared_z.matrix(c.tokens, c.hidden);
+    if (c.shared == CombineCase::kWeighted) args.shared_weights = shared_weights.data();
+    cuda::combine(args, nullptr);
     const std::vector<T> found = y.get();
     for (int64_t t = 0; t < c.tokens; ++t) {
       const auto row = std::span(found).subspan(static_cast<size_t>(t * stride + c.misaligned));
@@ -88,11 +103,45 @@ TEST(Combine, EqualsTheReferenceInEveryCase) {
       {77, 9, 272, false, 40, Values::kHostile},
       {33, 8, 64, true, 5, Values::kHostile, 1},
       {131072, 2, 16},
+      {50, 6, 208, false, 10, Values::kOrdinary, 0, CombineCase::kPlain},
+      {50, 6, 208, true, 100, Values::kHostile, 3, CombineCase::kWeighted},
   };
   uint64_t salt = 3000;
   for (const CombineCase& c : cases) {
     check_combine<Bf16>(c, ++salt);
     check_combine<float>(c, ++salt);
+  }
+}
+
+/// The sum has another order than the reference's: H roundings of at most half an ulp of a partial sum, which
+/// is below |x| . |gate|, on either side; the sigmoid's slope is at most a quarter.
+TEST(Combine, WeighsTheSharedExpertLikeTheReference) {
+  for (const int64_t hidden : {16, 1000, 7168}) {
+    constexpr int64_t kTokens = 40;
+    Engine random = engine(3500 + static_cast<uint64_t>(hidden));
+    const std::vector<Bf16> x = random_rows(random, kTokens, hidden, Values::kOrdinary);
+    std::vector<float> gate(static_cast<size_t>(hidden));
+    for (float& value : gate) value = static_cast<float>(below(random, 2001) - 1000) / 20000.0f;
+    SharedExpert shared;
+    shared.gate = DenseView{
+        ElementType::kF32, reinterpret_cast<const std::byte*>(gate.data()), 1, hidden, 4 * hidden, {}};
+    std::vector<float> expected(kTokens);
+    reference::weigh_shared({x.data(), kTokens, hidden}, shared, expected);
+    const DeviceArray<Bf16> device_x(x);
+    const DeviceArray<float> device_gate(gate), weights(kTokens), ones(kTokens);
+    cuda::weigh_shared(device_x.matrix(kTokens, hidden), device_gate.data(), weights.data(), nullptr);
+    cuda::weigh_shared(device_x.matrix(kTokens, hidden), nullptr, ones.data(), nullptr);
+    EXPECT_EQ(ones.get(), std::vector<float>(kTokens, 1.0f));
+    const std::vector<float> found = weights.get();
+    for (int64_t t = 0; t < kTokens; ++t) {
+      double magnitude = 0.0;
+      for (int64_t h = 0; h < hidden; ++h) {
+        const auto at = static_cast<size_t>(t * hidden + h);
+        magnitude += std::abs(double{static_cast<float>(x[at])} * gate[static_cast<size_t>(h)]);
+      }
+      const double tolerance = 0.25 * static_cast<double>(hidden) * 0x1p-23 * magnitude + 0x1p-24;
+      EXPECT_NEAR(found[static_cast<size_t>(t)], expected[static_cast<size_t>(t)], tolerance);
+    }
   }
 }
 

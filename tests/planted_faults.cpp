@@ -123,6 +123,42 @@ struct Staged {
   }
 };
 
+/// Taps of all stages, for callers that have none.
+class OwnTaps {
+ public:
+  OwnTaps(int64_t slots, const LayerConfig& config)
+      : offsets_(static_cast<size_t>(config.experts + 1)),
+        slot_of_row_(static_cast<size_t>(slots)),
+        row_of_slot_(static_cast<size_t>(slots)),
+        staged_x_(slots, config.hidden),
+        staged_intermediate_(slots, config.intermediate),
+        h_(static_cast<size_t>(slots * config.h_columns())),
+        activation_(static_cast<size_t>(slots * config.intermediate)),
+        z_(static_cast<size_t>(slots * config.hidden)),
+        slots_(slots),
+        config_(config) {}
+
+  StageTaps taps() {
+    StageTaps taps;
+    taps.group_offsets = offsets_;
+    taps.slot_of_row = slot_of_row_;
+    taps.row_of_slot = row_of_slot_;
+    taps.staged_x = &staged_x_.views;
+    taps.h = {h_.data(), slots_, config_.h_columns()};
+    taps.activation = {activation_.data(), slots_, config_.intermediate};
+    taps.staged_intermediate = &staged_intermediate_.views;
+    taps.z = {z_.data(), slots_, config_.hidden};
+    return taps;
+  }
+
+ private:
+  std::vector<int32_t> offsets_, slot_of_row_, row_of_slot_;
+  Staged staged_x_, staged_intermediate_;
+  std::vector<Bf16> h_, activation_, z_;
+  int64_t slots_;
+  const LayerConfig& config_;
+};
+
 /// NVFP4 activations only; allocates freely.
 class FaultyLayer final : public MoeLayer {
  public:
@@ -141,8 +177,11 @@ class FaultyLayer final : public MoeLayer {
   void experts(const LayerPlan&, const ExpertsArgs&) const override { refuse(); }
   void update_weights(const ExpertWeights&) override { refuse(); }
 
-  void forward(const LayerPlan& plan, const ForwardArgs& args) const override {
-    validate(*this, plan, args);
+  void forward(const LayerPlan& plan, const ForwardArgs& caller) const override {
+    validate(*this, plan, caller);
+    OwnTaps own(caller.routing.tokens() * config_.top_k, config_);
+    ForwardArgs args = caller;
+    if (args.taps.z.empty()) args.taps = own.taps();
     const Permutation permutation = permute_by_expert(args.routing, config_.experts);
     std::copy(permutation.group_offsets.begin(), permutation.group_offsets.end(),
               args.taps.group_offsets.begin());

@@ -8,15 +8,18 @@
 namespace fourfold {
 
 RandomLayer::RandomLayer(const RandomLayerShape& shape, uint64_t seed)
-    : config{shape.hidden, shape.intermediate, shape.experts,
-             shape.top_k,  shape.activation,   shape.weight_on_input},
+    : config{shape.hidden,          shape.intermediate,        shape.experts,   shape.top_k, shape.activation,
+             shape.weight_on_input, shape.shared_intermediate, shape.activation},
       inputs(make_inputs(shape.tokens, shape.hidden, seed, false)),
       shape_(shape),
       random_(seed) {
   weights.hidden = shape.hidden;
   weights.intermediate = shape.intermediate;
-  matrices_.reserve(static_cast<size_t>(3 * shape.experts));  // views point into it
-  for (int64_t e = 0; e < shape.experts; ++e) add_expert(e);
+  matrices_.reserve(static_cast<size_t>(3 * (shape.experts + 1)));  // views point into it
+  for (int64_t e = 0; e < shape.experts; ++e) {
+    weights.experts.push_back(make_expert(e, shape.intermediate));
+  }
+  if (shape.shared_intermediate > 0) add_shared_expert();
   route();
 }
 
@@ -51,8 +54,8 @@ DenseView RandomLayer::add_bias(int64_t cols, ElementType type) {
   return {type, bytes.data() + 1, 1, cols, static_cast<int64_t>(width) * cols, {}};  // at an odd address
 }
 
-void RandomLayer::add_expert(int64_t index) {
-  const int64_t hidden = shape_.hidden, intermediate = shape_.intermediate;
+Expert RandomLayer::make_expert(int64_t index, int64_t intermediate) {
+  const int64_t hidden = shape_.hidden;
   const float spread = std::exp2(static_cast<float>(index % 3));  // globals differ between experts and halves
   // h then has a deviation of about 1 to 4: activations and limits matter.
   const float sigma = 1.0f / std::sqrt(static_cast<float>(hidden));
@@ -69,7 +72,16 @@ void RandomLayer::add_expert(int64_t index) {
   if (expert.has_gate()) expert.gate_input_scale = 3.0f / 2688.0f;
   expert.up_input_scale = (5.0f + static_cast<float>(index)) / 2688.0f;
   expert.down_input_scale = (20.0f + static_cast<float>(index)) / 2688.0f;
-  weights.experts.push_back(std::move(expert));
+  return expert;
+}
+
+void RandomLayer::add_shared_expert() {
+  SharedExpert shared;
+  shared.expert = make_expert(7, shape_.shared_intermediate);
+  shared.expert.name = "shared_expert";
+  shared.intermediate = shape_.shared_intermediate;
+  if (shape_.shared_gate) shared.gate = add_bias(shape_.hidden, ElementType::kBf16);
+  weights.shared = std::move(shared);
 }
 
 void RandomLayer::route() {

@@ -23,6 +23,8 @@ struct RandomLayerShape {
   ScaleLayout scale_layout = ScaleLayout::kRowMajor;
   GlobalScaleKind global_kind = GlobalScaleKind::kMultiplier;
   bool weight_on_input = false;
+  int64_t shared_intermediate = 0;  ///< 0: no shared expert
+  bool shared_gate = false;         ///< its output is weighed by x
 };
 
 struct RandomLayer {
@@ -37,7 +39,8 @@ struct RandomLayer {
  private:
   WeightView add_matrix(int64_t rows, int64_t cols, float sigma);
   DenseView add_bias(int64_t cols, ElementType type);
-  void add_expert(int64_t index);
+  Expert make_expert(int64_t index, int64_t intermediate);
+  void add_shared_expert();
   void route();
 
   RandomLayerShape shape_;

@@ -42,6 +42,13 @@ TEST(Sm90Backend, NamesTheTensorThatIsNotNvfp4) {
   EXPECT_NE(why_not(layer).find("experts.1 up is mxfp4"), std::string::npos) << why_not(layer);
 }
 
+TEST(Sm90Backend, NamesASharedExpertThatIsNotNvfp4) {
+  RandomLayer layer({.shared_intermediate = 64}, 1);
+  EXPECT_EQ(why_not(layer), "");
+  std::get<BlockScaledView>(layer.weights.shared->expert.down).format = QuantFormat::kMxfp4;
+  EXPECT_NE(why_not(layer).find("shared_expert down is mxfp4"), std::string::npos) << why_not(layer);
+}
+
 TEST(Sm90Backend, LeavesToTheReferenceWhatIsTheReferences) {
   const RandomLayer layer({}, 1);
   LayerOptions options;

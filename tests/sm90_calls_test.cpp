@@ -5,6 +5,7 @@
 
 #include "cuda_support.h"
 #include "fourfold/error.h"
+#include "fourfold/reference.h"
 #include "fourfold/scale_layout.h"
 #include "random_layer.h"
 #include "sm90/sm90_layer.h"
@@ -45,12 +46,13 @@ class Call {
     gpu().synchronize();
   }
 
-  void enqueue(void* stream, const StageTaps& taps = {}) const {
+  void enqueue(void* stream, const StageTaps& taps = {}, std::span<const int32_t> local_experts = {}) const {
     const LayerConfig& config = layer_.config();
     ForwardArgs args;
     args.x = x_.matrix(tokens_, config.hidden);
     args.routing.topk_ids = MatrixView<const int32_t>(ids_.matrix(tokens_, config.top_k));
     args.routing.topk_weights = weights_.matrix(tokens_, config.top_k);
+    args.routing.local_experts = local_experts;
     args.y = y_.matrix(tokens_, config.hidden);
     args.workspace = workspace_.span();
     args.stream = stream;
@@ -111,6 +113,7 @@ TEST(Sm90Calls, CapturedOnceGiveForEveryRoutingWhatEagerCallsGive) {
   for (const int64_t tokens : {3, 150}) {
     RandomLayerShape shape;
     shape.tokens = tokens;
+    shape.shared_intermediate = 48;
     const RandomLayer layer(shape, test_seed());
     for (const LayerOptions& options : kOptions) {
       const auto moe = make(layer, options);
@@ -177,8 +180,25 @@ TEST(Sm90Calls, TappedGiveWhatUntappedGive) {
   }
 }
 
+TEST(Sm90Calls, MapTheModelsExpertsToThoseOfTheRank) {
+  const RandomLayer layer({.tokens = 60}, test_seed());
+  const auto moe = make(layer);
+  LayerInputs model = layer.inputs;  // ids of a model of 18 experts, of which 6 to 11 are here
+  for (int32_t& id : model.topk_ids) id += 6;
+  LayerInputs rank = layer.inputs;
+  for (size_t slot = 0; slot < rank.topk_ids.size(); slot += 4) {
+    rank.topk_ids[slot] = -1;
+    model.topk_ids[slot] = slot % 8 == 0 ? 2 : 17;
+  }
+  const DeviceArray<int32_t> map(local_expert_range(6, 6, 18));
+  Call call(*moe, 60);
+  call.set(model);
+  call.enqueue(nullptr, {}, map.span());
+  EXPECT_EQ(call.y(), run(*moe, rank, 60));
+}
+
 TEST(Sm90Calls, GraphsSurviveNewWeights) {
-  const RandomLayerShape shape{.biases = Biases::kSome};
+  const RandomLayerShape shape{.biases = Biases::kSome, .shared_intermediate = 80, .shared_gate = true};
   const RandomLayer before(shape, test_seed()), after(shape, test_seed() + 1);
   const auto moe = make(before);
   Call captured(*moe, shape.tokens);
@@ -195,6 +215,7 @@ TEST(Sm90Calls, RefuseNewWeightsOfAnotherShapeOrWithOtherBiases) {
   const RandomLayer layer({}, test_seed());
   const auto moe = make(layer);
   EXPECT_THROW(moe->update_weights(RandomLayer({.hidden = 208}, 1).weights), Error);
+  EXPECT_THROW(moe->update_weights(RandomLayer({.shared_intermediate = 64}, 1).weights), Error);
   EXPECT_THROW(moe->update_weights(RandomLayer({.biases = Biases::kAll}, 1).weights), Error);
   EXPECT_THROW(moe->update_weights(RandomLayer({.scale_layout = ScaleLayout::kSwizzled128x4}, 1).weights),
                Error);
@@ -357,6 +378,79 @@ TEST(Sm90Calls, OfTheExpertHalfGiveWhatTheWholeLayerGives) {
       EXPECT_EQ(half.z(another, half.swizzled(another), offset), half.whole().z) << "swizzled";
     }
   }
+}
+
+/// experts() on rows staged by token, more of them than one part takes.
+class ManyRows {
+ public:
+  static constexpr int64_t kRows = sm90::kMostRowsAtOnce + 4321, kHidden = 64, kIntermediate = 48;
+
+  ManyRows() : layer_({1, kHidden, kIntermediate, 4, 1}, test_seed()), staged_(format(), kRows, kHidden) {
+    Engine random = engine(700);
+    const std::vector<Bf16> x = random_rows(random, kRows, kHidden, Values::kOrdinary);
+    const MatrixView<const Bf16> rows(x.data(), kRows, kHidden);
+    reference::activation_scales(ScalePolicy::kDynamicToken, rows, {}, {}, staged_.views.row_scales);
+    reference::stage(format(), rows, staged_.views);
+  }
+
+  struct Result {
+    std::vector<Bf16> z, activation;
+  };
+
+  /// Rows [first, first + count) under a plan for all of them.
+  Result run(const LayerOptions& options, int64_t first, int64_t count) const {
+    const auto moe = make(layer_, options);
+    const LayerPlan plan = moe->plan(kRows);
+    const AlignedWorkspace workspace(plan.workspace_bytes, gpu());
+    std::vector<int32_t> offsets;
+    for (const int64_t all : {int64_t{0}, kRows / 5, kRows / 5, kRows - 7, kRows}) {
+      offsets.push_back(static_cast<int32_t>(std::clamp<int64_t>(all - first, 0, count)));
+    }
+    Result result{std::vector<Bf16>(static_cast<size_t>(count * kHidden)),
+                  std::vector<Bf16>(static_cast<size_t>(count * kIntermediate))};
+    Mirror mirror(gpu());
+    const StagedActivations brought = mirror.bring(staged_.views);
+    ExpertsArgs args;
+    args.activations = brought.view(format(), kRows, kHidden);
+    args.activations.rows = count;
+    args.activations.codes = args.activations.codes.rows_from(first, count);
+    args.activations.scales += first * args.activations.scale_stride;
+    args.activations.row_scales =
+        args.activations.row_scales.subspan(static_cast<size_t>(first), static_cast<size_t>(count));
+    args.group_offsets = mirror.bring(std::span(std::as_const(offsets)));
+    args.z = mirror.bring(MatrixView<Bf16>(result.z.data(), count, kHidden));
+    args.taps.activation = mirror.bring(MatrixView<Bf16>(result.activation.data(), count, kIntermediate));
+    args.workspace = workspace.span();
+    moe->experts(plan, args);
+    mirror.fetch();
+    return result;
+  }
+
+ private:
+  static constexpr ActivationFormat format() { return ActivationFormat::kNvfp4; }
+
+  RandomLayer layer_;
+  StagedBuffers staged_;
+};
+
+TEST(Sm90Calls, OfTheExpertHalfInPartsGiveWhatEachPartGives) {
+  const ManyRows many;
+  const LayerOptions options = with_format(ActivationFormat::kNvfp4, ScalePolicy::kStatic);
+  constexpr int64_t kFirst = 30000;
+  std::vector<Bf16> expected = many.run(options, 0, kFirst).z;
+  const std::vector<Bf16> second = many.run(options, kFirst, ManyRows::kRows - kFirst).z;
+  expected.insert(expected.end(), second.begin(), second.end());
+  EXPECT_EQ(many.run(options, 0, ManyRows::kRows).z, expected);
+}
+
+TEST(Sm90Calls, OfTheExpertHalfInPartsScaleTheIntermediateAsAWhole) {
+  const ManyRows many;
+  const auto dynamic =
+      many.run(with_format(ActivationFormat::kNvfp4, ScalePolicy::kDynamicTensor), 0, ManyRows::kRows);
+  LayerOptions fixed = with_format(ActivationFormat::kNvfp4, ScalePolicy::kMaxOverExperts);
+  fixed.intermediate_max_scale = nvfp4_global_scale(absolute_maximum(
+      MatrixView<const Bf16>(dynamic.activation.data(), ManyRows::kRows, ManyRows::kIntermediate)));
+  EXPECT_EQ(dynamic.z, many.run(fixed, 0, ManyRows::kRows).z);
 }
 
 }  // namespace

@@ -19,7 +19,10 @@ struct Params {
   const int32_t* row_of_slot;
   const float* weights;  // null: all 1
   int64_t weight_stride;
-  int32_t top_k, columns;  // columns in eights
+  const Bf16* shared_z;  // null: no shared expert
+  int64_t shared_stride;
+  const float* shared_weights;  // null: all 1
+  int32_t top_k, columns;       // columns in eights
   int64_t tokens;
 };
 
@@ -42,6 +45,20 @@ __device__ void store_row(Bf16* y, const float (&sums)[kColumns]) {
   *reinterpret_cast<uint4*>(y) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+__device__ uint4 load_eight(const Bf16* row, int32_t column) {
+  return *reinterpret_cast<const uint4*>(row + int64_t{column} * kColumns);
+}
+
+__device__ void add_weighted(const uint4& words, float weight, float (&sums)[kColumns]) {
+  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) {
+    const float low = float_from_bits(word[pair] << 16), high = float_from_bits(word[pair] & 0xFFFF0000u);
+    sums[2 * pair] = __fadd_rn(sums[2 * pair], __fmul_rn(weight, low));
+    sums[2 * pair + 1] = __fadd_rn(sums[2 * pair + 1], __fmul_rn(weight, high));
+  }
+}
+
 /// Slots [first, first + kSlotsAtOnce) of a token, as far as there are.
 __device__ void add_slots(const Params& p, int64_t token, int32_t first, int32_t column,
                           float (&sums)[kColumns]) {
@@ -50,21 +67,13 @@ __device__ void add_slots(const Params& p, int64_t token, int32_t first, int32_t
 #pragma unroll
   for (int i = 0; i < kSlotsAtOnce; ++i) {
     rows[i] = first + i < p.top_k ? p.row_of_slot[token * p.top_k + first + i] : -1;
-    if (rows[i] >= 0) {
-      words[i] = *reinterpret_cast<const uint4*>(p.z + rows[i] * p.z_stride + int64_t{column} * kColumns);
-    }
+    if (rows[i] >= 0) words[i] = load_eight(p.z + rows[i] * p.z_stride, column);
   }
 #pragma unroll
   for (int i = 0; i < kSlotsAtOnce; ++i) {
     if (rows[i] < 0) continue;
-    const float weight = p.weights != nullptr ? p.weights[token * p.weight_stride + first + i] : 1.0f;
-    const uint32_t word[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      const float low = float_from_bits(word[pair] << 16), high = float_from_bits(word[pair] & 0xFFFF0000u);
-      sums[2 * pair] = __fadd_rn(sums[2 * pair], __fmul_rn(weight, low));
-      sums[2 * pair + 1] = __fadd_rn(sums[2 * pair + 1], __fmul_rn(weight, high));
-    }
+    add_weighted(words[i], p.weights != nullptr ? p.weights[token * p.weight_stride + first + i] : 1.0f,
+                 sums);
   }
 }
 
@@ -77,8 +86,37 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
     float sums[kColumns] = {};
     for (int32_t first = 0; first < p.top_k; first += kSlotsAtOnce) add_slots(p, token, first, column, sums);
+    if (p.shared_z != nullptr) {
+      const float weight = p.shared_weights != nullptr ? p.shared_weights[token] : 1.0f;
+      add_weighted(load_eight(p.shared_z + token * p.shared_stride, column), weight, sums);
+    }
     store_row(y + token * y_stride + int64_t{column} * kColumns, sums);
   }
+}
+
+/// A block a token; its threads' sums meet in a fixed order.
+__global__ void __launch_bounds__(kThreads)
+    weigh_tokens(const Bf16* x, int64_t x_stride, int64_t hidden, const float* gate, float* weights) {
+  start_after_previous();
+  __shared__ float of_warps[kThreads / 32];
+  const int64_t token = blockIdx.x;
+  float sum = 0.0f;
+  if (gate != nullptr) {
+    for (int64_t h = threadIdx.x; h < hidden; h += kThreads) {
+      sum = __fadd_rn(sum, __fmul_rn(static_cast<float>(x[token * x_stride + h]), gate[h]));
+    }
+  }
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double logit = 0.0;
+  for (const float part : of_warps) logit += part;
+  weights[token] = gate != nullptr ? static_cast<float>(1.0 / (1.0 + exp(-logit))) : 1.0f;
+}
+
+bool is_loadable(const MatrixView<const Bf16>& z) {
+  return z.stride % kColumns == 0 && reinterpret_cast<uintptr_t>(z.data) % 16 == 0;
 }
 
 }  // namespace
@@ -86,8 +124,7 @@ __global__ void __launch_bounds__(kThreads)
 void combine(const CombineArgs& args, void* stream) {
   const int64_t tokens = args.topk_weights.rows, hidden = args.z.cols;
   if (tokens == 0 || hidden == 0) return;
-  if (hidden % kColumns != 0 || args.z.stride % kColumns != 0 ||
-      reinterpret_cast<uintptr_t>(args.z.data) % 16 != 0) {
+  if (hidden % kColumns != 0 || !is_loadable(args.z) || !is_loadable(args.shared_z)) {
     throw Error(
         ErrorCode::kInvalidArgument,
         "combine: z: expected H and stride in multiples of 8 and a 16-byte aligned address, found H " +
@@ -98,6 +135,9 @@ void combine(const CombineArgs& args, void* stream) {
                       args.row_of_slot,
                       args.weight_on_input ? nullptr : args.topk_weights.data,
                       args.topk_weights.stride,
+                      args.shared_z.data,
+                      args.shared_z.stride,
+                      args.shared_weights,
                       static_cast<int32_t>(args.topk_weights.cols),
                       static_cast<int32_t>(hidden / kColumns),
                       tokens};
@@ -110,6 +150,12 @@ void combine(const CombineArgs& args, void* stream) {
                               y.stride);
       },
       args.y);
+}
+
+void weigh_shared(MatrixView<const Bf16> x, const float* gate, float* weights, void* stream) {
+  if (x.rows == 0) return;
+  launch_after_previous("weigh_tokens", weigh_tokens, static_cast<unsigned>(x.rows), kThreads, 0, stream,
+                        x.data, x.stride, x.cols, gate, weights);
 }
 
 }  // namespace fourfold::cuda

@@ -30,10 +30,15 @@ struct Ids {
   const Id* data;
   int64_t stride;
   int32_t top_k, slots, experts;
+  const int32_t* local_experts;  // null: ids are this rank's
+  int64_t known;                 // experts that it maps
 
-  /// Expert of `slot`; -1 where it has none here. Sets a bit of `bad` for an id that is no expert.
+  /// Expert of `slot`; -1 where it has none here. Sets `bad` for an id that is no expert.
   __device__ int32_t expert_of(int32_t slot, bool& bad) const {
-    const int64_t id = data[slot / top_k * stride + slot % top_k];
+    int64_t id = data[slot / top_k * stride + slot % top_k];
+    if (local_experts != nullptr && id != kAbsentExpert) {
+      id = id >= 0 && id < known ? local_experts[id] : experts;  // one beyond the last: no expert
+    }
     const bool present = id >= 0 && id < experts;
     bad |= !present && id != kAbsentExpert;
     return present ? static_cast<int32_t>(id) : -1;
@@ -106,6 +111,7 @@ template <class Id>
 __global__ void __launch_bounds__(kFewThreads)
     permute_few(Ids<Id> ids, int32_t chunk_slots, int32_t chunks, Outputs out) {
   extern __shared__ int32_t shared[];
+  start_after_previous();
   int32_t* counts = shared;
   int32_t* offsets = shared + chunks * ids.experts;
   const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
@@ -127,6 +133,7 @@ __global__ void __launch_bounds__(kFewThreads)
 template <class Id>
 __global__ void count_slots(Ids<Id> ids, int32_t chunk_slots, int32_t chunks, int32_t* counts,
                             int32_t* status) {
+  start_after_previous();
   const auto chunk = static_cast<int32_t>(blockIdx.x * kWarpsPerBlock + threadIdx.x / 32);
   if (chunk >= chunks) return;
   int32_t* own = counts + chunk * ids.experts;
@@ -212,17 +219,16 @@ template <class Id>
 void launch(const Ids<Id>& ids, const Outputs& out, std::span<std::byte> scratch, cudaStream_t stream) {
   if (fits_one_block(ids.slots, ids.experts)) {
     const Chunks chunks = cut(ids.slots, kFewThreads / 32);
-    permute_few<<<1, kFewThreads, few_shared_bytes(chunks.count, ids.experts), stream>>>(
-        ids, chunks.slots_each, chunks.count, out);
-    return check_launch("permute_few");
+    return launch_after_previous("permute_few", permute_few<Id>, 1, kFewThreads,
+                                 few_shared_bytes(chunks.count, ids.experts), stream, ids, chunks.slots_each,
+                                 chunks.count, out);
   }
   const Chunks chunks = cut(ids.slots, kMostChunks);
   auto* counts = reinterpret_cast<int32_t*>(scratch.data());
   int32_t* totals = counts + int64_t{chunks.count} * ids.experts;
   const auto blocks = static_cast<unsigned>((chunks.count + kWarpsPerBlock - 1) / kWarpsPerBlock);
-  count_slots<<<blocks, kWarpsPerBlock * 32, 0, stream>>>(ids, chunks.slots_each, chunks.count, counts,
-                                                          out.status);
-  check_launch("count_slots");
+  launch_after_previous("count_slots", count_slots<Id>, blocks, kWarpsPerBlock * 32, 0, stream, ids,
+                        chunks.slots_each, chunks.count, counts, out.status);
   launch_after_previous("sum_chunks", sum_chunks, static_cast<unsigned>((ids.experts + 31) / 32),
                         dim3(32, 32), 0, stream, counts, chunks.count, ids.experts, totals);
   const size_t shared_bytes = static_cast<size_t>(ids.experts + 1) * sizeof(int32_t);
@@ -259,13 +265,19 @@ void permute(const PermuteArgs& args, void* stream) {
     reject("permute: scratch", std::to_string(permute_scratch_bytes(slots, experts)) + " bytes",
            static_cast<int64_t>(args.scratch.size()));
   }
+  const std::span<const int32_t> local = args.routing.local_experts;
   const Outputs out{args.out.group_offsets.data(), args.out.slot_of_row.data(), args.out.row_of_slot.data(),
                     args.status};
   std::visit(
       [&](const auto& ids) {
         using Id = std::remove_const_t<std::remove_pointer_t<decltype(ids.data)>>;
-        const Ids<Id> typed{ids.data, ids.stride, static_cast<int32_t>(args.routing.top_k()),
-                            static_cast<int32_t>(slots), static_cast<int32_t>(experts)};
+        const Ids<Id> typed{ids.data,
+                            ids.stride,
+                            static_cast<int32_t>(args.routing.top_k()),
+                            static_cast<int32_t>(slots),
+                            static_cast<int32_t>(experts),
+                            local.empty() ? nullptr : local.data(),
+                            static_cast<int64_t>(local.size())};
         launch(typed, out, args.scratch, static_cast<cudaStream_t>(stream));
       },
       args.routing.topk_ids);

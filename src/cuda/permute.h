@@ -10,8 +10,9 @@
 
 namespace fourfold::cuda {
 
-/// Everything lies in device memory. Results are those of permute_by_expert bit for bit: rows keep slot order
-/// within an expert; an absent slot has row -1; slot_of_row beyond group_offsets[E] is not written.
+/// Everything lies in device memory, the map of local experts too. Results are those of permute_by_expert bit
+/// for bit: rows keep slot order within an expert; an absent slot has row -1; slot_of_row beyond
+/// group_offsets[E] is not written.
 struct PermuteArgs {
   Routing routing;
   PermutationView out;                ///< [E+1], room for [T*K] and [T*K]

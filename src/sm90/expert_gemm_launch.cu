@@ -32,16 +32,20 @@ EncodeTiled encoder() {
   return function;
 }
 
-/// Boxes of 64 k x `box_rows` of a token matrix; what lies outside the matrix reads as zero.
-CUtensorMap token_map(MatrixView<const Bf16> tokens, int box_rows) {
+/// Boxes of 64 k x `box_rows` x `box_units` of a token matrix; what lies outside the matrix reads as zero.
+CUtensorMap token_map(MatrixView<const Bf16> tokens, int box_rows, int box_units) {
   CUtensorMap map;
-  const cuuint64_t extent[2] = {static_cast<cuuint64_t>(tokens.cols), static_cast<cuuint64_t>(tokens.rows)};
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(tokens.stride) * 2};
-  const cuuint32_t box[2] = {kUnitDepth, static_cast<cuuint32_t>(box_rows)}, step[2] = {1, 1};
+  const bool by_unit = box_units > 1;
+  const auto columns = static_cast<cuuint64_t>(tokens.cols);
+  const cuuint64_t extent[3] = {by_unit ? kUnitDepth : columns, static_cast<cuuint64_t>(tokens.rows),
+                                by_unit ? columns / kUnitDepth : 1};
+  const cuuint64_t stride[2] = {static_cast<cuuint64_t>(tokens.stride) * 2, kUnitDepth * 2};
+  const cuuint32_t box[3] = {kUnitDepth, static_cast<cuuint32_t>(box_rows),
+                             static_cast<cuuint32_t>(box_units)};
+  const cuuint32_t step[3] = {1, 1, 1};
   const CUresult result =
-      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-                const_cast<uint16_t*>(reinterpret_cast<const uint16_t*>(tokens.data)), extent, stride, box,
-                step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<Bf16*>(tokens.data), extent, stride,
+                box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw Error(ErrorCode::kDevice, "cuTensorMapEncodeTiled refused token rows [" +
@@ -111,9 +115,12 @@ void launch_expert_gemm(const ExpertGemm& args, void* stream) {
   launch.overlap_previous = args.overlap_previous;
   launch.multiprocessors = multiprocessors();
   launch.stream = static_cast<cudaStream_t>(stream);
+  launch.maps.stage_in_a_box = shape.depth_parts > 1 && args.weights.depth % kUnitDepth == 0;
   for (int term = 0; term < launch.terms; ++term) {
-    launch.maps.large[term] = token_map(args.tokens[term], shape.large_box);
-    launch.maps.small[term] = token_map(args.tokens[term], shape.granule);
+    for (int i = 0; i < shape.tokens / shape.granule; ++i) {
+      launch.maps.of[term][i] = token_map(args.tokens[term], (i + 1) * shape.granule,
+                                          launch.maps.stage_in_a_box ? shape.depth_parts : 1);
+    }
   }
   const auto* d = std::get_if<MatrixView<Bf16>>(&args.d);
   const bool own_activation = needs_own_activation(args);

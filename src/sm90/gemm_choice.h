@@ -13,7 +13,7 @@ struct GemmKernelShape {
   GemmKernel kernel;
   std::string_view name;  ///< for reports
   int row_parts, row_blocks, depth_parts;
-  int tokens, granule, large_box;
+  int tokens, granule;
   /// Largest average of rows an expert, max_rows / experts, for which the kernel is taken.
   double most_rows_per_expert;
 };
@@ -21,9 +21,9 @@ struct GemmKernelShape {
 /// In order of preference. Measured on an H100, docs/hopper.md: narrow tiles keep all SMs busy and read
 /// weights at full speed while tokens are few; wide tiles read tokens seldom enough when they are many.
 inline constexpr GemmKernelShape kGemmKernels[] = {
-    {GemmKernel::kNarrow, "narrow: 64 rows x 32 tokens, k split over 4 warpgroups", 1, 1, 4, 32, 8, 32, 12.0},
-    {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 64, 16, 64, 40.0},
-    {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 160, 16, 64, 1e30},
+    {GemmKernel::kNarrow, "narrow: 64 rows x 32 tokens, k split over 4 warpgroups", 1, 1, 4, 32, 8, 12.0},
+    {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 64, 16, 40.0},
+    {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 160, 16, 1e30},
 };
 
 constexpr const GemmKernelShape& choose_gemm_kernel(int64_t max_rows, int64_t experts) {

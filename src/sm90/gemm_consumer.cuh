@@ -27,7 +27,7 @@ struct DecodedRegisters {
 template <class Traits>
 class Consumer {
  public:
-  __device__ Consumer(const GemmKernelArgs& args, uint32_t shared, int warpgroup)
+  __device__ __forceinline__ Consumer(const GemmKernelArgs& args, uint32_t shared, int warpgroup)
       : args_(args),
         shared_(shared),
         row_part_(warpgroup / Traits::kDepthParts),
@@ -38,15 +38,16 @@ class Consumer {
         (row_part_ * Traits::kRowBlocks * Traits::kDepthParts + depth_part_) * kUnitBytes;
     codes_ = weights + thread_ * 16;
     scales_ = weights + kUnitCodeBytes + thread_ / 4 * 8;
-    tokens_ = ptx::matrix_descriptor(shared_ + depth_part_ * Traits::kTokenBoxBytes);
+    tokens_ = ptx::matrix_descriptor(shared_);
     my_units_ = (args.depth_units - depth_part_ + Traits::kDepthParts - 1) / Traits::kDepthParts;
     steps_ = (args.depth_units + Traits::kDepthParts - 1) / Traits::kDepthParts;
   }
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     for (;;) {
       ptx::mbarrier_wait_parity(full_barrier(stage_), phase_);
       const uint4 tile = ptx::ld_shared_v4(shared_ + Traits::kTileOffset + stage_ * 16);
+      __syncwarp();  // all lanes have read, before one of them releases the stage
       if (tile.w == 0) return;
       const WorkTile work{static_cast<int32_t>(tile.x), static_cast<int32_t>(tile.y),
                           static_cast<int32_t>(tile.z), __shfl_sync(~0u, static_cast<int32_t>(tile.w), 0)};
@@ -58,14 +59,23 @@ class Consumer {
   }
 
  private:
-  __device__ uint32_t full_barrier(int stage) const { return shared_ + Traits::kFullOffset + stage * 8; }
+  static constexpr int kBurst = 16;                    ///< units between choices of the instruction
+  static constexpr int kUnrolled = Traits::kUnrolled;  ///< units without a branch
+
+  /// Tokens of one k unit in shared memory, in the descriptor's units of 16 bytes.
+  template <int kN>
+  static constexpr uint64_t kUnitTokens = kN* kUnitDepth * 2 / 16;
+
+  __device__ __forceinline__ uint32_t full_barrier(int stage) const {
+    return shared_ + Traits::kFullOffset + stage * 8;
+  }
 
   /// One arrival a warp.
-  __device__ void release(int stage) const {
+  __device__ __forceinline__ void release(int stage) const {
     ptx::mbarrier_arrive_if(shared_ + Traits::kEmptyOffset + stage * 8, thread_ % 32 == 0);
   }
 
-  __device__ void load(PackedRegisters<Traits>& packed, int stage) const {
+  __device__ __forceinline__ void load(PackedRegisters<Traits>& packed, int stage) const {
 #pragma unroll
     for (int b = 0; b < Traits::kRowBlocks; ++b) {
       const int offset = stage * Traits::kWeightStageBytes + b * Traits::kDepthParts * kUnitBytes;
@@ -74,7 +84,7 @@ class Consumer {
     }
   }
 
-  __device__ void next_stage(int& stage, uint32_t& phase) const {
+  __device__ __forceinline__ void next_stage(int& stage, uint32_t& phase) const {
     if (++stage == Traits::kStages) {
       stage = 0;
       phase ^= 1u;
@@ -107,8 +117,8 @@ class Consumer {
     for (int step = 0; step < Traits::kGroup; ++step) {
 #pragma unroll
       for (int term = 0; term < Traits::kTerms; ++term) {
-        constexpr uint64_t kTermStride = Traits::kDepthParts * Traits::kTokenBoxBytes / 16;
-        const uint64_t b_operand = tokens + term * kTermStride + (kFirst + step) * 2;
+        const uint64_t b_operand =
+            tokens + term * Traits::kDepthParts * kUnitTokens<kN> + (kFirst + step) * 2;
 #pragma unroll
         for (int b = 0; b < Traits::kRowBlocks; ++b)
           ptx::Wgmma<kN>::mma(sums.of[b], a.of[step][b], b_operand);
@@ -117,43 +127,79 @@ class Consumer {
     ptx::wgmma_commit_group();
   }
 
-  /// One unit by the instruction for kN tokens: while one group multiplies, the next is decoded. `a` comes
-  /// with the first group of this unit and leaves with that of the next, so that decoding is never waited
-  /// for. Nothing is in flight at the end: the caller may branch, and ptxas need not know what WGMMA still
-  /// reads.
-  template <int kN>
-  __device__ __forceinline__ void multiply_unit(PackedRegisters<Traits>& packed, DecodedRegisters<Traits>& a,
-                                                int next, uint32_t next_phase, Sums<Traits>& sums) {
-    const uint64_t tokens = tokens_ + stage_ * (Traits::kTokenStageBytes / 16);
+  /// kUnits units by the instruction for kN tokens, without a branch between. One commit group multiplies
+  /// while the next is decoded: `a` comes with the first group and leaves with that of the unit after,
+  /// `other` takes turns with it. Nothing is in flight at the end. Only so may the caller branch: with WGMMA
+  /// in flight around a loop, ptxas gives each kN accumulators of its own, and serialises all for want of
+  /// registers; or, in a simpler loop, silently overwrites registers that are still read.
+  template <int kN, int kUnits>
+  __device__ __forceinline__ void multiply_units(PackedRegisters<Traits>& packed, DecodedRegisters<Traits>& a,
+                                                 int left, Sums<Traits>& sums) {
     DecodedRegisters<Traits> other;
-    issue<0, kN>(a, tokens, sums);
-    if constexpr (Traits::kGroup == 1) {
-      decode<1>(packed, other);
-      issue<1, kN>(other, tokens, sums);
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) {
+      const uint64_t tokens =
+          tokens_ + stage_ * (Traits::kTokenStageBytes / 16) + depth_part_ * kUnitTokens<kN>;
+      issue<0, kN>(a, tokens, sums);
+      if (unit > 0) {
+        ptx::wgmma_wait_group<1>();
+        release(previous_);
+      }
+      if constexpr (Traits::kGroup == 1) {
+        decode<1>(packed, other);
+        issue<1, kN>(other, tokens, sums);
+        ptx::wgmma_wait_group<1>();
+        decode<2>(packed, a);
+        issue<2, kN>(a, tokens, sums);
+        ptx::wgmma_wait_group<1>();
+      }
+      decode<4 - Traits::kGroup>(packed, other);
+      issue<4 - Traits::kGroup, kN>(other, tokens, sums);
+      previous_ = stage_;
+      // After the last unit of the tile this waits for a stage that is there, so that there is no branch.
+      int next = stage_;
+      uint32_t next_phase = phase_;
+      next_stage(next, next_phase);
+      const bool more = unit + 1 < kUnits || left > kUnits;
+      const int ahead = more ? next : stage_;
+      ptx::mbarrier_wait_parity(full_barrier(ahead), more ? next_phase : phase_);
+      load(packed, ahead);
+      stage_ = next;
+      phase_ = next_phase;
       ptx::wgmma_wait_group<1>();
-      decode<2>(packed, a);
-      issue<2, kN>(a, tokens, sums);
-      ptx::wgmma_wait_group<1>();
+      decode<0>(packed, a);
     }
-    decode<4 - Traits::kGroup>(packed, other);
-    issue<4 - Traits::kGroup, kN>(other, tokens, sums);
-    ptx::mbarrier_wait_parity(full_barrier(next), next_phase);
-    load(packed, next);
-    ptx::wgmma_wait_group<1>();
-    decode<0>(packed, a);
     ptx::wgmma_wait_group<0>();
+    release(previous_);
   }
 
-  /// Picks the instruction by the tokens of the tile. The choice is inside the loop over k: with a loop for
-  /// each size, ptxas adds up the registers of their accumulators, and serialises WGMMA for want of them.
+  /// Some units by the same instruction; returns how many are left.
   template <int kN>
-  __device__ __forceinline__ void multiply_tokens(int rows, PackedRegisters<Traits>& packed,
-                                                  DecodedRegisters<Traits>& a, int next, uint32_t next_phase,
-                                                  Sums<Traits>& sums) {
-    if constexpr (kN < Traits::kTokens) {
-      if (rows > kN) return multiply_tokens<kN + Traits::kGranule>(rows, packed, a, next, next_phase, sums);
+  __device__ __forceinline__ int multiply_burst(PackedRegisters<Traits>& packed, DecodedRegisters<Traits>& a,
+                                                int left, Sums<Traits>& sums) {
+    for (int i = 0; i < kBurst && left >= kUnrolled; i += kUnrolled, left -= kUnrolled) {
+      multiply_units<kN, kUnrolled>(packed, a, left, sums);
     }
-    multiply_unit<kN>(packed, a, next, next_phase, sums);
+    if (left > 0 && left < kUnrolled) {
+      multiply_units<kN, 1>(packed, a, left, sums);
+      --left;
+    }
+    return left;
+  }
+
+  /// Picks the instruction for more than kAbove and at most kMost tokens by bisection. The choice is inside
+  /// the loop over k: with a loop for each size, ptxas adds up the registers of their accumulators, and
+  /// serialises WGMMA for want of them.
+  template <int kAbove, int kMost>
+  __device__ __forceinline__ int multiply_tokens(int rows, PackedRegisters<Traits>& packed,
+                                                 DecodedRegisters<Traits>& a, int left, Sums<Traits>& sums) {
+    if constexpr (kMost - kAbove == Traits::kGranule) {
+      return multiply_burst<kMost>(packed, a, left, sums);
+    } else {
+      constexpr int kMiddle = kAbove + (kMost - kAbove) / Traits::kGranule / 2 * Traits::kGranule;
+      if (rows <= kMiddle) return multiply_tokens<kAbove, kMiddle>(rows, packed, a, left, sums);
+      return multiply_tokens<kMiddle, kMost>(rows, packed, a, left, sums);
+    }
   }
 
   /// All k units of a tile that are this warpgroup's.
@@ -162,17 +208,8 @@ class Consumer {
     DecodedRegisters<Traits> a;
     load(packed, stage_);
     decode<0>(packed, a);
-    for (int unit = 0; unit < my_units_; ++unit) {
-      int next = stage_;
-      uint32_t next_phase = phase_;
-      next_stage(next, next_phase);
-      // After the last unit, "the next" is this one again: there, whatever comes.
-      const bool more = unit + 1 < my_units_;
-      multiply_tokens<Traits::kGranule>(rows, packed, a, more ? next : stage_, more ? next_phase : phase_,
-                                        sums);
-      release(stage_);
-      stage_ = next;
-      phase_ = next_phase;
+    for (int left = my_units_; left > 0;) {
+      left = multiply_tokens<0, Traits::kTokens>(rows, packed, a, left, sums);
     }
     if (Traits::kDepthParts > 1 && my_units_ < steps_) {
       ptx::mbarrier_wait_parity(full_barrier(stage_), phase_);
@@ -188,6 +225,7 @@ class Consumer {
   uint64_t tokens_;
   int my_units_, steps_;
   int stage_ = 0;
+  int previous_ = 0;
   uint32_t phase_ = 0;
 };
 

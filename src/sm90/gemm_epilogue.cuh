@@ -42,8 +42,8 @@ template <class Traits>
 class Epilogue {
  public:
   /// Before the multiplication, so that the loads are done by its end.
-  __device__ Epilogue(const GemmKernelArgs& args, uint32_t shared, int row_part, int depth_part,
-                      const WorkTile& tile)
+  __device__ __forceinline__ Epilogue(const GemmKernelArgs& args, uint32_t shared, int row_part,
+                                      int depth_part, const WorkTile& tile)
       : args_(args),
         shared_(shared),
         row_part_(row_part),
@@ -64,7 +64,7 @@ class Epilogue {
   }
 
   /// Called by every consumer warpgroup; those of other depth parts only hand over their sums.
-  __device__ void finish(Sums<Traits>& sums) {
+  __device__ __forceinline__ void finish(Sums<Traits>& sums) {
     if constexpr (Traits::kDepthParts > 1) {
       if (depth_part_ != 0) return hand_over(sums);
       collect(sums);
@@ -76,10 +76,26 @@ class Epilogue {
       biases[b][0] = bias(b, 0);
       biases[b][1] = bias(b, 1);
     }
+    if (!Traits::kPaired && args_.d_is_float32) {
+#pragma unroll
+      for (int round = 0; round < Traits::kTokens / kRound; ++round) {
+        if (round * kRound >= tile_.rows) break;
+        store_float32(sums, biases, round);
+      }
+      ptx::bar_sync(kFirstStaging + row_part_, 128);  // all have read the alphas
+      return;
+    }
+    const Piece piece = my_piece();
 #pragma unroll
     for (int round = 0; round < Traits::kTokens / kRound; ++round) {
       if (round * kRound >= tile_.rows) return;
-      finish_round(sums, biases, round);
+      // Two buffers take turns, so that one barrier a round is enough: whoever writes a buffer again has
+      // passed the barrier that all others reached after reading it. Between tiles, publish_alphas() has it.
+      const uint32_t buffer = shared_ + Traits::kStagingOffset + row_part_ * Traits::kStagingBytes +
+                              round % 2 * (Traits::kStagingBytes / 2);
+      stage_round(sums, biases, round, buffer);
+      ptx::bar_sync(kFirstStaging + row_part_, 128);
+      write_round(piece, round, buffer);
     }
   }
 
@@ -94,23 +110,23 @@ class Epilogue {
   static constexpr int kPartialsFree = 1, kPartialsFull = 2, kFirstStaging = 3;
   static constexpr int kPartialThreads = 128 * Traits::kConsumers;
 
-  __device__ uint32_t partials(int part) const {
+  __device__ __forceinline__ uint32_t partials(int part) const {
     return shared_ + Traits::kPartialOffset +
            (row_part_ * (Traits::kDepthParts - 1) + part - 1) * Traits::kPartialBytes + thread_ * 4;
   }
 
-  __device__ void hand_over(const Sums<Traits>& sums) const {
+  __device__ __forceinline__ void hand_over(const Sums<Traits>& sums) const {
     ptx::bar_sync(kPartialsFree, kPartialThreads);
 #pragma unroll
     for (int i = 0; i < Traits::kRowBlocks * kSums; ++i) {
       ptx::st_shared_f32(partials(depth_part_) + i * 512, sums.of[i / kSums][i % kSums]);
     }
-    ptx::bar_arrive(kPartialsFull, kPartialThreads);
+    ptx::bar_sync(kPartialsFull, kPartialThreads);
   }
 
   /// Adds the other parts' sums in order.
-  __device__ void collect(Sums<Traits>& sums) const {
-    ptx::bar_arrive(kPartialsFree, kPartialThreads);
+  __device__ __forceinline__ void collect(Sums<Traits>& sums) const {
+    ptx::bar_sync(kPartialsFree, kPartialThreads);
     ptx::bar_sync(kPartialsFull, kPartialThreads);
 #pragma unroll
     for (int part = 1; part < Traits::kDepthParts; ++part) {
@@ -121,13 +137,13 @@ class Epilogue {
     }
   }
 
-  __device__ uint32_t alphas() const {
+  __device__ __forceinline__ uint32_t alphas() const {
     return shared_ + Traits::kAlphaOffset + row_part_ * Traits::kAlphaBytes;
   }
 
   /// alpha of every token and half, including what the decode left out. Scaling by a power of two commutes
   /// with rounding, unless alpha is beyond 2^121.
-  __device__ void publish_alphas() const {
+  __device__ __forceinline__ void publish_alphas() const {
 #pragma unroll
     for (int i = 0; i < kScalesPerThread; ++i) {
       const int token = i * 128 + thread_;
@@ -142,12 +158,12 @@ class Epilogue {
     ptx::bar_sync(kFirstStaging + row_part_, 128);
   }
 
-  __device__ int first_block() const {
+  __device__ __forceinline__ int first_block() const {
     return tile_.row_tile * Traits::kTileBlocks + row_part_ * Traits::kRowBlocks;
   }
 
   /// Bias of the lower (0) or upper (1) row of this thread in a row block. Absent: -0, which changes no sum.
-  __device__ float bias(int block, int upper) const {
+  __device__ __forceinline__ float bias(int block, int upper) const {
     if (args_.bias == nullptr) return -0.0f;
     const int slab = (first_block() + block) * 4 + thread_ / 32, g = thread_ % 32 / 4;
     const int channel = Traits::kPaired ? slab * 8 + g : slab * 16 + upper * 8 + g;
@@ -157,26 +173,8 @@ class Epilogue {
   }
 
   /// alpha * sum + bias with the specified roundings.
-  static __device__ float scaled(float alpha, float sum, float bias) {
+  static __device__ __forceinline__ float scaled(float alpha, float sum, float bias) {
     return __fadd_rn(__fmul_rn(alpha, sum), bias);
-  }
-
-  /// kRound tokens. Two buffers take turns, so that one barrier a round is enough: whoever writes a buffer
-  /// again has passed the barrier that all others reached after reading it. Between tiles, publish_alphas()
-  /// has it.
-  __device__ __forceinline__ void finish_round(const Sums<Traits>& sums,
-                                               const float (&biases)[Traits::kRowBlocks][2],
-                                               int round) const {
-    if (!Traits::kPaired && args_.d_is_float32) return store_float32(sums, biases, round);
-    const uint32_t buffer = shared_ + Traits::kStagingOffset + row_part_ * Traits::kStagingBytes +
-                            round % 2 * (Traits::kStagingBytes / 2);
-    stage_round(sums, biases, round, buffer);
-    ptx::bar_sync(kFirstStaging + row_part_, 128);
-    if constexpr (Traits::kPaired) {
-      write_activations(round, buffer);
-    } else {
-      write_rows(round, buffer);
-    }
   }
 
   __device__ __forceinline__ void store_float32(const Sums<Traits>& sums,
@@ -200,7 +198,7 @@ class Epilogue {
   }
 
   /// Where chunk `chunk` of staged token `token` lies; the swizzle spreads a column over all banks.
-  static __device__ uint32_t staged(uint32_t buffer, int token, int chunk) {
+  static __device__ __forceinline__ uint32_t staged(uint32_t buffer, int token, int chunk) {
     return buffer + token * Traits::kStagingRowBytes + (chunk ^ (token % 8)) * 16;
   }
 
@@ -236,44 +234,48 @@ class Epilogue {
     }
   }
 
-  __device__ void write_rows(int round, uint32_t buffer) const {
-#pragma unroll
-    for (int i = thread_; i < kRound * kChunks; i += 128) {
-      const int token = i / kChunks, chunk = i % kChunks, row = round * kRound + token;
-      const int channel = first_block() * kUnitRows + chunk * 8;
-      if (row < tile_.rows && channel < args_.channels) {
-        const uint4 values = ptx::ld_shared_v4(staged(buffer, token, chunk));
-        auto* d =
-            static_cast<uint16_t*>(args_.d) + (int64_t{tile_.first_row} + row) * args_.d_stride + channel;
-        *reinterpret_cast<uint4*>(d) = values;
-      }
-    }
+  /// What one thread writes of every round: 8 channels of every kStride-th token.
+  struct Piece {
+    int token;    ///< of the round: the first
+    int channel;  ///< the first
+    bool there;   ///< has channels and tokens at all
+    int64_t row;  ///< of the output, for round 0
+  };
+  static constexpr int kPieces = kChunks / kHalves;  ///< of a token
+  static constexpr int kStride = 128 / kPieces;
+
+  __device__ __forceinline__ Piece my_piece() const {
+    const int token = thread_ / kPieces;
+    const int channel = first_block() * (kUnitRows / kHalves) + thread_ % kPieces * 8;
+    return {token, channel, token < kRound && channel < args_.channels, int64_t{tile_.first_row} + token};
   }
 
-  __device__ void write_activations(int round, uint32_t buffer) const {
+  __device__ __forceinline__ void write_round(const Piece& piece, int round, uint32_t buffer) const {
 #pragma unroll
-    for (int i = thread_; i < kRound * kChunks / 2; i += 128) {
-      const int token = i / (kChunks / 2), pair = i % (kChunks / 2), row = round * kRound + token;
-      const int channel = first_block() * (kUnitRows / 2) + pair * 8;
-      if (row < tile_.rows && channel < args_.channels) {
-        const uint4 gate = ptx::ld_shared_v4(staged(buffer, token, pair * 2));
-        const uint4 up = ptx::ld_shared_v4(staged(buffer, token, pair * 2 + 1));
-        const int64_t output_row = int64_t{tile_.first_row} + row;
+    for (int token = 0; token < kRound; token += kStride) {
+      if (!piece.there || round * kRound + token + piece.token >= tile_.rows) continue;
+      const int64_t row = piece.row + (round * kRound + token);
+      const int chunk = thread_ % kPieces * kHalves;
+      const uint4 first = ptx::ld_shared_v4(staged(buffer, token + piece.token, chunk));
+      auto* d = static_cast<uint16_t*>(args_.d) + row * args_.d_stride + piece.channel;
+      if constexpr (Traits::kPaired) {
+        const uint4 up = ptx::ld_shared_v4(staged(buffer, token + piece.token, chunk + 1));
         if (args_.d != nullptr) {
-          auto* d = static_cast<uint16_t*>(args_.d) + output_row * args_.d_stride + channel;
-          *reinterpret_cast<uint4*>(d) = {activate(gate.x, up.x), activate(gate.y, up.y),
-                                          activate(gate.z, up.z), activate(gate.w, up.w)};
+          *reinterpret_cast<uint4*>(d) = {activate(first.x, up.x), activate(first.y, up.y),
+                                          activate(first.z, up.z), activate(first.w, up.w)};
         }
         if (args_.h != nullptr) {
-          Bf16* h = args_.h + output_row * args_.h_stride + channel;
-          *reinterpret_cast<uint4*>(h) = gate;
+          Bf16* h = args_.h + row * args_.h_stride + piece.channel;
+          *reinterpret_cast<uint4*>(h) = first;
           *reinterpret_cast<uint4*>(h + args_.channels) = up;
         }
+      } else {
+        *reinterpret_cast<uint4*>(d) = first;
       }
     }
   }
 
-  __device__ uint32_t activate(uint32_t gates, uint32_t ups) const {
+  __device__ __forceinline__ uint32_t activate(uint32_t gates, uint32_t ups) const {
     return ptx::cvt_rn_bf16x2(swiglu(args_, high_bf16(gates), high_bf16(ups)),
                               swiglu(args_, low_bf16(gates), low_bf16(ups)));
   }

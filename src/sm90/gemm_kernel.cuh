@@ -5,7 +5,7 @@
 //           rounding points of docs/formats.md, section 7
 // oracle:   a float64 kernel in tests/sm90_gemm_test.cu
 //
-// One persistent CTA an SM: warpgroup 0 produces (one warp of it works), the others consume. The weights are
+// One persistent CTA an SM: warpgroup 0 produces (two warps of it work), the others consume. The weights are
 // the register operand of WGMMA, so the tile is rows of weights by columns of tokens. docs/hopper.md tells
 // why it is built this way and what was measured.
 #pragma once
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const uint32_t shared = (ptx::shared_address(raw_shared) + 1023u) & ~1023u;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Traits::kStages; ++stage) {
-      ptx::mbarrier_init(shared + Traits::kFullOffset + stage * 8, 1);
+      ptx::mbarrier_init(shared + Traits::kFullOffset + stage * 8, 2);  // weights and tokens
       ptx::mbarrier_init(shared + Traits::kEmptyOffset + stage * 8, Traits::kConsumers * 4);
     }
     ptx::fence_mbarrier_init();
@@ -32,10 +32,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncthreads();
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   if (warpgroup == 0) {
-    if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_dec<40>();
-    if (threadIdx.x < 32) Producer<Traits>(args, maps, shared).run();
+    if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_dec<56>();
+    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+    if (warp == 0) Producer<Traits>(args, maps, shared).run_weights();
+    if (warp == 1) Producer<Traits>(args, maps, shared).run_tokens();
   } else {
-    if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_inc<232>();
+    if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_inc<224>();
     ptx::griddepcontrol_wait();
     Consumer<Traits>(args, shared, warpgroup - 1).run();
   }

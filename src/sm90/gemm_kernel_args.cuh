@@ -10,10 +10,14 @@
 
 namespace fourfold::sm90 {
 
-/// How a kernel reads one term of the token rows: boxes of 64 k and a large or a small number of rows.
+inline constexpr int kMostTokenMaps = 10;
+
+/// How a kernel reads the token rows of a stage: of[term][i] has boxes of 64 k x (i + 1) granules of tokens,
+/// of as many k units as a stage has. The matrix is then seen as (64, rows, K / 64); where K is no multiple
+/// of 64, it is (K, rows, 1) and a box has one unit.
 struct TokenMaps {
-  CUtensorMap large[2];
-  CUtensorMap small[2];
+  CUtensorMap of[2][kMostTokenMaps];
+  bool stage_in_a_box;
 };
 
 /// Members as in ExpertGemm; strides in elements.
@@ -39,15 +43,14 @@ struct GemmKernelArgs {
 
 /// Shape of a kernel. Consumer warpgroup w multiplies row part w / kDepthParts of the tile with every
 /// kDepthParts-th k unit, starting with unit w % kDepthParts; partial sums are added in order of the parts.
-template <int kRowParts_, int kRowBlocks_, int kDepthParts_, int kTokens_, int kGranule_, int kLargeBox_,
-          int kTerms_, bool kPaired_>
+template <int kRowParts_, int kRowBlocks_, int kDepthParts_, int kTokens_, int kGranule_, int kTerms_,
+          bool kPaired_>
 struct GemmTraits {
   static constexpr int kRowParts = kRowParts_;      ///< warpgroups side by side
   static constexpr int kRowBlocks = kRowBlocks_;    ///< blocks of 64 rows a warpgroup
   static constexpr int kDepthParts = kDepthParts_;  ///< warpgroups that share a tile's k
   static constexpr int kTokens = kTokens_;          ///< most tokens of a tile
   static constexpr int kGranule = kGranule_;        ///< what the tokens of a tile are rounded up to
-  static constexpr int kLargeBox = kLargeBox_;      ///< token rows of a large box; kGranule of a small one
   static constexpr int kTerms = kTerms_;
   static constexpr bool kPaired = kPaired_;  ///< rows are in RowOrder::kGateUpPaired, the epilogue is SwiGLU
 
@@ -57,12 +60,13 @@ struct GemmTraits {
   static constexpr bool kManyRegisters = kConsumers == 2;
   /// k-steps a WGMMA commit group: two, where registers allow.
   static constexpr int kGroup = kRowBlocks * kTokens > 256 ? 1 : 2;
+  static constexpr int kUnrolled = 2;  ///< k units multiplied without a branch
 
   // Shared memory, in bytes from a multiple of 1024.
   static constexpr int kTokenBoxBytes = kTokens * kUnitDepth * 2;  ///< one term of one k unit
   static constexpr int kTokenStageBytes = kTerms * kDepthParts * kTokenBoxBytes;
   static constexpr int kWeightStageBytes = kTileBlocks * kDepthParts * kUnitBytes;
-  static constexpr int kStagingTokens = kGranule;
+  static constexpr int kStagingTokens = kGranule < 16 ? kGranule : 16;
   static constexpr int kStagingRowBytes = kRowBlocks * kUnitRows * 2;
   static constexpr int kStagingBytes = 2 * kStagingTokens * kStagingRowBytes;  ///< of a row part; two buffers
   static constexpr int kAlphaBytes = 2 * kTokens * 4;                          ///< of a row part
@@ -82,7 +86,8 @@ struct GemmTraits {
   static constexpr int kEmptyOffset = kFullOffset + kStages * 8;
   static constexpr int kSharedBytes = 1024 + kEmptyOffset + kStages * 8;
 
-  static_assert(kTokens % kGranule == 0 && kLargeBox % kGranule == 0 && kTokenBoxBytes % 1024 == 0);
+  static_assert(kTokens % kGranule == 0 && kTokens / kGranule <= kMostTokenMaps &&
+                kTokenBoxBytes % 1024 == 0);
   static_assert(kStages >= 4 && kSharedBytes <= kMaxSharedBytes);
   static_assert(kStagingRowBytes % 128 == 0 && kWeightOffset % 128 == 0 && kUnitBytes % 128 == 0);
 };

@@ -28,7 +28,7 @@ void launch_wide_gemm(const GemmLaunch& launch);
 template <int kIndex, int kTerms, bool kPaired>
 using TableTraits = GemmTraits<kGemmKernels[kIndex].row_parts, kGemmKernels[kIndex].row_blocks,
                                kGemmKernels[kIndex].depth_parts, kGemmKernels[kIndex].tokens,
-                               kGemmKernels[kIndex].granule, kGemmKernels[kIndex].large_box, kTerms, kPaired>;
+                               kGemmKernels[kIndex].granule, kTerms, kPaired>;
 
 template <class Traits>
 void launch_gemm_kernel(const GemmLaunch& launch,

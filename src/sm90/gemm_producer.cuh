@@ -1,4 +1,5 @@
-// The producer warp of the grouped GEMM: finds the work and keeps the pipeline full.
+// The producer warps of the grouped GEMM: one keeps the pipeline full of weights, one of token rows. Both
+// find the work for themselves.
 #pragma once
 
 #include <cstdint>
@@ -80,13 +81,7 @@ class WorkFinder {
   int expert_ = 0, expert_begin_ = 0, expert_end_ = 0, group_begin_ = 0, group_rows_ = 0;
 };
 
-/// What to load next.
-struct StageCursor {
-  int item = 0;
-  int step = 0;  ///< stage of the tile: kDepthParts k units
-  WorkTile tile;
-};
-
+/// What both producer warps do: walk the tiles of this CTA, and the stages of each.
 template <class Traits>
 class Producer {
  public:
@@ -94,58 +89,53 @@ class Producer {
       : args_(args),
         maps_(maps),
         shared_(shared),
-        steps_((args.depth_units + Traits::kDepthParts - 1) / Traits::kDepthParts),
-        leader_(threadIdx.x % 32 == 0),
         finder_(args.group_offsets, args.experts,
                 (args.row_blocks + Traits::kTileBlocks - 1) / Traits::kTileBlocks) {}
 
-  /// Runs the whole warp until every tile of this CTA is on its way, then posts the end.
-  __device__ void run() {
-    StageCursor cursor{static_cast<int>(blockIdx.x), 0, finder_.find(blockIdx.x)};
+  /// The weights of every tile, then the end. Weights do not depend on the kernel before this one, so nothing
+  /// here waits for it.
+  __device__ void run_weights() {
     const uint64_t policy = ptx::createpolicy_evict_first();
-    prefetch(cursor, policy);
-    while (cursor.tile.rows > 0) {
-      if (leader_) {
-        ptx::mbarrier_wait_parity(empty_barrier(), phase_ ^ 1u);
-        announce(cursor, slot_);
-        load_weights(cursor, slot_, policy);
-        load_tokens(cursor, slot_);
+    for (int item = static_cast<int>(blockIdx.x);; item += static_cast<int>(gridDim.x)) {
+      const WorkTile tile = finder_.find(item);
+      if (threadIdx.x % 32 == 0) {
+        if (tile.rows > 0) {
+          load_weights(tile, policy);
+        } else {
+          wait_for_slot();
+          post_tile(tile);
+          ptx::mbarrier_arrive(full_barrier());
+        }
       }
-      advance(cursor);
-      next_slot();
+      __syncwarp();
+      if (tile.rows == 0) return;
     }
-    if (leader_) {
-      ptx::mbarrier_wait_parity(empty_barrier(), phase_ ^ 1u);
-      announce_end();
+  }
+
+  /// The token rows of every tile, once the kernel before this one has written them.
+  __device__ void run_tokens() {
+    ptx::griddepcontrol_wait();
+    ptx::griddepcontrol_launch_dependents();
+    for (int item = static_cast<int>(blockIdx.x);; item += static_cast<int>(gridDim.x)) {
+      const WorkTile tile = finder_.find(item);
+      if (threadIdx.x % 32 == 0) {
+        if (tile.rows > 0) {
+          load_tokens(tile);
+        } else {
+          wait_for_slot();
+          ptx::mbarrier_arrive(full_barrier());
+        }
+      }
+      __syncwarp();
+      if (tile.rows == 0) return;
     }
   }
 
  private:
-  /// Fills the pipeline with weights while the kernel before this one may still write the tokens.
-  __device__ void prefetch(StageCursor& cursor, uint64_t policy) {
-    StageCursor ahead = cursor;
-    int filled = 0;
-    for (; filled < Traits::kStages && ahead.tile.rows > 0; ++filled) {
-      if (leader_) {
-        announce(ahead, filled);
-        load_weights(ahead, filled, policy);
-      }
-      advance(ahead);
-    }
-    ptx::griddepcontrol_wait();
-    ptx::griddepcontrol_launch_dependents();
-    for (int slot = 0; slot < filled; ++slot) {
-      if (leader_) load_tokens(cursor, slot);
-      advance(cursor);
-      next_slot();
-    }
-  }
+  __device__ uint32_t full_barrier() const { return shared_ + Traits::kFullOffset + slot_ * 8; }
 
-  __device__ void advance(StageCursor& cursor) {
-    if (++cursor.step < steps_) return;
-    cursor.step = 0;
-    cursor.item += static_cast<int>(gridDim.x);
-    cursor.tile = finder_.find(cursor.item);
+  __device__ void wait_for_slot() const {
+    ptx::mbarrier_wait_parity(shared_ + Traits::kEmptyOffset + slot_ * 8, phase_ ^ 1u);
   }
 
   __device__ void next_slot() {
@@ -155,68 +145,63 @@ class Producer {
     }
   }
 
-  __device__ uint32_t empty_barrier() const { return shared_ + Traits::kEmptyOffset + slot_ * 8; }
-  __device__ uint32_t full_barrier(int slot) const { return shared_ + Traits::kFullOffset + slot * 8; }
-  __device__ int units_of(const StageCursor& cursor) const {
-    return min(Traits::kDepthParts, args_.depth_units - cursor.step * Traits::kDepthParts);
-  }
-  /// Token rows to load: what is there, in whole granules.
-  __device__ static int padded_rows(const WorkTile& tile) {
-    return (tile.rows + Traits::kGranule - 1) / Traits::kGranule * Traits::kGranule;
+  /// Tells the consumers which tile the stage belongs to.
+  __device__ void post_tile(const WorkTile& tile) const {
+    ptx::st_shared_v4(shared_ + Traits::kTileOffset + slot_ * 16, tile.expert, tile.row_tile, tile.first_row,
+                      tile.rows);
   }
 
-  /// Tells the consumers which tile the stage belongs to, and how many bytes it will have.
-  __device__ void announce(const StageCursor& cursor, int slot) {
-    ptx::st_shared_v4(shared_ + Traits::kTileOffset + slot * 16, cursor.tile.expert, cursor.tile.row_tile,
-                      cursor.tile.first_row, cursor.tile.rows);
-    const int token_bytes = padded_rows(cursor.tile) * kUnitDepth * 2 * Traits::kTerms;
-    const int weight_bytes = Traits::kTileBlocks * kUnitBytes;
-    ptx::mbarrier_arrive_expect_tx(full_barrier(slot), units_of(cursor) * (token_bytes + weight_bytes));
-  }
-
-  __device__ void announce_end() {
-    ptx::st_shared_v4(shared_ + Traits::kTileOffset + slot_ * 16, 0, 0, 0, 0);
-    ptx::mbarrier_arrive(full_barrier(slot_));
-  }
-
-  __device__ void load_weights(const StageCursor& cursor, int slot, uint64_t policy) {
-    const int64_t row_bytes = int64_t{args_.depth_units} * kUnitBytes;
-    const uint8_t* expert = args_.packed + cursor.tile.expert * args_.packed_bytes_per_expert +
-                            int64_t{cursor.step} * Traits::kDepthParts * kUnitBytes;
-    const uint32_t to = shared_ + Traits::kWeightOffset + slot * Traits::kWeightStageBytes;
-    const int bytes = units_of(cursor) * kUnitBytes;
+  __device__ void load_weights(const WorkTile& tile, uint64_t policy) {
+    const int first_block = tile.row_tile * Traits::kTileBlocks;
+    // The last tile may have fewer blocks. What the others then multiply are rows that nobody stores.
+    const int blocks = min(Traits::kTileBlocks, args_.row_blocks - first_block);
+    const int64_t block_bytes = int64_t{args_.depth_units} * kUnitBytes;
+    const uint8_t* from =
+        args_.packed + tile.expert * args_.packed_bytes_per_expert + first_block * block_bytes;
+    for (int left = args_.depth_units; left > 0; left -= Traits::kDepthParts) {
+      const int bytes = min(Traits::kDepthParts, left) * kUnitBytes;
+      const uint32_t to = shared_ + Traits::kWeightOffset + slot_ * Traits::kWeightStageBytes;
+      wait_for_slot();
+      post_tile(tile);
+      ptx::mbarrier_arrive_expect_tx(full_barrier(), blocks * bytes);
 #pragma unroll
-    for (int b = 0; b < Traits::kTileBlocks; ++b) {
-      // The last tile may have fewer blocks: its last one again, for rows that nobody will store.
-      const int block = min(cursor.tile.row_tile * Traits::kTileBlocks + b, args_.row_blocks - 1);
-      ptx::cp_async_bulk(to + b * Traits::kDepthParts * kUnitBytes, expert + block * row_bytes, bytes,
-                         full_barrier(slot), policy);
+      for (int b = 0; b < Traits::kTileBlocks; ++b) {
+        if (b < blocks) {
+          ptx::cp_async_bulk(to + b * Traits::kDepthParts * kUnitBytes, from + b * block_bytes, bytes,
+                             full_barrier(), policy);
+        }
+      }
+      from += bytes;
+      next_slot();
     }
   }
 
-  __device__ void load_tokens(const StageCursor& cursor, int slot) {
-    const int rows = padded_rows(cursor.tile), units = units_of(cursor);
-    for (int unit = 0; unit < units; ++unit) {
-      const int x = (cursor.step * Traits::kDepthParts + unit) * kUnitDepth;
+  /// One box a term and stage, or a box a k unit where K is no multiple of 64 (TokenMaps).
+  __device__ void load_tokens(const WorkTile& tile) {
+    const int granules = (tile.rows + Traits::kGranule - 1) / Traits::kGranule;
+    const int unit_bytes = granules * Traits::kGranule * kUnitDepth * 2;
+    for (int unit = 0; unit < args_.depth_units; unit += Traits::kDepthParts) {
+      const int boxes = maps_.stage_in_a_box ? 1 : min(Traits::kDepthParts, args_.depth_units - unit);
+      const int box_bytes = maps_.stage_in_a_box ? Traits::kDepthParts * unit_bytes : unit_bytes;
+      wait_for_slot();
+      ptx::mbarrier_arrive_expect_tx(full_barrier(), Traits::kTerms * boxes * box_bytes);
+#pragma unroll
       for (int term = 0; term < Traits::kTerms; ++term) {
-        const uint32_t to = shared_ + slot * Traits::kTokenStageBytes +
-                            (term * Traits::kDepthParts + unit) * Traits::kTokenBoxBytes;
-        for (int row = 0; row < rows;) {
-          const bool large = rows - row >= Traits::kLargeBox;
-          ptx::cp_async_bulk_tensor_2d(to + row * kUnitDepth * 2,
-                                       large ? &maps_.large[term] : &maps_.small[term], x,
-                                       cursor.tile.first_row + row, full_barrier(slot));
-          row += large ? Traits::kLargeBox : Traits::kGranule;
+        const uint32_t to =
+            shared_ + slot_ * Traits::kTokenStageBytes + term * Traits::kDepthParts * unit_bytes;
+        for (int box = 0; box < boxes; ++box) {
+          ptx::cp_async_bulk_tensor_3d(to + box * box_bytes, &maps_.of[term][granules - 1],
+                                       maps_.stage_in_a_box ? 0 : (unit + box) * kUnitDepth, tile.first_row,
+                                       maps_.stage_in_a_box ? unit : 0, full_barrier());
         }
       }
+      next_slot();
     }
   }
 
   const GemmKernelArgs& args_;
   const TokenMaps& maps_;
   uint32_t shared_;
-  int steps_;
-  bool leader_;
   WorkFinder<Traits> finder_;
   int slot_ = 0;
   uint32_t phase_ = 0;

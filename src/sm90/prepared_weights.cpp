@@ -47,7 +47,7 @@ class Staging {
     buffer_ = memory.allocate(static_cast<size_t>(most));
   }
 
-  /// What was brought so far has been read by everything enqueued: its place may be taken.
+  /// Takes the place of what was brought so far: the stream reads that before it overwrites it.
   void restart() { used_ = 0; }
 
   /// `view` on the device, dense.
@@ -81,20 +81,11 @@ class Staging {
   int64_t used_ = 0;
 };
 
-/// A bias in float32, wherever it lies; kNoBias where there is none.
+/// A bias in float32; kNoBias where there is none.
 void append_bias(const std::optional<DenseView>& bias, int64_t channels, std::vector<float>& out) {
-  const size_t first = out.size();
-  out.resize(first + static_cast<size_t>(channels), kNoBias);
-  if (!bias) return;
-  DenseView row = *bias;
-  std::vector<std::byte> bytes;
-  if (row.device.kind != Device::Kind::kHost) {
-    bytes.resize(static_cast<size_t>(channels) * (row.type == ElementType::kF32 ? 4 : 2));
-    cuda::device_memory(row.device.index).copy_to_host(bytes.data(), row.data, bytes.size());
-    row.data = bytes.data();
-    row.device = Device::host();
-  }
-  decode_row(row, 0, out.data() + first);
+  const std::vector<float> values =
+      bias ? decode_to_host(*bias) : std::vector<float>(static_cast<size_t>(channels), kNoBias);
+  out.insert(out.end(), values.begin(), values.end());
 }
 
 using Bias = std::optional<DenseView> Expert::*;
@@ -147,22 +138,40 @@ std::string why_not(const WeightView& weight, int device) {
 }  // namespace
 
 std::string why_unpreparable(const ExpertWeights& weights, int device) {
-  for (const Expert& expert : weights.experts) {
+  std::vector<const Expert*> experts;
+  for (const Expert& expert : weights.experts) experts.push_back(&expert);
+  if (weights.shared) experts.push_back(&weights.shared->expert);
+  for (const Expert* expert : experts) {
     for (const auto& [which, half] : {std::pair<const char*, Half>("gate", &Expert::gate),
                                       {"up", &Expert::up},
                                       {"down", &Expert::down}}) {
-      if (half == Half(&Expert::gate) && !expert.has_gate()) continue;
-      const std::string reason = why_not(expert.*half, device);
-      if (!reason.empty()) return fmt::format("{} {} {}", expert.name, which, reason);
+      if (half == Half(&Expert::gate) && !expert->has_gate()) continue;
+      const std::string reason = why_not(expert->*half, device);
+      if (!reason.empty()) return fmt::format("{} {} {}", expert->name, which, reason);
     }
   }
   return "";
+}
+
+std::vector<float> decode_to_host(const DenseView& row) {
+  DenseView host = row;
+  std::vector<std::byte> bytes;
+  if (row.device.kind != Device::Kind::kHost) {
+    bytes.resize(static_cast<size_t>(row.cols) * (row.type == ElementType::kF32 ? 4 : 2));
+    cuda::device_memory(row.device.index).copy_to_host(bytes.data(), row.data, bytes.size());
+    host.data = bytes.data();
+    host.device = Device::host();
+  }
+  std::vector<float> values(static_cast<size_t>(row.cols));
+  decode_row(host, 0, values.data());
+  return values;
 }
 
 PreparedWeights::PreparedWeights(const ExpertWeights& weights, const LayerConfig& config,
                                  const LayerOptions& options, const Memory& memory)
     : config_(config), options_(options), memory_(memory), described_(weights) {
   described_.storage.reset();
+  described_.shared.reset();
   const RowOrder order = is_gated(config.activation.kind) ? RowOrder::kGateUpPaired : RowOrder::kPlain;
   gate_up_ = allocate_matrix(memory, {order, config.intermediate, config.hidden}, config.experts,
                              gate_up_has_bias(weights));
@@ -173,7 +182,7 @@ PreparedWeights::PreparedWeights(const ExpertWeights& weights, const LayerConfig
   fill(weights);
 }
 
-void PreparedWeights::update(const ExpertWeights& weights) {
+void PreparedWeights::require_replaceable_by(const ExpertWeights& weights) const {
   validate(weights, config_, options_);
   validate_update(described_, weights);
   const std::string reason = why_unpreparable(weights, memory_.device().index);
@@ -184,6 +193,9 @@ void PreparedWeights::update(const ExpertWeights& weights) {
     if (had != has)
       reject(fmt::format("update_weights: {}", what), had ? "some" : "none", has ? "some" : "none");
   }
+}
+
+void PreparedWeights::update(const ExpertWeights& weights) {
   memory_.synchronize();  // for calls in flight that still read what will be replaced
   fill(weights);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "fourfold/memory.h"
 #include "fourfold/moe_layer.h"
@@ -24,6 +25,9 @@ struct PreparedMatrix {
 /// device; names the first expert and tensor. Empty when they can.
 std::string why_unpreparable(const ExpertWeights& weights, int device);
 
+/// One row in float32, from host or device memory. Waits for the copy.
+std::vector<float> decode_to_host(const DenseView& row);
+
 /// Packs weights from host memory (a mapped checkpoint, say) or from the device. Host weights go through a
 /// staging buffer for one matrix pair of one expert, so that at its peak preparation holds the packed weights
 /// and that buffer.
@@ -33,8 +37,10 @@ class PreparedWeights {
   PreparedWeights(const ExpertWeights& weights, const LayerConfig& config, const LayerOptions& options,
                   const Memory& memory);
 
-  /// Replaces them at the same addresses. Waits for the device first and last. Throws Error, with nothing
-  /// changed, unless shapes, formats and the matrices that have a bias are what they were.
+  /// Throws Error unless shapes, formats and the matrices that have a bias are what they were.
+  void require_replaceable_by(const ExpertWeights& weights) const;
+  /// Replaces them, by weights that they can be replaced by, at the same addresses. Waits for the device
+  /// first and last.
   void update(const ExpertWeights& weights);
 
   const PreparedMatrix& gate_up() const { return gate_up_; }

@@ -58,9 +58,6 @@ __device__ __forceinline__ void mbarrier_wait_parity(uint32_t barrier, uint32_t 
 __device__ __forceinline__ void bar_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void bar_arrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
 
 // Copies into shared memory.
 
@@ -82,13 +79,13 @@ __device__ __forceinline__ void cp_async_bulk(uint32_t to, const void* from, uin
       : "memory");
 }
 
-/// The box of a two-dimensional tensor map that starts at (x, y), x counted along the contiguous axis.
-__device__ __forceinline__ void cp_async_bulk_tensor_2d(uint32_t to, const CUtensorMap* map, int32_t x,
-                                                        int32_t y, uint32_t barrier) {
+/// The box of a three-dimensional tensor map that starts at (x, y, z), x counted along the contiguous axis.
+__device__ __forceinline__ void cp_async_bulk_tensor_3d(uint32_t to, const CUtensorMap* map, int32_t x,
+                                                        int32_t y, int32_t z, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
-      "[%4];" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(barrier)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
 

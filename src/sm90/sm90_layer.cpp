@@ -1,18 +1,18 @@
-// The whole layer: which kernels run in which order, on which parts of the workspace.
+// The whole layer: permute, experts, combine, part by part.
 #include "sm90/sm90_layer.h"
 
 #include <algorithm>
+#include <array>
+#include <optional>
 #include <string>
-#include <utility>
+#include <vector>
 
 #include "base/fail.h"
 #include "cuda/combine.h"
 #include "cuda/device.h"
 #include "cuda/permute.h"
-#include "cuda/stage.h"
 #include "moe/workspace.h"
-#include "sm90/expert_gemm.h"
-#include "sm90/prepared_weights.h"
+#include "sm90/expert_stages.h"
 
 namespace fourfold::sm90 {
 namespace {
@@ -21,26 +21,9 @@ namespace {
 struct Space {
   PermutationView permutation;
   std::span<std::byte> permute_scratch;
-  MatrixView<Bf16> x[2];  // staged and decoded, one matrix a term
-  std::span<float> x_row_scales;
-  MatrixView<Bf16> activation;
-  MatrixView<Bf16> intermediate[2];
-  std::span<float> intermediate_row_scales;
-  MatrixView<Bf16> z;       // in the memory of x[0], which is read for the last time before z is written
-  std::span<float> amaxes;  // of x, of the intermediate: dynamic-tensor
-  std::span<std::byte> gemm;
-};
-
-/// Which of the layer's steps a walk over all parts takes. A scale over the whole tensor has to be known
-/// before its first part is staged: where there are several parts, a walk of its own finds it.
-enum class Walk : uint8_t { kFindXAmax, kFindIntermediateAmax, kCompute };
-
-/// Rows of one part on their way through the experts.
-struct ExpertRows {
-  MatrixView<const Bf16> tokens[2];
-  const float* row_scales = nullptr;
-  std::span<const int32_t> group_offsets;
-  int64_t rows = 0;  // at most
+  ExpertSpace routed, shared;
+  std::span<int32_t> shared_offsets;  // [2]: all tokens are the shared expert's
+  std::span<float> shared_weights;
 };
 
 template <class T>
@@ -55,10 +38,10 @@ View tap_or(const View& tap, const View& own) {
   return tap.empty() ? own : tap;
 }
 
-/// The same memory with as many rows as the GEMM was planned for; those from M on are not touched.
-MatrixView<Bf16> with_rows(MatrixView<Bf16> matrix, int64_t rows) {
-  matrix.rows = rows;
-  return matrix;
+/// Of the routed experts, or of the shared one.
+template <class Taps>
+ExpertTaps expert_taps(const Taps& taps) {
+  return {taps.staged_x, taps.h, taps.activation, taps.staged_intermediate, taps.z};
 }
 
 ForwardArgs part_of(const ForwardArgs& args, int64_t first, int64_t tokens) {
@@ -87,7 +70,14 @@ class Sm90Layer final : public MoeLayer {
       : config_(config),
         options_(options),
         memory_(cuda::device_memory(cuda::current_device())),
-        weights_(weights, config, options, memory_) {}
+        routed_(weights, config, options, memory_) {
+    if (!weights.shared) return;
+    shared_.emplace(shared_as_layer(weights), shared_config(config), shared_options(*weights.shared, options),
+                    memory_);
+    if (!weights.shared->gate) return;
+    shared_gate_ = memory_.allocate(static_cast<size_t>(config.hidden) * sizeof(float));
+    upload_shared_gate(*weights.shared);
+  }
 
   const LayerConfig& config() const override { return config_; }
   const LayerOptions& options() const override { return options_; }
@@ -96,27 +86,26 @@ class Sm90Layer final : public MoeLayer {
     validate_plan(config_, max_tokens);
     WorkspaceCarver counter;
     carve(counter, max_tokens);
-    const int64_t rows = rows_at_once(max_tokens);
-    return {max_tokens, counter.used(),
-            fmt::format("gate/up {}; down {}", describe_kernel(gate_up_gemm(std::max<int64_t>(rows, 1))),
-                        describe_kernel(down_gemm(std::max<int64_t>(rows, 1)))),
-            fmt::format("for up to {} rows at once", rows), nullptr};
+    const int64_t tokens = tokens_at_once(max_tokens), rows = tokens * config_.top_k;
+    std::string kernels = routed_.describe_kernels(rows);
+    if (shared_) kernels += "; shared expert: " + shared_->describe_kernels(tokens);
+    return {max_tokens, counter.used(), std::move(kernels), fmt::format("for up to {} rows at once", rows),
+            nullptr};
   }
 
   void forward(const LayerPlan& plan, const ForwardArgs& args) const override {
     validate(*this, plan, args);
     const cuda::DeviceScope scope(memory_.device().index);
     const int64_t tokens = args.routing.tokens(),
-                  step = std::max<int64_t>(tokens_at_once(plan.max_tokens), 1);
+                  part = std::max<int64_t>(tokens_at_once(plan.max_tokens), 1);
     require_tappable(args.taps, tokens * config_.top_k);
     WorkspaceCarver carver(args.workspace);
     const Space space = carve(carver, plan.max_tokens);
-    walk(space, args.stream, tokens <= step, [&](Walk which, bool whole) {
+    walk(space, {Walk::kCompute, tokens <= part, args.stream, args.observer}, [&](const Step& step) {
       int64_t first = 0;
       do {  // without tokens, too: taps and status are written
-        const int64_t count = std::min(step, tokens - first);
-        run_tokens(space, part_of(args, first, count), which, whole);
-        first += step;
+        run_tokens(space, part_of(args, first, std::min(part, tokens - first)), step);
+        first += part;
       } while (first < tokens);
     });
   }
@@ -124,152 +113,144 @@ class Sm90Layer final : public MoeLayer {
   void experts(const LayerPlan& plan, const ExpertsArgs& args) const override {
     validate(*this, plan, args);
     const cuda::DeviceScope scope(memory_.device().index);
-    const int64_t rows = args.activations.rows, step = std::max<int64_t>(rows_at_once(plan.max_tokens), 1);
+    const int64_t rows = args.activations.rows;
+    const int64_t part = std::max<int64_t>(tokens_at_once(plan.max_tokens) * config_.top_k, 1);
     require_tappable(args.taps, 0);
     WorkspaceCarver carver(args.workspace);
     const Space space = carve(carver, plan.max_tokens);
-    walk(space, args.stream, rows <= step, [&](Walk which, bool whole) {
-      for (int64_t first = 0; first < rows; first += step) {
-        run_brought_rows(space, args, first, std::min(step, rows - first), which, whole);
+    walk(space, {Walk::kCompute, rows <= part, args.stream, nullptr}, [&](const Step& step) {
+      for (int64_t first = 0; first < rows; first += part) {
+        run_staged_rows(space, args, first, std::min(part, rows - first), step);
       }
     });
   }
 
   void update_weights(const ExpertWeights& weights) override {
     const cuda::DeviceScope scope(memory_.device().index);
-    weights_.update(weights);
+    if (weights.shared.has_value() != shared_.has_value()) {
+      reject("update_weights: shared expert", shared_ ? "one" : "none", weights.shared ? "one" : "none");
+    }
+    if (shared_ && weights.shared->gate.has_value() != (shared_gate_.bytes() > 0)) {
+      reject("update_weights: gate of the shared expert", shared_gate_.bytes() > 0 ? "one" : "none",
+             weights.shared->gate ? "one" : "none");
+    }
+    routed_.require_replaceable_by(weights);
+    if (shared_) shared_->require_replaceable_by(shared_as_layer(weights));
+    routed_.update(weights);
+    if (!shared_) return;
+    shared_->update(shared_as_layer(weights));
+    if (weights.shared->gate) upload_shared_gate(*weights.shared);
   }
 
  private:
   int64_t tokens_at_once(int64_t max_tokens) const {
     return std::min(max_tokens, std::max<int64_t>(kMostRowsAtOnce / config_.top_k, 1));
   }
-  int64_t rows_at_once(int64_t max_tokens) const { return tokens_at_once(max_tokens) * config_.top_k; }
-
-  bool is_dynamic_tensor(ScalePolicy policy) const {
-    return is_nvfp4(options_.activations) && policy == ScalePolicy::kDynamicTensor;
-  }
-  bool has_two_terms() const { return options_.activations == ActivationFormat::kNvfp4x2; }
-  bool restages() const { return options_.activations != ActivationFormat::kBf16; }
 
   Space carve(WorkspaceCarver& carver, int64_t max_tokens) const {
-    const int64_t rows = rows_at_once(max_tokens);
+    const int64_t tokens = tokens_at_once(max_tokens), rows = tokens * config_.top_k;
     Space space;
     space.permutation = {carver.take<int32_t>(config_.experts + 1), carver.take<int32_t>(rows),
                          carver.take<int32_t>(rows)};
     space.permute_scratch =
         carver.take<std::byte>(static_cast<int64_t>(cuda::permute_scratch_bytes(rows, config_.experts)));
-    space.x[0] = carver.take<Bf16>(rows, config_.hidden);
-    if (has_two_terms()) space.x[1] = carver.take<Bf16>(rows, config_.hidden);
-    space.z = space.x[0];
-    space.activation = carver.take<Bf16>(rows, config_.intermediate);
-    space.x_row_scales = carver.take<float>(rows);
-    if (restages()) {
-      space.intermediate[0] = carver.take<Bf16>(rows, config_.intermediate);
-      space.intermediate_row_scales = carver.take<float>(rows);
+    space.routed = routed_.carve(carver, rows);
+    if (shared_) {
+      space.shared = shared_->carve(carver, tokens);
+      space.shared_offsets = carver.take<int32_t>(2);
+      space.shared_weights = carver.take<float>(tokens);
     }
-    if (has_two_terms()) space.intermediate[1] = carver.take<Bf16>(rows, config_.intermediate);
-    space.amaxes = carver.take<float>(2);
-    space.gemm = carver.take<std::byte>(static_cast<int64_t>(
-        std::max(workspace_bytes(gate_up_gemm(rows)), workspace_bytes(down_gemm(rows)))));
     return space;
   }
 
-  ExpertGemm gemm_of(const PreparedMatrix& matrix, int64_t max_rows) const {
-    ExpertGemm gemm;
-    gemm.experts = config_.experts;
-    gemm.max_rows = max_rows;
-    gemm.weights = matrix.shape;
-    gemm.packed = matrix.packed.data();
-    gemm.weight_globals = matrix.global_scales();
-    gemm.bias = matrix.biases();
-    return gemm;
-  }
-  ExpertGemm gate_up_gemm(int64_t max_rows) const {
-    ExpertGemm gemm = gemm_of(weights_.gate_up(), max_rows);
-    gemm.activation = config_.activation;
-    return gemm;
-  }
-  ExpertGemm down_gemm(int64_t max_rows) const { return gemm_of(weights_.down(), max_rows); }
-
   /// Taps that the kernels can write. `slots` beyond one part have no place in a tap: each part permutes for
   /// itself.
-  void require_tappable(const StageTaps& taps, int64_t slots) const {
-    const bool any = !taps.group_offsets.empty() || !taps.slot_of_row.empty() || !taps.row_of_slot.empty() ||
-                     taps.staged_x || !taps.h.empty() || !taps.activation.empty() ||
-                     taps.staged_intermediate || !taps.z.empty();
-    if (any && slots > kMostRowsAtOnce) {
+  static void require_tappable(const StageTaps& taps, int64_t slots) {
+    const auto any = [](const ExpertTaps& t) {
+      return t.staged_x || !t.h.empty() || !t.activation.empty() || t.staged_intermediate || !t.z.empty();
+    };
+    if (slots > kMostRowsAtOnce &&
+        (!taps.group_offsets.empty() || !taps.slot_of_row.empty() || !taps.row_of_slot.empty() ||
+         !taps.shared.z_weight.empty() || any(expert_taps(taps)) || any(expert_taps(taps.shared)))) {
       reject("sm90: taps", fmt::format("at most {} slots in a call", kMostRowsAtOnce), slots);
     }
-    for (const auto& [what, tap] : {std::pair("h", &taps.h), std::pair("z", &taps.z)}) {
+    for (const auto& [what, tap] : {std::pair("h", &taps.h), std::pair("z", &taps.z),
+                                    std::pair("the shared expert's h", &taps.shared.h),
+                                    std::pair("the shared expert's z", &taps.shared.z)}) {
       if (!tap->empty() && !is_aligned(*tap)) {
         reject(fmt::format("sm90: tap of {}", what), "rows at multiples of 16 bytes", "others");
       }
     }
   }
 
-  /// Calls `over_parts(walk, whole)` for every walk that is needed; `whole`: there is one part, which finds
-  /// its scales on the way.
+  /// Calls `over_parts(step)` for every walk that is needed, `compute` the last of them.
   template <class OverParts>
-  void walk(const Space& space, void* stream, bool whole, const OverParts& over_parts) const {
-    const bool x = is_dynamic_tensor(options_.x_scale),
-               between = is_dynamic_tensor(options_.intermediate_scale);
-    if (x || between) cuda::fill_async(space.amaxes.data(), 0, space.amaxes.size_bytes(), stream);
-    if (!whole && x) over_parts(Walk::kFindXAmax, whole);
-    if (!whole && between) over_parts(Walk::kFindIntermediateAmax, whole);
-    over_parts(Walk::kCompute, whole);
+  void walk(const Space& space, const Step& compute, const OverParts& over_parts) const {
+    routed_.clear_amaxes(space.routed, compute.stream);
+    if (shared_) shared_->clear_amaxes(space.shared, compute.stream);
+    for (const Walk which : {Walk::kFindXAmax, Walk::kFindIntermediateAmax}) {
+      if (!compute.whole && (routed_.needs(which) || (shared_ && shared_->needs(which)))) {
+        Step step = compute;
+        step.walk = which;
+        over_parts(step);
+      }
+    }
+    over_parts(compute);
   }
 
-  void run_tokens(const Space& space, const ForwardArgs& args, Walk walk, bool whole) const {
+  void run_tokens(const Space& space, const ForwardArgs& args, const Step& step) const {
     const StageTaps& taps = args.taps;
-    const PermutationView permutation{tap_or(taps.group_offsets, space.permutation.group_offsets)
-                                          .first(static_cast<size_t>(config_.experts + 1)),
+    const std::span<int32_t> offsets = tap_or(taps.group_offsets, space.permutation.group_offsets);
+    const PermutationView permutation{offsets.first(static_cast<size_t>(config_.experts + 1)),
                                       tap_or(taps.slot_of_row, space.permutation.slot_of_row),
                                       tap_or(taps.row_of_slot, space.permutation.row_of_slot)};
-    cuda::permute({args.routing, permutation, args.status, space.permute_scratch}, args.stream);
-    const int64_t slots = args.routing.tokens() * config_.top_k;
-    if (slots == 0) return;
+    cuda::permute({args.routing, permutation, args.status, space.permute_scratch}, step.stream);
+    step.finish("permute");
+    const int64_t tokens = args.routing.tokens();
+    if (tokens == 0) return;
 
-    cuda::StageArgs stage;
-    stage.format = options_.activations;
-    stage.policy = options_.x_scale;
-    stage.source = {args.x, permutation.slot_of_row.data(), config_.top_k, {}};
-    if (config_.weight_on_input) stage.source.weights = args.routing.topk_weights;
-    stage.group_offsets = permutation.group_offsets;
-    stage.max_rows = slots;
-    stage.expert_scales = weights_.x_scales();
-    stage.tensor_amax = &space.amaxes[0];
-    stage.decoded = {space.x[0], space.x[1], space.x_row_scales.data()};
-    if (taps.staged_x) stage.staged = *taps.staged_x;
-    if (is_dynamic_tensor(options_.x_scale) && (whole || walk == Walk::kFindXAmax)) {
-      cuda::find_amax(stage.source, stage.group_offsets, slots, &space.amaxes[0], args.stream);
-    }
-    if (walk == Walk::kFindXAmax) return;
-    cuda::stage(stage, args.stream);
-    const MatrixView<Bf16> z = tap_or(taps.z, space.z);
-    const float* row_scales = restages() ? space.x_row_scales.data() : nullptr;
-    run_experts(space, {{space.x[0], space.x[1]}, row_scales, permutation.group_offsets, slots}, taps, z,
-                walk, whole, args.stream);
-    if (walk != Walk::kCompute) return;
-    cuda::combine(
-        {z, permutation.row_of_slot.data(), args.routing.topk_weights, config_.weight_on_input, args.y},
-        args.stream);
+    cuda::RowSource source{args.x, permutation.slot_of_row.data(), config_.top_k, {}};
+    if (config_.weight_on_input) source.weights = args.routing.topk_weights;
+    const MatrixView<Bf16> z = tap_or(taps.z, space.routed.z);
+    routed_.run(space.routed, source, {permutation.group_offsets, tokens * config_.top_k}, expert_taps(taps),
+                z, step);
+    cuda::CombineArgs combine{z, permutation.row_of_slot.data(), args.routing.topk_weights,
+                              config_.weight_on_input, args.y};
+    if (shared_) run_shared(space, args, step, combine);
+    if (step.walk != Walk::kCompute) return;
+    cuda::combine(combine, step.stream);
+    step.finish("combine");
+  }
+
+  /// The shared expert on all tokens; tells `combine` where its output and weights are.
+  void run_shared(const Space& space, const ForwardArgs& args, const Step& step,
+                  cuda::CombineArgs& combine) const {
+    const SharedTaps& taps = args.taps.shared;
+    const std::array<int32_t, 2> offsets = {0, static_cast<int32_t>(args.x.rows)};
+    cuda::write_words_async(space.shared_offsets.data(), offsets.data(), 2, step.stream);
+    const MatrixView<Bf16> z = tap_or(taps.z, space.shared.z);
+    shared_->run(space.shared, {args.x}, {space.shared_offsets, args.x.rows}, expert_taps(taps), z, step);
+    if (step.walk != Walk::kCompute) return;
+    combine.shared_z = z;
+    const bool gated = shared_gate_.bytes() > 0;
+    if (!gated && taps.z_weight.empty()) return;
+    float* weights = tap_or(taps.z_weight, space.shared_weights).data();
+    cuda::weigh_shared(args.x, gated ? reinterpret_cast<const float*>(shared_gate_.data()) : nullptr, weights,
+                       step.stream);
+    combine.shared_weights = weights;
   }
 
   /// Rows [first, first + rows) of what the caller of experts() brought.
-  void run_brought_rows(const Space& space, const ExpertsArgs& args, int64_t first, int64_t rows, Walk walk,
-                        bool whole) const {
-    if (walk == Walk::kFindXAmax) return;  // x is staged already
-    std::span<const int32_t> group_offsets = args.group_offsets;
-    if (!whole) {
+  void run_staged_rows(const Space& space, const ExpertsArgs& args, int64_t first, int64_t rows,
+                       const Step& step) const {
+    std::span<const int32_t> offsets = args.group_offsets;
+    if (!step.whole) {
       cuda::slice_group_offsets(args.group_offsets, first, rows, space.permutation.group_offsets,
-                                args.stream);
-      group_offsets = space.permutation.group_offsets;
+                                step.stream);
+      offsets = space.permutation.group_offsets;
     }
-    cuda::decode_staged(args.activations, args.group_offsets, first, rows,
-                        {space.x[0], space.x[1], space.x_row_scales.data()}, args.stream);
-    StageTaps taps = args.taps;
-    for (MatrixView<Bf16>* tap : {&taps.h, &taps.activation}) {
+    ExpertTaps taps = expert_taps(args.taps);
+    for (MatrixView<Bf16>* tap : {&taps.h, &taps.activation, &taps.z}) {
       if (!tap->empty()) *tap = tap->rows_from(first, rows);
     }
     StagedActivations staged;
@@ -278,79 +259,31 @@ class Sm90Layer final : public MoeLayer {
       taps.staged_intermediate = &staged;
     }
     const MatrixView<Bf16> wanted = args.z.rows_from(first, rows);
-    const MatrixView<Bf16> z = is_aligned(wanted) ? wanted : space.z;
-    const ActivationView& a = args.activations;
-    const bool scaled = restages() || !a.row_scales.empty() || !a.group_scales.empty();
-    const float* row_scales = scaled ? space.x_row_scales.data() : nullptr;
-    run_experts(space, {{space.x[0], space.x[1]}, row_scales, group_offsets, rows}, taps, z, walk, whole,
-                args.stream);
-    if (walk != Walk::kCompute) return;
-    const auto copy_rows = [&](const MatrixView<Bf16>& to) {
+    const MatrixView<Bf16> z = is_aligned(wanted) ? wanted : space.routed.z;
+    routed_.run_staged(space.routed, args.activations, args.group_offsets, first, {offsets, rows}, taps, z,
+                       step);
+    if (step.walk != Walk::kCompute) return;
+    const auto copy_to = [&](const MatrixView<Bf16>& to) {
       constexpr auto kBytes = static_cast<int64_t>(sizeof(Bf16));
       cuda::copy_rows_async(to.data, to.stride * kBytes, z.data, z.stride * kBytes, z.cols * kBytes, rows,
-                            args.stream);
+                            step.stream);
     };
-    if (!is_aligned(wanted)) copy_rows(wanted);
-    if (!taps.z.empty()) copy_rows(taps.z.rows_from(first, rows));
+    if (!is_aligned(wanted)) copy_to(wanted);
+    if (!taps.z.empty()) copy_to(taps.z);
   }
 
-  /// Both GEMMs and what lies between.
-  void run_experts(const Space& space, const ExpertRows& rows, const StageTaps& taps,
-                   const MatrixView<Bf16>& z, Walk walk, bool whole, void* stream) const {
-    if (config_.experts == 0) return;
-    const int64_t planned_rows = space.activation.rows;
-    ExpertGemm gemm = gate_up_gemm(planned_rows);
-    std::copy_n(rows.tokens, 2, gemm.tokens);
-    gemm.row_scales = rows.row_scales;
-    gemm.group_offsets = rows.group_offsets.data();
-    gemm.d = space.activation;
-    if (!taps.h.empty()) gemm.h = with_rows(taps.h, planned_rows);
-    gemm.workspace = space.gemm;
-    gemm.overlap_previous = true;  // after a kernel that staged or decoded x
-    launch_expert_gemm(gemm, stream);
-
-    cuda::StageArgs stage;
-    stage.format = options_.activations;
-    stage.policy = options_.intermediate_scale;
-    stage.source.rows = space.activation;
-    stage.group_offsets = rows.group_offsets;
-    stage.max_rows = rows.rows;
-    stage.expert_scales = weights_.intermediate_scales();
-    stage.tensor_amax = &space.amaxes[1];
-    stage.decoded = {space.intermediate[0], space.intermediate[1], space.intermediate_row_scales.data()};
-    if (taps.staged_intermediate) stage.staged = *taps.staged_intermediate;
-    if (is_dynamic_tensor(options_.intermediate_scale) && (whole || walk == Walk::kFindIntermediateAmax)) {
-      cuda::find_amax(stage.source, stage.group_offsets, stage.max_rows, &space.amaxes[1], stream);
-    }
-    if (walk == Walk::kFindIntermediateAmax) return;
-    if (!taps.activation.empty()) copy_rows_to(taps.activation, stage, stream);
-    if (restages() || taps.staged_intermediate) cuda::stage(stage, stream);
-
-    ExpertGemm down = down_gemm(planned_rows);
-    down.tokens[0] = restages() ? space.intermediate[0] : space.activation;
-    down.tokens[1] = space.intermediate[1];
-    down.row_scales = restages() ? space.intermediate_row_scales.data() : nullptr;
-    down.group_offsets = rows.group_offsets.data();
-    down.d = with_rows(z, planned_rows);
-    down.workspace = space.gemm;
-    down.overlap_previous = true;  // after the first GEMM or a staging kernel
-    launch_expert_gemm(down, stream);
-  }
-
-  /// The rows that `stage` reads, as they are: a GEMM reads as many rows as were planned for, and a tap may
-  /// have fewer.
-  static void copy_rows_to(const MatrixView<Bf16>& tap, cuda::StageArgs stage, void* stream) {
-    stage.format = ActivationFormat::kBf16;
-    stage.decoded = {};
-    stage.staged = {};
-    stage.staged.values = tap;
-    cuda::stage(stage, stream);
+  void upload_shared_gate(const SharedExpert& shared) const {
+    const std::vector<float> gate = decode_to_host(*shared.gate);
+    memory_.copy_from_host(shared_gate_.data(), gate.data(), gate.size() * sizeof(float));
+    memory_.synchronize();
   }
 
   LayerConfig config_;
   LayerOptions options_;
   const Memory& memory_;
-  PreparedWeights weights_;
+  ExpertStages routed_;
+  std::optional<ExpertStages> shared_;
+  Buffer shared_gate_;  // float32 [H]; no bytes where the shared expert's output has no gate
 };
 
 }  // namespace

@@ -16,7 +16,7 @@ namespace fourfold {
 namespace {
 
 /// More copies of a layer than this are not made to fill a cache.
-constexpr int64_t kMostLayerCopies = 16;
+constexpr int64_t kMostLayerCopies = 32;
 
 /// What one backend makes of a shape: layers that take turns.
 struct PreparedLayers {

@@ -80,6 +80,10 @@ struct BenchResult {
   double rotating_bytes = 0.0;  ///< distinct weight bytes that the rotation touches
   bool cold = false;            ///< they are at least kColdFactor times the last-level cache
   std::vector<StageTime> stages;
+
+  /// The time is below the floor: then a ceiling was measured too low (by a machine that was busy, say), or
+  /// weights came from a cache, and the fraction means nothing.
+  bool beats_floor() const { return seconds && seconds->median < floor.seconds; }
 };
 
 /// Ceilings of one machine with so many threads.

@@ -28,9 +28,9 @@ struct StageCheck {
 struct CheckReport {
   CheckDepth depth = CheckDepth::kStageByStage;
   std::string why_end_to_end;  ///< why it is not stage by stage
-  int64_t rows = 0;           ///< sampled rows, of the permuted order
-  int64_t whole_experts = 0;  ///< experts all of whose rows are among them
-  int64_t tokens = 0;         ///< sampled tokens of y
+  int64_t rows = 0;            ///< sampled rows, of the permuted order
+  int64_t whole_experts = 0;   ///< experts all of whose rows are among them
+  int64_t tokens = 0;          ///< sampled tokens of y
   std::vector<StageCheck> stages;
   int64_t staged_values = 0;          ///< codes and scales compared bit for bit
   std::vector<std::string> findings;  ///< what is wrong; empty when nothing is

@@ -71,7 +71,8 @@ void add_times(const BenchResult& result, Json& json) {
   json["operations_per_second"] = result.work.operations / seconds.median;
   json["floor"] = {{"seconds", result.floor.seconds},
                    {"by", result.floor.by_memory ? "memory" : "arithmetic"},
-                   {"fraction", result.floor.seconds / seconds.median}};
+                   {"fraction", result.floor.seconds / seconds.median},
+                   {"beaten", result.beats_floor()}};
   json["peak"] = result.peak ? ceiling_json(*result.peak) : Json(nullptr);
   Json stages = Json::array();
   for (const StageTime& stage : result.stages) {
@@ -190,6 +191,12 @@ std::string format_case(const BenchResult& result) {
   text += timed_line(result) + "\n";
   if (result.peak && bench_case.threads == 0 && !result.peak->per_second) {
     text += fmt::format("      floor of the bytes alone: {}: {}\n", result.peak->name, result.peak->note);
+  }
+  if (result.beats_floor()) {
+    text += red(fmt::format("      faster than its floor: {}; the fraction means nothing, run it again",
+                            result.cold ? "a ceiling was measured too low, on a busy machine?"
+                                        : "its weights came from a cache, or a ceiling is too low")) +
+            "\n";
   }
   return text + stage_lines(result);
 }

@@ -22,11 +22,12 @@ int64_t last_level_cache_bytes();
 std::string cpu_name();
 
 /// Reading DRAM once, sequentially, with as many threads as OpenMP takes, each its own part: `bytes` in pages
-/// of 2 MB where the system gives them. The median of several passes.
+/// of 2 MB where the system gives them. The best of several passes.
 Ceiling measure_dram_read(int64_t bytes);
 
 /// Peaks of the instruction sets that this CPU and its system have, with as many threads as OpenMP takes;
-/// operands stay in registers (or tiles). The names are those of LayerPlan::arithmetic:
+/// operands stay in registers (or tiles); the best of several runs. The names are those of
+/// LayerPlan::arithmetic:
 ///   f32            multiplication and addition as the compiler vectorises them for any CPU of this kind
 ///   f32-avx2, f32-avx512           fused multiply-add
 ///   int8-avx2                          vpmaddubsw and the addition of its 16-bit sums

@@ -37,6 +37,10 @@ OPTIONS = {
     ],
     "synthesize": ["DIR", "--shape", "--original", "--profile", "--layers", "--tokens", "--seed", "--force"],
     "gemmtest": ["--shape", "--backend", "--isa", "--seed"],
+    "bench": [
+        *("--shape", "--tokens", "--backend", "--isa", "--activations", "--activation-scale", "--routing"),
+        *("--experts", "--threads", "--repeats", "--min-time", "--stages", "--seed", "--json"),
+    ],
 }
 UNKNOWN_BACKENDS = ["nosuch", "Reference", "reference ", "0"]
 ESCAPE = "\x1b"

@@ -49,7 +49,10 @@ def linear(name: str, form: str, rows: int, cols: int) -> Shapes:
             f"{name}.weight_scale_2": ("F32", ()),
             f"{name}.input_scale": ("F32", ()),
         },
-        "mxfp4": {f"{name}.weight": ("I8", (rows, cols // 2)), f"{name}.scale": ("F8_E8M0", (rows, cols // 32))},
+        "mxfp4": {
+            f"{name}.weight": ("I8", (rows, cols // 2)),
+            f"{name}.scale": ("F8_E8M0", (rows, cols // 32)),
+        },
         "fp8-e8m0": {f"{name}.weight": ("F8_E4M3", (rows, cols)), f"{name}.scale": ("F8_E8M0", tiles)},
         "fp8-f32": {f"{name}.weight": ("F8_E4M3", (rows, cols)), f"{name}.weight_scale_inv": ("F32", tiles)},
         "bf16": {f"{name}.weight": ("BF16", (rows, cols))},
@@ -86,7 +89,9 @@ def fused(prefix: str, form: str) -> Shapes:
 ORIGINAL_FORM = {"deepseek-v4": "mxfp4", "deepseek-v3": "fp8-f32", "gpt-oss": "mxfp4"}
 
 
-def expected_tensors(family: str, which: str, layer: int, hashed: bool, original: str | None = None) -> Shapes:
+def expected_tensors(
+    family: str, which: str, layer: int, hashed: bool, original: str | None = None
+) -> Shapes:
     block = BLOCKS.get(family, "model.layers.{}.mlp.").format(layer)
     form = "nvfp4" if which == "nvfp4" else (original or ORIGINAL_FORM.get(family, "bf16"))
     router = "router" if family == "gpt-oss" else "gate"
@@ -139,8 +144,9 @@ def test_gpt_oss_in_bf16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("which", ["original", "nvfp4"])
 def test_hash_routed_layers(tmp_path: Path, which: str) -> None:
-    """DeepSeek-V4's layers 0 to 2: a table of experts by token id instead of a bias. Every expert stands in it,
-    none twice for a token, and the inputs have token ids."""
+    """DeepSeek-V4's layers 0 to 2: a table of experts by token id instead of a bias. Every expert stands in
+    it, none twice for a token, and the inputs have token ids.
+    """
     directory = synthesize(tmp_path / "a", "deepseek-v4", "--layers", "4")
     found = found_tensors(directory / which)
     vocabulary = found["layers.0.ffn.gate.tid2eid"][1][0]
@@ -170,8 +176,14 @@ QWEN = COMMON | {"moe_intermediate_size": INNER, "num_experts": EXPERTS, "norm_t
 LOCAL = COMMON | {"intermediate_size": INNER, "num_local_experts": EXPERTS}
 CONFIGS = {
     "deepseek-v4": DEEPSEEK
-    | {"model_type": "deepseek_v4", "swiglu_limit": 10, "routed_scaling_factor": 1.5, "scoring_func": "sqrtsoftplus"},
-    "deepseek-v3": DEEPSEEK | {"model_type": "deepseek_v3", "routed_scaling_factor": 2.5, "scoring_func": "sigmoid"},
+    | {
+        "model_type": "deepseek_v4",
+        "swiglu_limit": 10,
+        "routed_scaling_factor": 1.5,
+        "scoring_func": "sqrtsoftplus",
+    },
+    "deepseek-v3": DEEPSEEK
+    | {"model_type": "deepseek_v3", "routed_scaling_factor": 2.5, "scoring_func": "sigmoid"},
     "qwen3-moe": QWEN | {"model_type": "qwen3_moe"},
     "qwen2-moe": QWEN | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 2 * INNER},
     "mixtral": LOCAL | {"model_type": "mixtral"},
@@ -200,13 +212,21 @@ def test_config(made: Callable[[str], Path], family: str, which: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantization_in_configs(made: Callable[[str], Path], family: str) -> None:
-    """Originals say how they are quantized, if they are; NVFP4 is announced as ModelOpt does, and DeepSeek-V4 keeps
-    fp8 as its method."""
-    original, nvfp4 = (json.loads((made(family) / w / "config.json").read_text()) for w in ("original", "nvfp4"))
+    """Originals say how they are quantized, if they are; NVFP4 is announced as ModelOpt does, and DeepSeek-V4
+    keeps fp8 as its method.
+    """
+    original, nvfp4 = (
+        json.loads((made(family) / w / "config.json").read_text()) for w in ("original", "nvfp4")
+    )
     assert original.get("quantization_config", {}).get("quant_method") == ORIGINAL_QUANTIZATION.get(family)
     assert not (made(family) / "original" / "hf_quant_config.json").exists()
     if family == "deepseek-v4":
-        expected = {"quant_method": "fp8", "moe_quant_algo": "NVFP4", "quant_algo": "MIXED_PRECISION", "group_size": 16}
+        expected = {
+            "quant_method": "fp8",
+            "moe_quant_algo": "NVFP4",
+            "quant_algo": "MIXED_PRECISION",
+            "group_size": 16,
+        }
         assert nvfp4["quantization_config"] == expected
         return
     quantization = json.loads((made(family) / "nvfp4" / "hf_quant_config.json").read_text())["quantization"]
@@ -225,7 +245,7 @@ def test_inputs_leave_routing_to_the_model(made: Callable[[str], Path], family: 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layertest_calls_it_fine(made: Callable[[str], Path], family: str) -> None:
-    """With the input that comes with it, and with x of layertest's own; no note but of experts without tokens."""
+    """With the input that comes with it; no note but of experts without tokens."""
     directory = made(family)
     pair = ("--original", directory / "original")
     result = layertest(directory / "nvfp4", *pair, "--input", directory / "inputs.safetensors")
@@ -238,7 +258,11 @@ def test_layertest_calls_it_fine(made: Callable[[str], Path], family: str) -> No
 @pytest.mark.parametrize("family", ["deepseek-v3", "deepseek-v4", "gpt-oss"])
 def test_router_biases_matter(made: Callable[[str], Path], family: str) -> None:
     """Biases of different experts differ: ignoring them would show."""
-    biases = [t for name, t in read_model(made(family) / "nvfp4").items() if name.endswith(("gate.bias", "router.bias", "correction_bias"))]
+    biases = [
+        t
+        for name, t in read_model(made(family) / "nvfp4").items()
+        if name.endswith(("gate.bias", "router.bias", "correction_bias"))
+    ]
     assert len(biases) == 1 and len(set(biases[0].array().astype(np.float32).tolist())) > 1
 
 
@@ -280,7 +304,14 @@ def test_original_of_a_family(tmp_path: Path, family: str, original: str) -> Non
     assert_fine(layertest(tmp_path / "a" / "nvfp4", "--original", tmp_path / "a" / "original"))
 
 
-@pytest.mark.parametrize(("family", "shape", "what"), [("deepseek-v4", "4,48,96,2", "hidden"), ("gpt-oss", "4,64,80,2", "intermediate"), ("qwen2-moe", "4,40,96,2", "hidden")])
+@pytest.mark.parametrize(
+    ("family", "shape", "what"),
+    [
+        ("deepseek-v4", "4,48,96,2", "hidden"),
+        ("gpt-oss", "4,64,80,2", "intermediate"),
+        ("qwen2-moe", "4,40,96,2", "hidden"),
+    ],
+)
 def test_impossible_shape(tmp_path: Path, family: str, shape: str, what: str) -> None:
     result = run("synthesize", tmp_path / "a", "--family", family, "--shape", shape)
     assert result.code in (ERROR, USAGE), str(result)

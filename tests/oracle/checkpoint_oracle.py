@@ -1,5 +1,6 @@
 """MoE layers as they lie in checkpoints, read in numpy: docs/formats.md, sections 3 and 4. Tensors tell the
-layout, config.json the rules. The safetensors package reads the files, which shares no line with the C++ reader.
+layout, config.json the rules. The safetensors package reads the files, which shares no line with the C++
+reader.
 """
 
 import json
@@ -170,8 +171,8 @@ def read_stack(tensors: Tensors, name: str, is_transposed: bool) -> Stack:
 
 
 def stored_transposed(tensors: Tensors) -> bool:
-    """(E, H, 2I) beside (E, I, H), or (E, 2I, H) beside (E, H, I), the packed dimension counted in codes: only one
-    of the two fits. gpt-oss's blocks are never transposed.
+    """(E, H, 2I) beside (E, I, H), or (E, 2I, H) beside (E, H, I), the packed dimension counted in codes: only
+    one of the two fits. gpt-oss's blocks are never transposed.
     """
     if "gate_up_proj_blocks" in tensors:
         return False

@@ -1,10 +1,11 @@
-"""A whole MoE layer in numpy, of any weight format: biases, experts without a gate, routing weights on the input,
-a shared expert, a map from the model's expert numbers to a rank's. Written from docs/formats.md, sections 1 and
-4 to 7.
+"""A whole MoE layer in numpy, of any weight format: biases, experts without a gate, routing weights on the
+input, a shared expert, a map from the model's expert numbers to a rank's. Written from docs/formats.md,
+sections 1 and 4 to 7.
 
 Names in shapes: as in nvfp4_oracle.py; S is the shared expert's intermediate size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +24,8 @@ FP8_TILE = 128
 class Projection:
     """A matrix as a GEMM multiplies by it: values (N, K) float32, and the factor of its epilogue.
 
-    divisor: compressed-tensors' global scale, which dequantization divides by and a GEMM inverts.
+    divisor: compressed-tensors' global scale, which dequantization divides by and a GEMM inverts. nvfp4:
+    codes and block scales, where the weights are stored so.
     """
 
     values: Array
@@ -31,7 +33,7 @@ class Projection:
     divisor: bool = False
     bias: Array | None = None
     input_scale: np.float32 | None = None
-    is_nvfp4: bool = False
+    nvfp4: tuple[Array, Array] | None = None
 
     def __post_init__(self) -> None:
         # The multiplication walks along K: column-major is four times as fast.
@@ -51,7 +53,8 @@ class Projection:
 
 def nvfp4(packed: Array, scales: Array, global_scale: np.float32, **members: object) -> Projection:
     """e2m1 x e4m3 is exact; the global scale stays beside it."""
-    return Projection(oracle.decode_nvfp4(packed, scales), np.float32(global_scale), is_nvfp4=True, **members)
+    values = oracle.decode_nvfp4(packed, scales)
+    return Projection(values, np.float32(global_scale), nvfp4=(packed, scales), **members)
 
 
 def mxfp4(packed: Array, exponents: Array, **members: object) -> Projection:
@@ -59,7 +62,7 @@ def mxfp4(packed: Array, exponents: Array, **members: object) -> Projection:
 
 
 def fp8(codes: Array, tile_scales: Array, tile: int = FP8_TILE, **members: object) -> Projection:
-    """e4m3 codes (N, K), float32 scales (ceil(N / tile), ceil(K / tile)): code x scale, rounded to float32."""
+    """e4m3 codes (N, K), float32 scales (ceil(N / tile), ceil(K / tile)): code x scale, rounded once."""
     rows, cols = (np.arange(extent) // tile for extent in codes.shape)
     return Projection(oracle.decode_e4m3(codes) * tile_scales[np.ix_(rows, cols)], **members)
 
@@ -85,7 +88,7 @@ class Expert:
         return [*self.first(), self.down]
 
     def is_nvfp4(self) -> bool:
-        return all(p.is_nvfp4 for p in self.projections())
+        return all(p.nvfp4 is not None for p in self.projections())
 
     def x_scale(self) -> np.float32 | None:
         """Of gate's and up's input scales the larger."""
@@ -95,6 +98,39 @@ class Expert:
     def dequantized(self) -> "Expert":
         gate = None if self.gate is None else self.gate.dequantized()
         return Expert(gate, self.up.dequantized(), self.down.dequantized())
+
+
+def fold_gate_up(expert: Expert) -> Expert:
+    """`--gate-up fold`: one global scale for gate and up. Weights that are not NVFP4 stay, and a lone up."""
+    if expert.gate is None or not expert.is_nvfp4():
+        return expert
+    gate, up = expert.gate, expert.up
+    fold = oracle.fold(gate.nvfp4[1], up.nvfp4[1], gate.global_scale, up.global_scale)
+    return Expert(
+        rescaled(gate, gate.nvfp4[0], fold.gate_scales, fold.global_scale),
+        rescaled(up, up.nvfp4[0], fold.up_scales, fold.global_scale),
+        expert.down,
+    )
+
+
+def quantize_again(expert: Expert) -> Expert:
+    """`--double-quantize`: through bf16, then by ModelOpt's rule, gate and up as one tensor (2I, H)."""
+    if not expert.is_nvfp4():
+        return expert
+    in_bf16 = [oracle.encode_bf16(p.dequantized().values).astype(np.float32) for p in expert.projections()]
+    gate_up_global = oracle.nvfp4_global_of_tensor(np.concatenate(in_bf16[:-1]))
+    down_global = oracle.nvfp4_global_of_tensor(in_bf16[-1])
+    global_scales = [gate_up_global] * len(expert.first()) + [down_global]
+    again = []
+    for projection, values, global_scale in zip(expert.projections(), in_bf16, global_scales, strict=True):
+        q = oracle.quantize_nvfp4(values, global_scale, modelopt_floor=True)
+        again.append(rescaled(projection, q.codes, q.scales, global_scale))
+    return Expert(*([None] if expert.gate is None else []), *again)
+
+
+def rescaled(projection: Projection, codes: Array, scales: Array, global_scale: np.float32) -> Projection:
+    """Other NVFP4 weights with the projection's bias and input scale."""
+    return nvfp4(codes, scales, global_scale, bias=projection.bias, input_scale=projection.input_scale)
 
 
 @dataclass
@@ -177,6 +213,11 @@ class Layer:
         experts = [expert.dequantized() for expert in self.experts]
         return replace(self, experts=experts, shared=shared, activations="bf16")
 
+    def converted(self, convert: Callable[[Expert], Expert]) -> "Layer":
+        """Every expert converted, the shared one too."""
+        shared = self.shared and replace(self.shared, expert=convert(self.shared.expert))
+        return replace(self, experts=[convert(expert) for expert in self.experts], shared=shared)
+
     def run(
         self,
         x: Array,
@@ -185,8 +226,8 @@ class Layer:
         local_experts: Array | None = None,
         given: dict[str, Array] | None = None,
     ) -> Run:
-        """x (T, H) bf16 -> all stages. `given`: what other code computed where libms differ, to go on with: "a",
-        "shared_a" and "shared_z_weight".
+        """x (T, H) bf16 -> all stages. `given`: what other code computed where libms differ, to go on with:
+        "a", "shared_a" and "shared_z_weight".
         """
         given = given or {}
         local, _ = to_local(topk_ids, local_experts, len(self.experts))
@@ -221,7 +262,7 @@ class Layer:
         return Run(permutation, rows, staged_x, h, a, staged_a, z, np.zeros((0, z.shape[1]), np.float32))
 
     def run_shared(self, x: Array, given_a: Array | None) -> Run:
-        """A layer of one expert that every token goes to; activations stay bf16 unless its weights are NVFP4."""
+        """A layer of one expert that every token goes to; staged in bf16 unless its weights are NVFP4."""
         expert = self.shared.expert
         activations = self.activations if expert.is_nvfp4() else "bf16"
         alone = replace(self, experts=[expert], shared=None, activations=activations)

@@ -1,11 +1,12 @@
-"""layertest's figures on a layer of every family against the oracle's own reading and running of the same files:
-names, layouts, config rules, routers, biases, shared experts, all of it twice and independently.
+"""layertest's figures on a layer of every family against the oracle's own reading and running of the same
+files: names, layouts, config rules, routers, biases, shared experts, all of it twice and independently.
 
-`fourfold synthesize --family` makes most of the checkpoints; Llama-4 and Nemotron-H are written here, under the
-names that their models have.
+`fourfold synthesize --family` makes most of the checkpoints; Llama-4 and Nemotron-H are written here, under
+the names that their models have.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import checkpoint_oracle
 import moe_oracle
 import nvfp4_oracle as oracle
-from checkpoint_oracle import CheckpointLayer, read_file, read_layer
+from checkpoint_oracle import read_file, read_layer
+from compare import assert_same
 from layertest_figures import (
     FINE,
     FINDING,
@@ -30,9 +31,11 @@ from layertest_figures import (
     worst,
 )
 from nvfp4_oracle import Array
-from tensor_file import NAME_OF_DTYPE
+from tensor_file import NAME_OF_DTYPE, run_driver
+from test_layer import assert_same_activation
 
 SHAPE = "8,64,96,2"  # V3's groups are two of four experts
+TILED = "8,288,160,2"  # several 128 x 128 tiles each way, the last ones cut short
 EXPERTS, HIDDEN, INNER, TOP_K, TOKENS = 8, 64, 96, 2, 40
 
 
@@ -42,12 +45,16 @@ class Case:
 
     options: tuple[str, ...]
     layer: int = 0
+    shape: str = SHAPE
 
 
 CASES = {
     "deepseek-v4": Case(("--family", "deepseek-v4", "--layers", "4"), 3),
     "deepseek-v4-hash": Case(("--family", "deepseek-v4", "--layers", "4"), 1),
     "deepseek-v3": Case(("--family", "deepseek-v3")),
+    "deepseek-v3-tiled": Case(("--family", "deepseek-v3"), shape=TILED),
+    "deepseek-v4-tiled": Case(("--family", "deepseek-v4"), shape=TILED),
+    "gpt-oss-tiled": Case(("--family", "gpt-oss"), shape=TILED),
     "qwen3-moe": Case(("--family", "qwen3-moe")),
     "qwen2-moe": Case(("--family", "qwen2-moe")),
     "mixtral": Case(("--family", "mixtral")),
@@ -57,16 +64,24 @@ CASES = {
     "nemotron-h": Case(()),
 }
 
-# Formats and policies; "" is layertest's default, which is static: all of these checkpoints are calibrated.
+# Formats, policies and the step before. "" is layertest's default policy, static: all of these checkpoints
+# are calibrated.
 VARIANTS = [
-    ("nvfp4", ""),
-    ("nvfp4x2", ""),
-    ("bf16", ""),
-    ("fp8", ""),
-    ("nvfp4", "dynamic-token"),
-    ("nvfp4", "max-over-experts,dynamic-tensor"),
-    ("nvfp4x2", "dynamic-tensor,static"),
+    ("nvfp4", "", "exact"),
+    ("nvfp4x2", "", "exact"),
+    ("bf16", "", "exact"),
+    ("fp8", "", "exact"),
+    ("nvfp4", "dynamic-token", "exact"),
+    ("nvfp4", "max-over-experts,dynamic-tensor", "exact"),
+    ("nvfp4x2", "dynamic-tensor,static", "exact"),
+    ("nvfp4", "", "fold"),
+    ("nvfp4", "", "double-quantize"),
 ]
+STEPS: dict[str, tuple[list[str], Callable[[moe_oracle.Expert], moe_oracle.Expert]]] = {
+    "exact": ([], lambda expert: expert),
+    "fold": (["--gate-up", "fold"], moe_oracle.fold_gate_up),
+    "double-quantize": (["--double-quantize"], moe_oracle.quantize_again),
+}
 
 
 # ---- checkpoints written here ------------------------------------------------------------------------------
@@ -149,13 +164,15 @@ X_SCALE, INNER_SCALE = 5 / 2688, 8 / 2688
 
 
 def write_llama_4(folder: Path) -> None:
-    """Llama-4: transposed fused experts, gate first; a shared expert; a router of sigmoids, top-1, whose weight
-    multiplies the input. The config is nested, as in multimodal models."""
+    """Llama-4: transposed fused experts, gate first; a shared expert; a router of sigmoids, top-1, whose
+    weight multiplies the input. The config is nested, as in multimodal models.
+    """
     writer, prefix = Writer(4), "language_model.model.layers.0.feed_forward."
     writer.both(f"{prefix}router.weight", writer.random(EXPERTS, HIDDEN))
     writer.transposed(f"{prefix}experts.gate_up_proj", EXPERTS, 2 * INNER, HIDDEN, X_SCALE)
     writer.transposed(f"{prefix}experts.down_proj", EXPERTS, HIDDEN, INNER, INNER_SCALE)
-    for half, rows, cols in (("gate_proj", INNER, HIDDEN), ("up_proj", INNER, HIDDEN), ("down_proj", HIDDEN, INNER)):
+    shapes = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+    for half, (rows, cols) in shapes.items():
         writer.linear(f"{prefix}shared_expert.{half}", rows, cols, None)
     text = {
         "model_type": "llama4_text",
@@ -209,35 +226,36 @@ class LayerUnderTest:
         self.folder, self.layer = folder, layer
         self.original, self.nvfp4 = (read_layer(folder / which, layer) for which in ("original", "nvfp4"))
         inputs = {name: stored.array for name, stored in read_file(folder / "inputs.safetensors").items()}
-        self.x = inputs["x"]
-        self.ids, self.weights = self.nvfp4.route(self.x, inputs.get("token_ids"))
-        self.original_run = self.run(self.original.layer("bf16", ("dynamic-token",) * 2))
-        self.dequantized_run = self.run(self.nvfp4.layer("bf16", ("dynamic-token",) * 2).dequantized())
+        self.x, self.token_ids = inputs["x"], inputs.get("token_ids")
+        self.ids, self.weights = self.nvfp4.route(self.x, self.token_ids)
+        self.original_layer = self.original.layer("bf16", ("dynamic-token",) * 2)
+        self.original_run = self.run(self.original_layer)
 
     def run(self, layer: moe_oracle.Layer) -> moe_oracle.Run:
         return layer.run(self.x, self.ids, self.weights)
 
-    def report(self, activations: str, policies: str) -> dict:
+    def report(self, activations: str, policies: str, options_of_step: list[str]) -> dict:
         path = self.folder / "report.json"
         checkpoints = ["--original", self.folder / "original", "--nvfp4", self.folder / "nvfp4"]
         inputs = ["--layer", self.layer, "--input", self.folder / "inputs.safetensors"]
         scale = ["--activation-scale", policies] if policies else []
         options = ["--backend", "reference", "--json", path, "--activations", activations, *scale]
+        options += options_of_step
         run_command([fourfold(), "layertest", *checkpoints, *inputs, *options], (FINE, FINDING))
         return json.loads(path.read_text())
 
-    def weight_sums(self) -> Array:
-        """(P, 4) between original and dequantized weights, one row an expert, the shared one last."""
 
-        def experts(layer: CheckpointLayer) -> list[moe_oracle.Expert]:
-            return layer.experts + ([layer.shared.expert] if layer.shared else [])
+def weight_sums(original: moe_oracle.Layer, dequantized: moe_oracle.Layer) -> Array:
+    """(P, 4), one row an expert, the shared one last."""
 
-        def sums(original: moe_oracle.Expert, nvfp4: moe_oracle.Expert) -> Array:
-            pairs = zip(original.projections(), nvfp4.dequantized().projections(), strict=True)
-            return sum(error_sums(a.values, b.values).sum(axis=0) for a, b in pairs)
+    def experts(layer: moe_oracle.Layer) -> list[moe_oracle.Expert]:
+        return layer.experts + ([layer.shared.expert] if layer.shared else [])
 
-        pairs = zip(experts(self.original), experts(self.nvfp4), strict=True)
-        return np.array([sums(*pair) for pair in pairs])
+    def sums(*pair: moe_oracle.Expert) -> Array:
+        matrices = zip(*(expert.projections() for expert in pair), strict=True)
+        return sum(error_sums(a.values, b.values).sum(axis=0) for a, b in matrices)
+
+    return np.array([sums(*pair) for pair in zip(experts(original), experts(dequantized), strict=True)])
 
 
 def stages(run: moe_oracle.Run) -> dict[str, Array]:
@@ -284,7 +302,8 @@ def check_input_scales(found: dict, layer: moe_oracle.Layer, run: moe_oracle.Run
                 offsets = part.permutation.group_offsets
                 losses = staging_ratios(rows, scales, layer.activations, policy, offsets)
                 ratios[prefix + name] = max(losses.values())
-    assert {name: entry["ratio"] for name, entry in found.items()} == pytest.approx(ratios, rel=0, abs=TOLERANCE)
+    found_ratios = {name: entry["ratio"] for name, entry in found.items()}
+    assert found_ratios == pytest.approx(ratios, rel=0, abs=TOLERANCE)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -293,23 +312,52 @@ def layer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param in WRITERS:
         WRITERS[request.param](folder)
     else:
-        fixed = ["--shape", SHAPE, "--tokens", TOKENS, "--seed", 2]
+        fixed = ["--shape", case.shape, "--tokens", TOKENS, "--seed", 2]
         run_command([fourfold(), "synthesize", folder, *fixed, *case.options])
     return LayerUnderTest(folder, case.layer)
 
 
-@pytest.mark.parametrize(("activations", "policies"), VARIANTS, ids=lambda text: text or "default")
-def test_figures(layer: LayerUnderTest, activations: str, policies: str) -> None:
-    report = layer.report(activations, policies)
+@pytest.mark.parametrize(("activations", "policies", "step"), VARIANTS, ids=lambda text: text or "default")
+def test_figures(layer: LayerUnderTest, activations: str, policies: str, step: str) -> None:
+    options, convert = STEPS[step]
+    report = layer.report(activations, policies, options)
     x_policy, _, a_policy = (policies or "static").partition(",")
-    emulation = layer.nvfp4.layer(activations, (x_policy, a_policy or x_policy))
-    emulation_run = layer.run(emulation)
+    emulation = layer.nvfp4.layer(activations, (x_policy, a_policy or x_policy)).converted(convert)
+    dequantized = emulation.dequantized()
+    emulation_run, dequantized_run = layer.run(emulation), layer.run(dequantized)
     checkpoint, activation_figures = (report["comparisons"][name] for name in ("checkpoint", "activations"))
-    check_figures("weights", checkpoint["weights"], layer.weight_sums())
-    check_stages(checkpoint, layer.original_run, layer.dequantized_run)
-    check_stages(activation_figures, layer.dequantized_run, emulation_run)
+    check_figures("weights", checkpoint["weights"], weight_sums(layer.original_layer, dequantized))
+    check_stages(checkpoint, layer.original_run, dequantized_run)
+    check_stages(activation_figures, dequantized_run, emulation_run)
     has_scales = activations in ("nvfp4", "nvfp4x2") and policies != "dynamic-token"
     if has_scales:
         check_input_scales(report["input_scales"], emulation, emulation_run)
     else:
         assert "input_scales" not in report
+
+
+@pytest.mark.parametrize("activations", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("which", ["original", "nvfp4"])
+def test_loaded_layer(layer: LayerUnderTest, which: str, activations: str) -> None:
+    """Bit for bit: the layer as the library reads, routes and runs it, of either checkpoint."""
+    inputs = {"x": layer.x}
+    if layer.token_ids is not None:
+        inputs["token_ids"] = layer.token_ids
+    options = {"checkpoint": layer.folder / which, "layer": layer.layer, "activations": activations}
+    found = run_driver("checkpoint_layer", inputs, out="f32", **options)
+
+    own = layer.original if which == "original" else layer.nvfp4
+    ids, weights = own.route(layer.x, layer.token_ids)
+    assert_same("topk_ids", found["topk_ids"], ids)
+    # As in test_router.py: one ulp of float32 is another libm's.
+    assert np.all(np.abs(found["topk_weights"] - weights) <= 2.0**-23 * weights)
+    given = {name: found[name] for name in ("a", "shared_a", "shared_z_weight") if name in found}
+    run = own.layer(activations, ("dynamic-token",) * 2).run(layer.x, ids, found["topk_weights"], given=given)
+    for name, expected in {"h": run.h, "z": run.z, "y": run.y32}.items():
+        assert_same(name, found[name], expected)
+    assert_same_activation(found["a"], run.a)
+    assert (run.shared is not None) == ("shared_h" in found)
+    if run.shared is not None:
+        assert_same("shared_h", found["shared_h"], run.shared.h)
+        assert_same("shared_z", found["shared_z"], run.shared.z)
+        assert_same_activation(found["shared_a"], run.shared.a)

@@ -2,8 +2,8 @@
 format, a shared expert, biases, activations, maps of expert numbers, routing weights on the input.
 
 Every layer runs twice, its workspace, taps and result filled with NaN and with zeros beforehand: what is read
-before it is written shows. Where another libm's exp decides (the activation, the shared expert's gate) the oracle
-goes on with the driver's own numbers, as in test_layer.py, which also derives the tolerance.
+before it is written shows. Where another libm's exp decides (the activation, the shared expert's gate) the
+oracle goes on with the driver's own numbers, as in test_layer.py, which also derives the tolerance.
 """
 
 from dataclasses import dataclass, replace
@@ -48,7 +48,7 @@ NOT_GATED = ("relu_squared", "silu", "gelu")
 
 @dataclass
 class Stored:
-    """A matrix as the oracle multiplies by it, and the driver's tensors of it by the last part of their names."""
+    """A matrix as the oracle multiplies by it, and the driver's tensors of it by their last names."""
 
     projection: Projection
     tensors: Tensors
@@ -93,7 +93,9 @@ def make_expert(
 ) -> tuple[Expert, Tensors]:
     """One expert, and its tensors under the driver's names."""
     shapes = {"gate": (inner, HIDDEN), "up": (inner, HIDDEN), "down": (HIDDEN, inner)}
-    halves = {half: stored(rng, form, *shape, biased) for half, shape in shapes.items() if gated or half != "gate"}
+    halves = {
+        half: stored(rng, form, *shape, biased) for half, shape in shapes.items() if gated or half != "gate"
+    }
     tensors = {f"{name}.{half}.{key}": t for half, s in halves.items() for key, t in s.tensors.items()}
     gate = halves["gate"].projection if gated else None
     return Expert(gate, halves["up"].projection, halves["down"].projection), tensors
@@ -274,7 +276,9 @@ def test_shared_expert_without_an_input_scale_is_refused(policy: str, half: str)
 def test_shared_expert_that_is_not_nvfp4_needs_no_input_scale(shared: str) -> None:
     case = make_case(shared=shared, policies=("static", "static"))
     case.tensors = {
-        name: t for name, t in case.tensors.items() if not (name.startswith("shared.") and "input_scale" in name)
+        name: t
+        for name, t in case.tensors.items()
+        if not (name.startswith("shared.") and "input_scale" in name)
     }
     check(case, make_x(11), *make_routing(11))
 
@@ -310,8 +314,8 @@ def test_swizzled_weight_scales(layout: str) -> None:
 
 @pytest.mark.parametrize("dequantize", [0, 1])
 def test_divisors(dequantize: int) -> None:
-    """compressed-tensors' global scales: alpha takes the reciprocal, dequantization divides. (A multiplication by
-    the reciprocal in its place differs by one float32 ulp, which rounding to bf16 hides here.)
+    """compressed-tensors' global scales: alpha takes the reciprocal, dequantization divides. (A multiplication
+    by the reciprocal in its place differs by one float32 ulp, which rounding to bf16 hides here.)
     """
     case = make_case(shared="nvfp4", activations="bf16")
     for name in [name for name in case.tensors if name.endswith(".global")]:
@@ -326,7 +330,7 @@ def test_divisors(dequantize: int) -> None:
 
 @pytest.mark.parametrize("shared", [None, *FORMATS])
 def test_dequantized_weights(shared: str | None) -> None:
-    """layertest's reference in the dequantized weights: the global scale in the values, none in the epilogue."""
+    """layertest's reference in the dequantized weights: the global scale in the values, not in the epilogue."""
     case = make_case(shared=shared, shared_gate=shared is not None, activations="bf16")
     check(replace(case, layer=case.layer.dequantized()), make_x(20), *make_routing(21), dequantize=1)
 
@@ -338,9 +342,7 @@ def test_dequantized_weights(shared: str | None) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_weight_on_input(activations: str, policy: str) -> None:
     """bf16(weight * x) is staged; the output is summed unweighted, the shared expert sees plain x."""
-    case = make_case(
-        shared="nvfp4", weight_on_input=True, activations=activations, policies=(policy, policy)
-    )
+    case = make_case(shared="nvfp4", weight_on_input=True, activations=activations, policies=(policy, policy))
     check(case, make_x(22), *make_routing(23))
 
 
@@ -352,7 +354,8 @@ MAP = np.array([3, -1, 0, 4, -1, 1, 2, -1, EXPERTS], np.int32)
 @pytest.mark.parametrize("last", [7, 8, 9, -1], ids=["known", "mapped-astray", "unknown", "absent"])
 def test_local_experts(dtype: type[np.integer], last: int) -> None:
     """Ids of the model are mapped; elsewhere, -1, outside the map and astray all count as absent, the last two
-    with a status."""
+    with a status.
+    """
     ids = np.random.default_rng(24).integers(-1, 8, (TOKENS, TOP_K)).astype(dtype)
     ids[4] = [0, 0, 3]  # the same expert twice
     ids[5, 1] = last
@@ -388,7 +391,9 @@ def test_ranks_add_up() -> None:
     first, second = np.array([0, 1, -1, -1, -1], np.int32), np.array([-1, -1, 0, 1, 2], np.int32)
     parts = []
     for experts, local, with_shared in ((range(2), first, True), (range(2, 5), second, False)):
-        names = {f"{e}.": f"{i}." for i, e in enumerate(experts)} | ({"shared": "shared"} if with_shared else {})
+        names = {f"{e}.": f"{i}." for i, e in enumerate(experts)} | (
+            {"shared": "shared"} if with_shared else {}
+        )
         tensors = {
             new + name[len(old) :]: t
             for old, new in names.items()
@@ -404,7 +409,9 @@ def test_ranks_add_up() -> None:
     # Each of the K + 1 additions rounds by 2^-24 of what it has summed so far, which is at most the sum of
     # magnitudes; both orders do. The magnitudes: the same layer with absolute values.
     z = np.abs(parts[0]) + np.abs(parts[1])
-    bound = 2 * (TOP_K + 1) * 2.0**-24 * (z + np.abs(whole)) + 2.0**-20 * np.abs(whole).max(axis=1, keepdims=True)
+    bound = 2 * (TOP_K + 1) * 2.0**-24 * (z + np.abs(whole)) + 2.0**-20 * np.abs(whole).max(
+        axis=1, keepdims=True
+    )
     assert np.all(np.abs(parts[0] + parts[1] - whole) <= bound)
 
 

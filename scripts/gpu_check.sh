@@ -1,0 +1,191 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command and at most 8 minutes: the GPU tests, layertest and gemmtest in all
+# activation formats, compute-sanitizer on small cases, the benchmark's grid, and PyTorch's grouped GEMM as a control.
+#
+#   scripts/gpu_check.sh [--binaries DIR] [--out DIR] [--backend NAME] [--steps LIST]
+#
+# --binaries DIR  prebuilt by scripts/gpu_bundle.sh (or a build folder); else the project is built here
+# --out DIR       where summary.txt, summary.json, grid.json and the logs go (default: build/gpu_check)
+# --backend NAME  default: sm90
+# --steps LIST    of tests,layertest,grid,control,sanitizer (default: all, in this order)
+#
+# Steps that this machine can't run are reported as "not run". Exit code 0 when nothing failed.
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+binaries='' out='' backend=sm90 steps=tests,layertest,grid,control,sanitizer
+while [ $# -gt 0 ]; do
+  case $1 in
+    --binaries) binaries=${2:?--binaries needs a folder}; shift ;;
+    --out) out=${2:?--out needs a folder}; shift ;;
+    --backend) backend=${2:?--backend needs a name}; shift ;;
+    --steps) steps=${2:?--steps needs a list}; shift ;;
+    --help | -h) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) printf 'error: unknown option %s; see --help\n' "$1" >&2; exit 2 ;;
+  esac
+  shift
+done
+
+if [ -z "$binaries" ]; then
+  source "$here/environment.sh"
+  need_build_packages
+  build release
+  binaries=$build_folder/release
+  out=${out:-$build_folder/gpu_check}
+fi
+out=${out:-gpu_check}
+mkdir -p "$out"
+binaries=$(cd "$binaries" && pwd) && out=$(cd "$out" && pwd) || exit 2
+fourfold=$binaries/fourfold
+[ -x "$fourfold" ] || { printf 'error: no fourfold in %s\n' "$binaries" >&2; exit 2; }
+
+shapes=A,B,C
+tokens=1,4,16,64,256,1024,4096,8192,16384
+formats=(nvfp4 nvfp4x2 fp8 bf16)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+limit_s=480 # of the whole script
+start_s=$SECONDS
+failed=0
+: >"$out/summary.txt"
+: >"$out/steps.jsonl"
+
+# note STATUS NAME SECONDS DETAIL: one line of the summary. STATUS: passed, failed, skipped, not run.
+note() {
+  local detail=${4//[$'\n\r\t']/ }
+  printf '%-8s %-34s %5ss  %s\n' "$1" "$2" "$3" "$detail" | tee -a "$out/summary.txt"
+  detail=${detail//\\/\\\\} detail=${detail//\"/\\\"}
+  printf '{"status": "%s", "step": "%s", "seconds": %s, "detail": "%s"}\n' "$1" "$2" "$3" "$detail" >>"$out/steps.jsonl"
+  [ "$1" != failed ] || failed=1
+}
+
+# attempt NAME LIMIT_S COMMAND...: runs it with a log of its own. 77 is a skip.
+attempt() {
+  local name=$1 most=$2 log=$out/${1//[^a-zA-Z0-9]/_}.log begin=$SECONDS left code last
+  shift 2
+  left=$((limit_s - (SECONDS - start_s)))
+  if [ "$left" -lt 5 ]; then
+    note 'not run' "$name" 0 "the $limit_s s of the whole run are over"
+    return 1
+  fi
+  [ "$most" -le "$left" ] || most=$left
+  timeout "$most" "$@" </dev/null >"$log" 2>&1
+  code=$?
+  last=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | cut -c 1-160)
+  case $code in
+    0) note passed "$name" $((SECONDS - begin)) "$last" ;;
+    77) note skipped "$name" $((SECONDS - begin)) "$last" ;;
+    124) note failed "$name" $((SECONDS - begin)) "stopped after $most s" ;;
+    *) note failed "$name" $((SECONDS - begin)) "exit code $code: $last" ;;
+  esac
+  return "$code"
+}
+
+# cuBLAS for the ceiling, where CUDA's own folders or PyTorch's have it and the loader does not know.
+find_cublas() {
+  local folder
+  ldconfig -p 2>/dev/null | grep -q 'libcublas.so.1[23]' && return
+  for folder in /usr/local/cuda/lib64 "$(python3 -c 'import nvidia.cu13, os; print(os.path.join(list(nvidia.cu13.__path__)[0], "lib"))' 2>/dev/null)" \
+    "$(python3 -c 'import nvidia.cublas, os; print(os.path.join(list(nvidia.cublas.__path__)[0], "lib"))' 2>/dev/null)"; do
+    if compgen -G "$folder/libcublas.so.1[23]" >/dev/null; then
+      export LD_LIBRARY_PATH=$folder${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+      return
+    fi
+  done
+}
+
+run_tests() {
+  local test
+  while read -r test; do
+    attempt "test $test" 120 "$binaries/tests/$test"
+  done <"$binaries/gpu_tests.txt"
+}
+
+# A checkpoint small enough for the reference, with experts that get no token and a ragged H and I.
+make_checkpoint() {
+  [ -d "$scratch/checkpoint" ] && return
+  "$fourfold" synthesize "$scratch/checkpoint" --shape 12,416,336,3 --original bf16 --tokens 96 --seed 4 >/dev/null 2>&1
+}
+
+layertest() {
+  printf '%s\n' "$fourfold" layertest --backend "$backend" --original "$scratch/checkpoint/original" \
+    --nvfp4 "$scratch/checkpoint/nvfp4" --input "$scratch/checkpoint/inputs.safetensors" "$@"
+}
+
+run_layertest() {
+  local format command
+  make_checkpoint
+  for format in "${formats[@]}"; do
+    mapfile -t command < <(layertest --activations "$format")
+    attempt "layertest $format" 60 "${command[@]}"
+  done
+  mapfile -t command < <(layertest --activations nvfp4 --activation-scale dynamic-token)
+  attempt 'layertest nvfp4 dynamic-token' 60 "${command[@]}"
+  attempt gemmtest 60 "$fourfold" gemmtest --backend "$backend"
+}
+
+run_grid() {
+  attempt grid 240 "$fourfold" bench --backend "$backend" --shape "$shapes" --tokens "$tokens" \
+    --activations bf16,nvfp4 --min-time 0.05 --json "$out/grid.json"
+  cat "$out/grid.log"
+}
+
+run_control() {
+  if ! python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+    note 'not run' 'torch grouped_mm' 0 'no PyTorch with CUDA on this machine'
+    return
+  fi
+  attempt 'torch grouped_mm' 150 python3 "$here/torch_grouped.py" --shape "$shapes" --tokens "$tokens" \
+    --json "$out/control.json" --beside "$out/grid.json"
+  cat "$out/torch_grouped_mm.log"
+}
+
+run_sanitizer() {
+  local sanitizer tool command
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+  if [ -z "$sanitizer" ]; then
+    note 'not run' compute-sanitizer 0 'it is not on the PATH nor in /usr/local/cuda/bin'
+    return
+  fi
+  make_checkpoint
+  for tool in memcheck racecheck initcheck synccheck; do
+    mapfile -t command < <(layertest --activations nvfp4 --tokens 24)
+    attempt "$tool layertest nvfp4" 60 "$sanitizer" --tool "$tool" --error-exitcode 99 "${command[@]}"
+    mapfile -t command < <(layertest --activations bf16 --tokens 24)
+    attempt "$tool layertest bf16" 60 "$sanitizer" --tool "$tool" --error-exitcode 99 "${command[@]}"
+    attempt "$tool gemmtest" 60 "$sanitizer" --tool "$tool" --error-exitcode 99 \
+      "$fourfold" gemmtest --backend "$backend" --shape 3,70,80,144
+  done
+}
+
+# Which steps this machine can do at all.
+why_not=''
+"$fourfold" --version >"$out/version.log" 2>&1 || why_not="fourfold does not run here: $(tail -n 1 "$out/version.log")"
+if [ -z "$why_not" ]; then
+  line=$(grep -E "^  $backend " "$out/version.log") || why_not="this build has no backend $backend"
+  [[ ${line:-} != *'not here:'* ]] || why_not=${line#*not here: }
+fi
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader >"$out/gpu.txt" 2>/dev/null || : >"$out/gpu.txt"
+printf 'fourfold on %s\n' "$(head -n 1 "$out/gpu.txt" | grep . || echo 'a machine without nvidia-smi')" | tee -a "$out/summary.txt"
+find_cublas
+
+for step in ${steps//,/ }; do
+  case $step in
+    tests) run_tests ;;
+    control) run_control ;;
+    layertest | grid | sanitizer)
+      if [ -n "$why_not" ]; then note 'not run' "$step" 0 "$why_not"; else "run_$step"; fi ;;
+    *) printf 'error: unknown step %s; see --help\n' "$step" >&2; exit 2 ;;
+  esac
+done
+
+{
+  printf '{"gpu": "%s", "seconds": %d, "failed": %s, "steps": [\n' "$(head -n 1 "$out/gpu.txt")" $((SECONDS - start_s)) \
+    "$([ $failed = 1 ] && echo true || echo false)"
+  sed '$!s/$/,/' "$out/steps.jsonl"
+  printf ']}\n'
+} >"$out/summary.json"
+rm -f "$out/steps.jsonl"
+printf '%s in %s s; summary.txt, summary.json, grid.json and logs are in %s\n' \
+  "$([ $failed = 1 ] && echo FAILED || echo 'nothing failed')" $((SECONDS - start_s)) "$out" | tee -a "$out/summary.txt"
+exit $failed

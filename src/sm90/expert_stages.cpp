@@ -1,0 +1,165 @@
+#include "sm90/expert_stages.h"
+
+#include <algorithm>
+
+#include "base/fail.h"
+#include "cuda/device.h"
+
+namespace fourfold::sm90 {
+namespace {
+
+/// The same memory with as many rows as the GEMM was planned for; those from M on are not touched.
+MatrixView<Bf16> with_rows(MatrixView<Bf16> matrix, int64_t rows) {
+  matrix.rows = rows;
+  return matrix;
+}
+
+ExpertGemm gemm_of(const PreparedMatrix& matrix, int64_t experts, int64_t max_rows) {
+  ExpertGemm gemm;
+  gemm.experts = experts;
+  gemm.max_rows = max_rows;
+  gemm.weights = matrix.shape;
+  gemm.packed = matrix.packed.data();
+  gemm.weight_globals = matrix.global_scales();
+  gemm.bias = matrix.biases();
+  return gemm;
+}
+
+}  // namespace
+
+ExpertStages::ExpertStages(const ExpertWeights& weights, const LayerConfig& config,
+                           const LayerOptions& options, const Memory& memory)
+    : config_(config), options_(options), weights_(weights, config, options, memory) {}
+
+ExpertSpace ExpertStages::carve(WorkspaceCarver& carver, int64_t rows) const {
+  ExpertSpace space;
+  space.x[0] = carver.take<Bf16>(rows, config_.hidden);
+  if (has_two_terms()) space.x[1] = carver.take<Bf16>(rows, config_.hidden);
+  space.z = space.x[0];
+  space.x_row_scales = carver.take<float>(rows);
+  space.activation = carver.take<Bf16>(rows, config_.intermediate);
+  if (restages()) {
+    space.intermediate[0] = carver.take<Bf16>(rows, config_.intermediate);
+    space.intermediate_row_scales = carver.take<float>(rows);
+  }
+  if (has_two_terms()) space.intermediate[1] = carver.take<Bf16>(rows, config_.intermediate);
+  space.amaxes = carver.take<float>(2);
+  space.gemm = carver.take<std::byte>(
+      static_cast<int64_t>(std::max(workspace_bytes(gate_up_gemm(rows)), workspace_bytes(down_gemm(rows)))));
+  return space;
+}
+
+ExpertGemm ExpertStages::gate_up_gemm(int64_t max_rows) const {
+  ExpertGemm gemm = gemm_of(weights_.gate_up(), config_.experts, max_rows);
+  gemm.activation = config_.activation;
+  return gemm;
+}
+
+ExpertGemm ExpertStages::down_gemm(int64_t max_rows) const {
+  return gemm_of(weights_.down(), config_.experts, max_rows);
+}
+
+std::string ExpertStages::describe_kernels(int64_t rows) const {
+  if (config_.experts == 0 || rows == 0) return "none";
+  const std::string gate_up = describe_kernel(gate_up_gemm(rows)), down = describe_kernel(down_gemm(rows));
+  return gate_up == down ? gate_up : fmt::format("gate/up {}, down {}", gate_up, down);
+}
+
+bool ExpertStages::needs(Walk walk) const {
+  return walk == Walk::kCompute || (walk == Walk::kFindXAmax && is_dynamic_tensor(options_.x_scale)) ||
+         (walk == Walk::kFindIntermediateAmax && is_dynamic_tensor(options_.intermediate_scale));
+}
+
+void ExpertStages::clear_amaxes(const ExpertSpace& space, void* stream) const {
+  if (!needs(Walk::kFindXAmax) && !needs(Walk::kFindIntermediateAmax)) return;
+  cuda::fill_async(space.amaxes.data(), 0, space.amaxes.size_bytes(), stream);
+}
+
+void ExpertStages::run(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,
+                       const ExpertTaps& taps, MatrixView<Bf16> z, const Step& step) const {
+  cuda::StageArgs stage;
+  stage.format = options_.activations;
+  stage.policy = options_.x_scale;
+  stage.source = source;
+  stage.group_offsets = rows.group_offsets;
+  stage.max_rows = rows.rows;
+  stage.expert_scales = weights_.x_scales();
+  stage.tensor_amax = &space.amaxes[0];
+  stage.decoded = {space.x[0], space.x[1], space.x_row_scales.data()};
+  if (taps.staged_x) stage.staged = *taps.staged_x;
+  if (is_dynamic_tensor(options_.x_scale) && (step.whole || step.walk == Walk::kFindXAmax)) {
+    cuda::find_amax(source, rows.group_offsets, rows.rows, &space.amaxes[0], step.stream);
+  }
+  if (step.walk == Walk::kFindXAmax) return;
+  cuda::stage(stage, step.stream);
+  step.finish("stage");
+  run_decoded(space, restages() ? space.x_row_scales.data() : nullptr, rows, taps, z, step);
+}
+
+void ExpertStages::run_staged(const ExpertSpace& space, const ActivationView& staged,
+                              std::span<const int32_t> all_offsets, int64_t first_row, const ExpertRows& rows,
+                              const ExpertTaps& taps, MatrixView<Bf16> z, const Step& step) const {
+  if (step.walk == Walk::kFindXAmax) return;  // x has its scales
+  cuda::decode_staged(staged, all_offsets, first_row, rows.rows,
+                      {space.x[0], space.x[1], space.x_row_scales.data()}, step.stream);
+  const bool scaled = restages() || !staged.row_scales.empty() || !staged.group_scales.empty();
+  run_decoded(space, scaled ? space.x_row_scales.data() : nullptr, rows, taps, z, step);
+}
+
+bool ExpertStages::restage(const ExpertSpace& space, const ExpertRows& rows, const ExpertTaps& taps,
+                           const Step& step) const {
+  cuda::StageArgs stage;
+  stage.source.rows = space.activation;
+  stage.group_offsets = rows.group_offsets;
+  stage.max_rows = rows.rows;
+  if (is_dynamic_tensor(options_.intermediate_scale) &&
+      (step.whole || step.walk == Walk::kFindIntermediateAmax)) {
+    cuda::find_amax(stage.source, rows.group_offsets, rows.rows, &space.amaxes[1], step.stream);
+  }
+  if (step.walk == Walk::kFindIntermediateAmax) return false;
+  if (!taps.activation.empty()) {
+    // A copy: the second GEMM reads as many rows as were planned for, and a tap may have fewer.
+    stage.staged.values = taps.activation;
+    cuda::stage(stage, step.stream);
+  }
+  stage.format = options_.activations;
+  stage.policy = options_.intermediate_scale;
+  stage.expert_scales = weights_.intermediate_scales();
+  stage.tensor_amax = &space.amaxes[1];
+  stage.decoded = {space.intermediate[0], space.intermediate[1], space.intermediate_row_scales.data()};
+  stage.staged = taps.staged_intermediate ? *taps.staged_intermediate : StagedActivations{};
+  if (restages() || taps.staged_intermediate) cuda::stage(stage, step.stream);
+  if (restages()) step.finish("restage");
+  return true;
+}
+
+void ExpertStages::run_decoded(const ExpertSpace& space, const float* row_scales, const ExpertRows& rows,
+                               const ExpertTaps& taps, const MatrixView<Bf16>& z, const Step& step) const {
+  if (config_.experts == 0) return;
+  const int64_t planned_rows = space.activation.rows;
+  ExpertGemm gate_up = gate_up_gemm(planned_rows);
+  gate_up.tokens[0] = space.x[0];
+  gate_up.tokens[1] = space.x[1];
+  gate_up.row_scales = row_scales;
+  gate_up.group_offsets = rows.group_offsets.data();
+  gate_up.d = space.activation;
+  if (!taps.h.empty()) gate_up.h = with_rows(taps.h, planned_rows);
+  gate_up.workspace = space.gemm;
+  gate_up.overlap_previous = true;  // after a kernel that staged or decoded x
+  launch_expert_gemm(gate_up, step.stream);
+  step.finish("gemm1+activate");
+  if (!restage(space, rows, taps, step)) return;
+
+  ExpertGemm down = down_gemm(planned_rows);
+  down.tokens[0] = restages() ? space.intermediate[0] : space.activation;
+  down.tokens[1] = space.intermediate[1];
+  down.row_scales = restages() ? space.intermediate_row_scales.data() : nullptr;
+  down.group_offsets = rows.group_offsets.data();
+  down.d = with_rows(z, planned_rows);
+  down.workspace = space.gemm;
+  down.overlap_previous = true;  // after the first GEMM or a staging kernel
+  launch_expert_gemm(down, step.stream);
+  step.finish("gemm2");
+}
+
+}  // namespace fourfold::sm90

@@ -1,0 +1,109 @@
+// A set of experts on Hopper, from the rows of their input to z: stage, GEMM with activation, restage, GEMM.
+// A layer has one for its routed experts, and one for its shared expert.
+#pragma once
+
+#include <span>
+#include <string>
+
+#include "cuda/stage.h"
+#include "fourfold/moe_layer.h"
+#include "moe/workspace.h"
+#include "sm90/expert_gemm.h"
+#include "sm90/prepared_weights.h"
+
+namespace fourfold::sm90 {
+
+/// Part of a workspace for a number of rows at once.
+struct ExpertSpace {
+  MatrixView<Bf16> x[2];  ///< staged and decoded, one matrix a term
+  std::span<float> x_row_scales;
+  MatrixView<Bf16> activation;
+  MatrixView<Bf16> intermediate[2];
+  std::span<float> intermediate_row_scales;
+  MatrixView<Bf16> z;       ///< in the memory of x[0], which is read for the last time before z is written
+  std::span<float> amaxes;  ///< of x, of the intermediate: dynamic-tensor
+  std::span<std::byte> gemm;
+};
+
+/// Which of the layer's steps a walk over all parts of its rows takes. A scale over the whole tensor has to
+/// be known before its first part is staged: where there are several parts, a walk of its own finds it.
+enum class Walk : uint8_t { kFindXAmax, kFindIntermediateAmax, kCompute };
+
+struct Step {
+  Walk walk = Walk::kCompute;
+  bool whole = true;  ///< there is one part, which finds its scales on the way
+  void* stream = nullptr;
+  StageObserver* observer = nullptr;  ///< may be null
+
+  /// Everything up to the end of `stage` is enqueued.
+  void finish(const char* stage) const {
+    if (observer != nullptr) observer->after(stage, stream);
+  }
+};
+
+/// Rows of one part.
+struct ExpertRows {
+  std::span<const int32_t> group_offsets;  ///< [E+1], in device memory
+  int64_t rows = 0;                        ///< at most
+};
+
+/// Optional outputs; those of h and z must be 16-byte aligned.
+struct ExpertTaps {
+  const StagedActivations* staged_x = nullptr;
+  MatrixView<Bf16> h, activation;
+  const StagedActivations* staged_intermediate = nullptr;
+  MatrixView<Bf16> z;
+};
+
+/// Every call enqueues alone, update() excepted.
+class ExpertStages {
+ public:
+  ExpertStages(const ExpertWeights& weights, const LayerConfig& config, const LayerOptions& options,
+               const Memory& memory);
+
+  const LayerOptions& options() const { return options_; }
+  ExpertSpace carve(WorkspaceCarver& carver, int64_t rows) const;
+  /// The kernels of both GEMMs, for reports.
+  std::string describe_kernels(int64_t rows) const;
+  /// Whether there is anything to find in such a walk.
+  bool needs(Walk walk) const;
+  /// To be called before the first walk.
+  void clear_amaxes(const ExpertSpace& space, void* stream) const;
+
+  /// All stages of bf16 rows -> z. The result is not there before the walk kCompute.
+  void run(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,
+           const ExpertTaps& taps, MatrixView<Bf16> z, const Step& step) const;
+  /// The same for rows [first_row, first_row + rows.rows) of what a caller staged. `all_offsets`: of all of
+  /// `staged`.
+  void run_staged(const ExpertSpace& space, const ActivationView& staged,
+                  std::span<const int32_t> all_offsets, int64_t first_row, const ExpertRows& rows,
+                  const ExpertTaps& taps, MatrixView<Bf16> z, const Step& step) const;
+
+  /// As those of PreparedWeights.
+  void require_replaceable_by(const ExpertWeights& weights) const {
+    weights_.require_replaceable_by(weights);
+  }
+  void update(const ExpertWeights& weights) { weights_.update(weights); }
+
+ private:
+  bool is_dynamic_tensor(ScalePolicy policy) const {
+    return is_nvfp4(options_.activations) && policy == ScalePolicy::kDynamicTensor;
+  }
+  bool has_two_terms() const { return options_.activations == ActivationFormat::kNvfp4x2; }
+  bool restages() const { return options_.activations != ActivationFormat::kBf16; }
+
+  ExpertGemm gate_up_gemm(int64_t max_rows) const;
+  ExpertGemm down_gemm(int64_t max_rows) const;
+  /// After x is staged and decoded in space.x. `row_scales` may be null: 1.
+  void run_decoded(const ExpertSpace& space, const float* row_scales, const ExpertRows& rows,
+                   const ExpertTaps& taps, const MatrixView<Bf16>& z, const Step& step) const;
+  /// Staging of the activation's output; false where the walk ends before it.
+  bool restage(const ExpertSpace& space, const ExpertRows& rows, const ExpertTaps& taps,
+               const Step& step) const;
+
+  LayerConfig config_;
+  LayerOptions options_;
+  PreparedWeights weights_;
+};
+
+}  // namespace fourfold::sm90

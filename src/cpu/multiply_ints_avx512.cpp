@@ -125,15 +125,16 @@ FOURFOLD_AVX512 void decode_chunks(const uint8_t* pair, int64_t chunks, Block* b
   }
 }
 
-/// kRows rows against `count` decoded blocks; sums are added to.
+/// kRows rows against `count` decoded blocks. `is_first`: sums start from zero, else from `out`.
 template <int kRows>
 FOURFOLD_AVX512 void multiply_decoded(const Block* blocks, int64_t count, const IntBlock* rows,
-                                      int64_t stride, float* out) {
+                                      int64_t stride, bool is_first, float* out) {
+  const __mmask16 kept = is_first ? 0 : 0xFFFF;
   __m512 sums[kRows][2];
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
-    sums[row][0] = _mm512_loadu_ps(out + row * kPairRows);
-    sums[row][1] = _mm512_loadu_ps(out + row * kPairRows + kPanelRows);
+    sums[row][0] = _mm512_maskz_loadu_ps(kept, out + row * kPairRows);
+    sums[row][1] = _mm512_maskz_loadu_ps(kept, out + row * kPairRows + kPanelRows);
   }
   for (int64_t block = 0; block < count; ++block) {
     const Block first = blocks[2 * block], second = blocks[2 * block + 1];
@@ -149,7 +150,7 @@ FOURFOLD_AVX512 void multiply_decoded(const Block* blocks, int64_t count, const 
   }
 }
 
-using MultiplyDecoded = void (*)(const Block*, int64_t, const IntBlock*, int64_t, float*);
+using MultiplyDecoded = void (*)(const Block*, int64_t, const IntBlock*, int64_t, bool, float*);
 constexpr MultiplyDecoded kMultiplyDecoded[kRowsAtATime + 1] = {nullptr,
                                                                 multiply_decoded<1>,
                                                                 multiply_decoded<2>,
@@ -163,7 +164,6 @@ void multiply_blocked(const uint8_t* pair, int64_t chunks, const IntBlock* rows,
                       Block* blocks, float* sums) {
   const int64_t stride = chunks * kBlocksPerChunk;
   const int64_t prefetched = kDecodedChunks * kPairChunkBytes * kRowsAtATime / row_count + 64;
-  std::fill_n(sums, row_count * kPairRows, 0.0f);
   for (int64_t chunk = 0; chunk < chunks; chunk += kDecodedChunks) {
     const int64_t now = std::min(kDecodedChunks, chunks - chunk);
     decode_chunks(pair + chunk * kPairChunkBytes, now, blocks);
@@ -173,7 +173,7 @@ void multiply_blocked(const uint8_t* pair, int64_t chunks, const IntBlock* rows,
       next += prefetched;
       const int64_t count = std::min<int64_t>(kRowsAtATime, row_count - row);
       kMultiplyDecoded[count](blocks, now * kBlocksPerChunk, rows + row * stride + chunk * kBlocksPerChunk,
-                              stride, sums + row * kPairRows);
+                              stride, chunk == 0, sums + row * kPairRows);
     }
   }
 }

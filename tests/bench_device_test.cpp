@@ -57,9 +57,9 @@ SampledRows random_sample(Engine& random, int64_t depth, int terms) {
   return rows;
 }
 
-// Values are multiples of 2^-6 below 2^5, weights whole numbers below 2^12 (codes are multiples of 1/2, scales of
-// 2): a sum of 2^13 products is a multiple of 2^-6 below 2^30, which float64 holds exactly. So the order of
-// summation does not matter, and results are equal.
+// Values are multiples of 2^-6 below 2^5, weights whole numbers below 2^12 (codes are multiples of 1/2,
+// scales of 2): a sum of 2^13 products is a multiple of 2^-6 below 2^30, which float64 holds exactly. So the
+// order of summation does not matter, and results are equal.
 TEST(SampledMultiply, EqualsTheHosts) {
   const GeneratedLayer layer{5, 2096, 144, 3};  // more than one piece of a weight row, and a ragged one
   const HostLayer host(layer);

@@ -340,8 +340,8 @@ void run_checkpoint_layer(Job& job) {
   std::string why_not = "the family has no router";
   std::optional<CheckpointRouter> router;
   if (rules.router) {
-    router = load_router(*checkpoint, layer, config.experts, config.hidden, *rules.router,
-                         rules.router_bias, why_not);
+    router = load_router(*checkpoint, layer, config.experts, config.hidden, *rules.router, rules.router_bias,
+                         why_not);
   }
   if (!router) throw std::runtime_error(why_not);
 

@@ -107,8 +107,8 @@ struct LayerPlan {
   std::string kernel;                   ///< which kernel will run, for reports
   std::string reason;                   ///< why that one
   std::shared_ptr<const void> details;  ///< the backend's own
-  /// On CPUs: which arithmetic its multiplications use, by the name of the peak that `fourfold bench` measures
-  /// (src/tools/cpu_ceilings.h), e.g. "int8-vnni-avx512".
+  /// On CPUs: which arithmetic its multiplications use, by the name of the peak that `fourfold bench`
+  /// measures (src/tools/cpu_ceilings.h), e.g. "int8-vnni-avx512".
   std::string arithmetic = {};
 };
 

@@ -185,10 +185,13 @@ class ReferenceLayer final : public MoeLayer {
     validate_plan(config_, max_tokens);
     WorkspaceCarver counter;
     carve(counter, max_tokens);
-    return {max_tokens, counter.used(),
+    return {max_tokens,
+            counter.used(),
             options_.accumulation == Accumulation::kFloat32 ? "plain loops, float32 sums"
                                                             : "plain loops, float64 sums",
-            "the reference has no other", nullptr, "f32"};
+            "the reference has no other",
+            nullptr,
+            "f32"};
   }
 
   void forward(const LayerPlan& plan, const ForwardArgs& args) const override {

@@ -282,8 +282,7 @@ class Layertest {
     }
     request_.progress(fmt::format("the backend {}", request_.backend->name()));
     const auto& shared = request_.nvfp4->shared;
-    LayerTrace run =
-        trace(*layer, *request_.inputs, shared ? &*shared : nullptr, request_.backend->memory());
+    LayerTrace run = trace(*layer, *request_.inputs, shared ? &*shared : nullptr, request_.backend->memory());
     kernel.limit_origin = "one bf16 ulp an element; each stage fed with the backend's own previous output";
     if (!judge_permutation(run)) return;
     report_.kernel_end_to_end = compare_traces(emulation_, run, request_);

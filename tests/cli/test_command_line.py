@@ -264,7 +264,9 @@ def test_forced_instruction_set(cast: Path, isa: str, origin: str) -> None:
         assert_refused(result, f"'{isa}' can't run", *ISAS, "the CPU has no")
 
 
-def test_instruction_set_option_goes_before_the_variable(cast: Path) -> None:
+def test_instruction_set_option_goes_before_the_variable(cast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--isa wins; an empty variable means unset."""
+    monkeypatch.delenv("FOURFOLD_ISA", raising=False)
     result = layertest(cast, "--isa", "portable", env={"FOURFOLD_ISA": "nosuch"})
     assert_fine(result)
     assert "(forced by --isa)" in result.stdout, str(result)

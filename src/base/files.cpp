@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <optional>
 #include <system_error>
 #include <utility>
 
@@ -23,6 +24,16 @@ void write_in_place(const std::filesystem::path& path, std::string_view content)
   file.write(content.data(), static_cast<std::streamsize>(content.size()));
   file.close();
   if (!file) fail_io(path, "write");
+}
+
+/// The file that a new one replaces or becomes; none where `path` is something else, which is written in
+/// place.
+std::optional<std::filesystem::path> replaceable_file(const std::filesystem::path& path) {
+  std::error_code error;
+  const auto type = std::filesystem::status(path, error).type();
+  if (type == std::filesystem::file_type::not_found || type == std::filesystem::file_type::none) return path;
+  if (type == std::filesystem::file_type::regular) return std::filesystem::canonical(path);
+  return std::nullopt;
 }
 
 }  // namespace
@@ -57,14 +68,15 @@ std::string read_file(const std::filesystem::path& path, int64_t limit) {
 }
 
 void write_file(const std::filesystem::path& path, std::string_view content) {
-  std::error_code error;
-  const auto type = std::filesystem::status(path, error).type();
-  const bool exists =
-      type != std::filesystem::file_type::not_found && type != std::filesystem::file_type::none;
-  if (exists && type != std::filesystem::file_type::regular) return write_in_place(path, content);
-  PartialFile file(exists ? std::filesystem::canonical(path) : path);
+  const std::optional<std::filesystem::path> target = replaceable_file(path);
+  if (!target) return write_in_place(path, content);
+  PartialFile file(*target);
   file.write_at(std::as_bytes(std::span(content)), 0);
   file.commit();
+}
+
+void require_creatable(const std::filesystem::path& path) {
+  if (const auto target = replaceable_file(path)) const PartialFile dropped(*target);
 }
 
 void require_memory(int64_t bytes, const std::string& what) {

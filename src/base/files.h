@@ -17,6 +17,9 @@ std::string read_file(const std::filesystem::path& path, int64_t limit);
 /// regular file (a pipe, /dev/stdout) is written in place; a symbolic link keeps pointing where it does.
 void write_file(const std::filesystem::path& path, std::string_view content);
 
+/// Throws Error when write_file() could not create `path`: for the start of work whose report goes there.
+void require_creatable(const std::filesystem::path& path);
+
 /// Throws Error unless `path` is a regular file; says what it is instead. Returns its size.
 int64_t require_regular_file(const std::filesystem::path& path);
 

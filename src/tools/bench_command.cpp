@@ -71,19 +71,22 @@ std::vector<ActivationFormat> parse_formats(const std::string& text) {
   return formats;
 }
 
-ScalePolicy parse_policy(const std::string& name) {
-  if (const auto policy = parse_scale_policy(name)) return *policy;
-  throw CLI::ValidationError(
-      "--activation-scale",
-      fmt::format("expected static, max-over-experts, dynamic-tensor or dynamic-token, found '{}'", name));
-}
-
 void set_policies(BenchRequest& request, const std::string& text) {
   if (text.empty()) return;
-  const size_t comma = text.find(',');
-  request.x_scale = parse_policy(text.substr(0, comma));
-  request.intermediate_scale =
-      comma == std::string::npos ? request.x_scale : parse_policy(text.substr(comma + 1));
+  const DefaultPolicies policies = parse_scale_policies(text);
+  request.x_scale = policies.x;
+  request.intermediate_scale = policies.intermediate;
+}
+
+/// Refuses a file that is not there before anything is measured.
+RoutingSource routing_of(const std::string& text) {
+  RoutingSource source = parse_routing(text);
+  std::error_code error;
+  if (source.kind == RoutingKind::kFile && !std::filesystem::exists(source.file, error)) {
+    fail(ErrorCode::kNotFound, "--routing: expected uniform, zipf, one-expert or a file, found no file '{}'",
+         text);
+  }
+  return source;
 }
 
 void require_extents(const LayerShape& shape) {
@@ -105,7 +108,7 @@ BenchRequest request_of(const Arguments& arguments) {
   request.tokens = parse_counts<int64_t>(arguments.tokens, "--tokens", kMostTokens);
   request.activations = parse_formats(arguments.activations);
   set_policies(request, arguments.activation_scale);
-  request.routing = parse_routing(arguments.routing);
+  request.routing = routing_of(arguments.routing);
   request.most_experts = arguments.experts;
   if (!arguments.threads.empty()) {
     request.threads = parse_counts<int>(arguments.threads, "--threads", kMostThreads);
@@ -132,6 +135,7 @@ void print_head(const BenchRequest& request) {
 
 int execute(const Arguments& arguments) {
   const BenchRequest request = request_of(arguments);
+  if (!arguments.json.empty()) require_creatable(arguments.json);
   const Progress progress;
   std::vector<MachineReport> machines;
   std::vector<BenchResult> results;

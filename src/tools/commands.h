@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 
+#include "fourfold/moe_layer.h"
 #include "tools/exit_codes.h"
 
 namespace fourfold {
@@ -44,6 +45,19 @@ inline bool parse_numbers(const std::string& text, std::span<int64_t* const> fie
     at = next + !is_last;
   }
   return true;
+}
+
+/// What --activation-scale says: "P" for x and the intermediate alike, or "P,P" for one each.
+inline DefaultPolicies parse_scale_policies(const std::string& text) {
+  const auto parse = [](const std::string& name) {
+    if (const auto policy = parse_scale_policy(name)) return *policy;
+    throw CLI::ValidationError(
+        "--activation-scale",
+        "expected static, max-over-experts, dynamic-tensor or dynamic-token, found '" + name + "'");
+  };
+  const size_t comma = text.find(',');
+  const ScalePolicy x = parse(text.substr(0, comma));
+  return {x, comma == std::string::npos ? x : parse(text.substr(comma + 1))};
 }
 
 /// --isa, beside --backend: the instruction set of the backend "cpu" (fourfold/cpu.h).

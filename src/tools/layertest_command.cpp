@@ -77,13 +77,6 @@ RuleOverrides overrides_in(const Arguments& arguments) {
   return overrides;
 }
 
-ScalePolicy parse_policy(const std::string& name) {
-  if (const auto policy = parse_scale_policy(name)) return *policy;
-  throw CLI::ValidationError(
-      "--activation-scale",
-      fmt::format("expected static, max-over-experts, dynamic-tensor or dynamic-token, found '{}'", name));
-}
-
 /// Policies for x and for the intermediate: given ("P" or "P,P"), or the default.
 DefaultPolicies policies_for(const Arguments& arguments, const ExpertWeights& weights,
                              ActivationFormat format) {
@@ -94,9 +87,7 @@ DefaultPolicies policies_for(const Arguments& arguments, const ExpertWeights& we
         fmt::format("expected --activations nvfp4 or nvfp4x2 beside it, found {}, which has {}",
                     to_string(format), format == ActivationFormat::kFp8 ? "one scale a token" : "no scales"));
   }
-  const size_t comma = arguments.activation_scale.find(',');
-  const ScalePolicy x = parse_policy(arguments.activation_scale.substr(0, comma));
-  return {x, comma == std::string::npos ? x : parse_policy(arguments.activation_scale.substr(comma + 1))};
+  return parse_scale_policies(arguments.activation_scale);
 }
 
 /// One run of the command; members in the order in which they come to be known.

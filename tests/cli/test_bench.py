@@ -158,8 +158,10 @@ def test_routing_that_does_not_fit(tmp_path: Path, ids: list[list[int]], tokens:
 
 
 def test_routing_file_that_is_not_there() -> None:
+    """Refused before anything is measured: a mistyped name must not cost a minute."""
     result = bench("--tokens", "1", "--routing", "/no/such/file")
-    assert result.code == 1 and "/no/such/file" in result.stderr, str(result)
+    assert result.code == 1 and "'/no/such/file'" in result.stderr and "zipf" in result.stderr, str(result)
+    assert result.stdout == "", str(result)
 
 
 # ---- refusals ----
@@ -206,6 +208,7 @@ def test_fewer_experts_than_top_k() -> None:
 def test_json_that_cannot_be_written() -> None:
     result = bench("--tokens", "1", "--json", "/no/such/folder/report.json")
     assert result.code == 1 and "/no/such/folder" in result.stderr, str(result)
+    assert result.stdout == "", str(result)
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

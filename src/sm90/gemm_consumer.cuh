@@ -47,7 +47,6 @@ class Consumer {
     for (;;) {
       ptx::mbarrier_wait_parity(full_barrier(stage_), phase_);
       const uint4 tile = ptx::ld_shared_v4(shared_ + Traits::kTileOffset + stage_ * 16);
-      __syncwarp();  // all lanes have read, before one of them releases the stage
       if (tile.w == 0) return;
       const WorkTile work{static_cast<int32_t>(tile.x), static_cast<int32_t>(tile.y),
                           static_cast<int32_t>(tile.z), __shfl_sync(~0u, static_cast<int32_t>(tile.w), 0)};
@@ -70,10 +69,10 @@ class Consumer {
     return shared_ + Traits::kFullOffset + stage * 8;
   }
 
-  /// One arrival a warp, after all of its lanes have read.
+  /// Every thread arrives for its own reads. One arrival a warp costs the same time, and would be as safe
+  /// only by what ptxas happens to emit: it drops a __syncwarp() between the reads and the arrival.
   __device__ __forceinline__ void release(int stage) const {
-    __syncwarp();
-    ptx::mbarrier_arrive_if(shared_ + Traits::kEmptyOffset + stage * 8, thread_ % 32 == 0);
+    ptx::mbarrier_arrive(shared_ + Traits::kEmptyOffset + stage * 8);
   }
 
   __device__ __forceinline__ void load(PackedRegisters<Traits>& packed, int stage) const {

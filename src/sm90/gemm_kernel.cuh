@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       ptx::mbarrier_init(shared + Traits::kFullOffset + stage * 8, 2);  // weights and tokens
-      ptx::mbarrier_init(shared + Traits::kEmptyOffset + stage * 8, Traits::kConsumers * 4);
+      ptx::mbarrier_init(shared + Traits::kEmptyOffset + stage * 8, Traits::kConsumers * 128);
     }
     ptx::fence_mbarrier_init();
   }

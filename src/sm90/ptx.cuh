@@ -28,16 +28,6 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-/// Arrives where `predicate` holds, without a branch: a divergent branch here would make ptxas serialise
-/// WGMMA.
-__device__ __forceinline__ void mbarrier_arrive_if(uint32_t barrier, bool predicate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(
-          barrier),
-      "r"(static_cast<uint32_t>(predicate))
-      : "memory");
-}
-
 /// Arrives, and makes the phase wait for `bytes` more from bulk copies.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)

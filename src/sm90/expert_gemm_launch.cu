@@ -93,6 +93,8 @@ MatrixView<Bf16> h_rows(const ExpertGemm& args) {
 
 void run_kernel(const GemmKernelShape& shape, const GemmLaunch& launch) {
   switch (shape.kernel) {
+    case GemmKernel::kFew:
+      return launch_few_gemm(launch);
     case GemmKernel::kNarrow:
       return launch_narrow_gemm(launch);
     case GemmKernel::kMedium:

@@ -1,24 +1,10 @@
 // The medium shapes of the grouped GEMM (sm90/gemm_choice.h).
-#include "sm90/gemm_kernel.cuh"
-#include "sm90/gemm_launch.cuh"
+#include "sm90/gemm_instances.cuh"
 
 namespace fourfold::sm90 {
-namespace {
-
-template <int kTerms, bool kPaired>
-void launch_shape(const GemmLaunch& launch) {
-  using Traits = TableTraits<1, kTerms, kPaired>;
-  launch_gemm_kernel<Traits>(launch, expert_gemm_kernel<Traits>);
-}
-
-}  // namespace
 
 void launch_medium_gemm(const GemmLaunch& launch) {
-  if (launch.terms == 1) {
-    launch.paired ? launch_shape<1, true>(launch) : launch_shape<1, false>(launch);
-  } else {
-    launch.paired ? launch_shape<2, true>(launch) : launch_shape<2, false>(launch);
-  }
+  launch_table_entry<2>(launch);
 }
 
 }  // namespace fourfold::sm90

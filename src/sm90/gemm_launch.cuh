@@ -20,6 +20,7 @@ struct GemmLaunch {
   cudaStream_t stream = nullptr;
 };
 
+void launch_few_gemm(const GemmLaunch& launch);
 void launch_narrow_gemm(const GemmLaunch& launch);
 void launch_medium_gemm(const GemmLaunch& launch);
 void launch_wide_gemm(const GemmLaunch& launch);

@@ -79,7 +79,7 @@ class StageRun {
       std::copy_n(x_.begin() + t * case_.cols, case_.cols, padded.begin() + t * stride + case_.misaligned);
     }
     const DeviceArray<Bf16> x(padded);
-    const DeviceArray<int32_t> offsets(offsets_), slots(slot_of_row_);
+    const DeviceArray<int32_t> offsets(offsets_), slots(slot_of_row_), rows(row_of_slot_);
     const DeviceArray<float> weights(weights_), scales(scales_);
     const auto room = static_cast<size_t>(room_);
     cuda::StageArgs args;
@@ -105,6 +105,7 @@ class StageRun {
       if (format_.policy == ScalePolicy::kDynamicTensor) {
         cuda::find_amax(args.source, args.group_offsets, args.max_rows, amax.data(), nullptr);
       }
+      args.source.row_of_slot = case_.gathered && repeat % 3 == 0 ? rows.data() : nullptr;
       cuda::stage(args, nullptr);
       compare(out, repeat != 1);
     }
@@ -170,6 +171,7 @@ class StageRun {
       const Permutation permutation = permute_by_expert(routing, kExperts);
       offsets_ = permutation.group_offsets;
       slot_of_row_ = permutation.slot_of_row;
+      row_of_slot_ = permutation.row_of_slot;
     }
     for (int64_t e = 0; e < kExperts; ++e) {
       scales_.push_back(std::exp2(static_cast<float>(below(random_, 8)) - 10.0f) * 1.3f);
@@ -242,7 +244,7 @@ class StageRun {
   Engine random_;
   int64_t rows_ = 0, room_ = 0;
   std::vector<Bf16> x_;
-  std::vector<int32_t> offsets_, slot_of_row_;
+  std::vector<int32_t> offsets_, slot_of_row_, row_of_slot_;
   std::vector<float> weights_, scales_;
   Expected expected_;
 };

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kColumns = 8;  // a 16-byte load of bf16
 constexpr int kThreads = 128;
-constexpr int kSlotsAtOnce = 4;                  // loads in flight; sums still run over k in order
+constexpr int kSlotsAtOnce = 8;                  // loads in flight; sums still run over k in order
 constexpr unsigned kMostTokenBlocks = 1u << 20;  // more tokens are taken in turn
 
 struct Params {

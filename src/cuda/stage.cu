@@ -1,8 +1,12 @@
-// Gather, weigh, quantize and decode rows: a block of threads a row, a thread sixteen values.
+// Gather, weigh, quantize and decode rows: a block of threads a row, a thread sixteen values. Where the rows
+// of a token are known, a block of threads a token instead: it reads the token once, and writes its rows.
+// With many tokens that halves the traffic: rows are sorted by expert, so that the tokens of two experts in
+// turn are long out of the cache.
 #include <algorithm>
 #include <string>
 
 #include "cuda/launch.cuh"
+#include "cuda/round_block.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/stage.h"
 #include "fourfold/quantize.h"
@@ -14,6 +18,7 @@ namespace {
 struct Source {
   Rows<const Bf16> rows;
   const int32_t* slot_of_row;
+  const int32_t* row_of_slot;
   int32_t top_k;
   const float* weights;
   int64_t weight_stride;
@@ -94,14 +99,6 @@ __device__ float global_scale_of(const Params& p, const SourceRow& source, int32
       return nvfp4_global_scale(row_amax(source, p.blocks));
   }
   return 1.0f;
-}
-
-/// decode_e2m1(encode_e2m1(value)) in a few instructions. Adding 1.5 x 2^23 steps makes the step the unit in
-/// the last place, so that the addition rounds, ties to even. NaN gives 6, as kE2m1NanCode has it.
-__device__ float round_to_e2m1(float value) {
-  const float magnitude = fminf(fabsf(value), kE2m1Max);
-  const float anchor = magnitude < 2.0f ? 0x1.8p22f : magnitude < 4.0f ? 0x1.8p23f : 0x1.8p24f;
-  return copysignf(__fsub_rn(__fadd_rn(magnitude, anchor), anchor), value);
 }
 
 /// As quantize_nvfp4_block, but codes become the values that they stand for.
@@ -206,6 +203,83 @@ __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
   }
 }
 
+constexpr int kSlotsAtOnce = 32;
+
+/// Rows of some slots of a token, and their global scales where experts have their own.
+struct SlotRows {
+  int32_t row[kSlotsAtOnce];  // -1: none
+  float scale[kSlotsAtOnce];
+};
+
+/// All threads take part; begins and ends with a barrier. All that is read is asked for at once, where a
+/// thread has one group: with few tokens, the time of this kernel is that of its longest chain of loads.
+__device__ void find_slot_rows(const Params& p, int64_t first_slot, int32_t count, bool scaled_by_expert,
+                               SlotRows& found) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t row = thread < count ? p.source.row_of_slot[first_slot + thread] : -1;
+  int32_t begin = 0, end = 0;
+  float scale = 1.0f;
+  const auto load_group = [&](int32_t group) {
+    begin = p.group_offsets[group];
+    end = p.group_offsets[group + 1];
+    scale = p.expert_scales[group];
+  };
+  if (scaled_by_expert && thread < p.groups) load_group(thread);
+  __syncthreads();  // those before have been read
+  if (thread < count) found.row[thread] = row;
+  __syncthreads();
+  if (!scaled_by_expert) return;
+  for (int32_t group = thread; group < p.groups; group += static_cast<int32_t>(blockDim.x)) {
+    if (group != thread) load_group(group);
+    for (int32_t slot = 0; slot < count; ++slot) {
+      if (begin <= found.row[slot] && found.row[slot] < end) found.scale[slot] = scale;
+    }
+  }
+  __syncthreads();
+}
+
+/// blockIdx.x: tokens, in turn; blockIdx.y: which slots_each of a token's slots.
+template <ActivationFormat kFormat>
+__global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
+    stage_tokens(const __grid_constant__ Params p, int32_t tokens, int32_t slots_each) {
+  __shared__ SlotRows slots;
+  start_after_previous();
+  const int32_t top_k = p.source.top_k, begin = static_cast<int32_t>(blockIdx.y) * slots_each;
+  const int32_t end = min(begin + slots_each, top_k);
+  const bool scaled_by_expert =
+      kFormat != ActivationFormat::kBf16 && kFormat != ActivationFormat::kFp8 &&
+      (p.policy == ScalePolicy::kStatic || p.policy == ScalePolicy::kMaxOverExperts);
+  for (auto token = static_cast<int32_t>(blockIdx.x); token < tokens;
+       token += static_cast<int32_t>(gridDim.x)) {
+    const SourceRow source{p.source.rows.row(token), 1.0f, p.source.rows.aligned, false};
+    float global = 1.0f;
+    if (kFormat != ActivationFormat::kBf16 && !scaled_by_expert)
+      global = global_scale_of<kFormat>(p, source, 0);
+    for (int32_t first = begin; first < end; first += kSlotsAtOnce) {
+      const int32_t count = min(end - first, kSlotsAtOnce);
+      const auto thread = static_cast<int32_t>(threadIdx.x);
+      float x[kNvfp4Block];
+      if (thread < p.blocks) source.load(thread, x);
+      find_slot_rows(p, int64_t{token} * top_k + first, count, scaled_by_expert, slots);
+      const auto scale_of = [&](int32_t slot) { return scaled_by_expert ? slots.scale[slot] : global; };
+      if (kFormat != ActivationFormat::kBf16 && thread < count && slots.row[thread] >= 0) {
+        if (p.row_scales != nullptr) p.row_scales[slots.row[thread]] = scale_of(thread);
+        if (p.tapped_row_scales != nullptr) p.tapped_row_scales[slots.row[thread]] = scale_of(thread);
+      }
+      for (int32_t block = thread; block < p.blocks; block += static_cast<int32_t>(blockDim.x)) {
+        if (block != thread) source.load(block, x);
+        for (int32_t slot = 0; slot < count; ++slot) {
+          if (slots.row[slot] < 0) continue;
+          float values[kNvfp4Block];
+#pragma unroll
+          for (int i = 0; i < kNvfp4Block; ++i) values[i] = x[i];
+          stage_block<kFormat>(p, values, scale_of(slot), slots.row[slot], block);
+        }
+      }
+    }
+  }
+}
+
 __global__ void __launch_bounds__(kMostRowThreads)
     amax_of_rows(const __grid_constant__ Source source, const int32_t* group_offsets, int32_t groups,
                  int32_t blocks, uint32_t* amax_bits) {
@@ -226,8 +300,8 @@ __global__ void __launch_bounds__(kMostRowThreads)
 Source source_of(const RowSource& source, int64_t max_rows) {
   if (source.rows.cols % kNvfp4Block != 0) reject("stage: columns", "a multiple of 16", source.rows.cols);
   if (max_rows > kMostRows) reject("stage: rows", "at most 2^30", max_rows);
-  return {Rows<const Bf16>(source.rows), source.slot_of_row, static_cast<int32_t>(source.top_k),
-          source.weights.data, source.weights.stride};
+  return {Rows<const Bf16>(source.rows),      source.slot_of_row,  source.row_of_slot,
+          static_cast<int32_t>(source.top_k), source.weights.data, source.weights.stride};
 }
 
 Params params_of(const StageArgs& args) {
@@ -255,22 +329,33 @@ Params params_of(const StageArgs& args) {
 }  // namespace
 
 void stage(const StageArgs& args, void* stream) {
-  if (args.max_rows == 0 || args.source.rows.cols == 0) return;
+  const int64_t cols = args.source.rows.cols;
+  if (args.max_rows == 0 || cols == 0) return;
   const Params params = params_of(args);
-  const auto launch = [&](auto* kernel) {
-    const int64_t cols = args.source.rows.cols;
-    launch_after_previous("stage_rows", kernel, row_blocks(args.max_rows, cols), row_threads(cols), 0, stream,
-                          params);
+  const bool by_token = args.source.row_of_slot != nullptr && args.source.weights.empty();
+  const auto launch = [&]<ActivationFormat kFormat> {
+    if (!by_token) {
+      return launch_after_previous("stage_rows", stage_rows<kFormat>, row_blocks(args.max_rows, cols),
+                                   row_threads(cols), 0, stream, params);
+    }
+    // Few tokens: several blocks of threads share one.
+    const int64_t tokens = args.source.rows.rows, top_k = args.source.top_k;
+    const unsigned blocks = row_blocks(tokens, cols);
+    const int64_t sharing = std::clamp<int64_t>(row_blocks(args.max_rows, cols) / blocks, 1, top_k);
+    const int64_t slots_each = (top_k + sharing - 1) / sharing;
+    const dim3 grid(blocks, static_cast<unsigned>((top_k + slots_each - 1) / slots_each));
+    launch_after_previous("stage_tokens", stage_tokens<kFormat>, grid, row_threads(cols), 0, stream, params,
+                          static_cast<int32_t>(tokens), static_cast<int32_t>(slots_each));
   };
   switch (args.format) {
     case ActivationFormat::kNvfp4:
-      return launch(stage_rows<ActivationFormat::kNvfp4>);
+      return launch.template operator()<ActivationFormat::kNvfp4>();
     case ActivationFormat::kNvfp4x2:
-      return launch(stage_rows<ActivationFormat::kNvfp4x2>);
+      return launch.template operator()<ActivationFormat::kNvfp4x2>();
     case ActivationFormat::kFp8:
-      return launch(stage_rows<ActivationFormat::kFp8>);
+      return launch.template operator()<ActivationFormat::kFp8>();
     case ActivationFormat::kBf16:
-      return launch(stage_rows<ActivationFormat::kBf16>);
+      return launch.template operator()<ActivationFormat::kBf16>();
   }
 }
 

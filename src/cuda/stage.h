@@ -18,6 +18,8 @@ struct RowSource {
   MatrixView<const Bf16> rows;           ///< [M, cols] or [T, cols]; any alignment
   const int32_t* slot_of_row = nullptr;  ///< [M]; null: row r is row r
   int64_t top_k = 1;                     ///< slots of a token
+  /// [T * top_k], -1: no row. Optional beside slot_of_row: the same rows are staged sooner, token by token.
+  const int32_t* row_of_slot = nullptr;
   /// [T, K]: multiplies the row of each slot in float32, rounded to bf16. Empty: no weight.
   MatrixView<const float> weights = {};
 };

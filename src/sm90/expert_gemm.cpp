@@ -75,6 +75,24 @@ void require_activation(const ExpertGemm& args) {
   }
 }
 
+void require_requantization(const ExpertGemm& args) {
+  const Requantize& requantize = args.requantize;
+  if (requantize.expert_scales == nullptr) return;
+  if (!can_requantize(args)) {
+    reject("expert gemm: an epilogue that quantizes", "SwiGLU",
+           args.activation ? describe(*args.activation) : "none");
+  }
+  require_aligned("expert gemm: requantize.row_scales", requantize.row_scales, 4);
+  if (requantize.residual.empty()) return;
+  require_matrix("expert gemm: requantize.residual", requantize.residual, args.max_rows,
+                 args.weights.channels);
+  const int64_t stride = std::get<MatrixView<Bf16>>(args.d).stride;
+  if (requantize.residual.stride != stride) {
+    reject("expert gemm: requantize.residual: stride", fmt::format("{}, as d's", stride),
+           requantize.residual.stride);
+  }
+}
+
 /// The kernel counts tiles in 32 bits.
 void require_countable_tiles(const ExpertGemm& args) {
   const int64_t token_tiles = args.max_rows / 8 + args.experts;
@@ -115,6 +133,7 @@ void validate(const ExpertGemm& args) {
       [&](const auto& d) { require_matrix("expert gemm: d", d, args.max_rows, args.weights.channels); },
       args.d);
   require_activation(args);
+  require_requantization(args);
   if (const size_t needed = workspace_bytes(args); needed > 0) {
     require_aligned("expert gemm: workspace", args.workspace.data(), kWorkspaceAlignment);
     if (args.workspace.size() < needed) reject("expert gemm: workspace bytes", needed, args.workspace.size());
@@ -123,6 +142,14 @@ void validate(const ExpertGemm& args) {
 
 bool needs_own_activation(const ExpertGemm& args) {
   return args.activation && args.activation->kind != ActivationKind::kSwiglu;
+}
+
+bool can_requantize(const ExpertGemm& args) {
+  return args.activation && !needs_own_activation(args) && args.weights.order == RowOrder::kGateUpPaired;
+}
+
+bool should_requantize(const ExpertGemm& args) {
+  return can_requantize(args) && choose_gemm_kernel(args.max_rows, args.experts).requantizes;
 }
 
 size_t workspace_bytes(const ExpertGemm& args) {

@@ -37,6 +37,14 @@ struct PackWeights {
 /// passed the call. Throws Error when shapes, formats or alignment do not fit, or CUDA refuses the launch.
 void launch_pack_weights(const PackWeights& args, void* stream);
 
+/// Staging of SwiGLU's output in the epilogue, as cuda::stage does it for nvfp4 (and nvfp4x2) with scales
+/// that are known before: the same bits.
+struct Requantize {
+  const float* expert_scales = nullptr;  ///< [E] global scales; null: no staging
+  MatrixView<Bf16> residual;             ///< the second term's rows, for nvfp4x2, laid out as d; else empty
+  float* row_scales = nullptr;           ///< [max_rows], receives each row's global scale
+};
+
 /// Arguments of one grouped GEMM.
 struct ExpertGemm {
   // Token rows, sorted by expert.
@@ -65,6 +73,8 @@ struct ExpertGemm {
   /// Optional, with an activation: h [max_rows, halves * channels], gate columns first. Aligned as d. Does
   /// not change d by a bit.
   MatrixView<Bf16> h;
+  /// With expert_scales, d receives what the codes hold, without the global scale. Needs can_requantize().
+  Requantize requantize;
 
   /// workspace_bytes() bytes, aligned to kWorkspaceAlignment. Calls that may overlap need separate ones.
   std::span<std::byte> workspace;
@@ -80,6 +90,11 @@ struct ExpertGemm {
 /// be null): activations outside kSwiglu go through h in memory, where no tap holds it. Never decreases as
 /// max_rows grows.
 size_t workspace_bytes(const ExpertGemm& args);
+
+/// Whether the epilogue computes this activation, and so can quantize what it gives.
+bool can_requantize(const ExpertGemm& args);
+/// Whether that is faster than a kernel of its own, too.
+bool should_requantize(const ExpertGemm& args);
 
 /// Enqueues the GEMM. Throws Error when arguments do not fit (naming which), or CUDA refuses the launch.
 void launch_expert_gemm(const ExpertGemm& args, void* stream);

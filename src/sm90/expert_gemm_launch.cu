@@ -138,6 +138,9 @@ void launch_expert_gemm(const ExpertGemm& args, void* stream) {
     write_bf16(launch.args, *d);
     launch.args.h = args.h.data;
     launch.args.h_stride = args.h.stride;
+    launch.args.requantize_scales = args.requantize.expert_scales;
+    launch.args.residual = args.requantize.residual.data;
+    launch.args.d_row_scales = args.requantize.row_scales;
     launch.args.activation_alpha = args.activation->alpha;
     launch.args.activation_beta = args.activation->beta == 0.0f ? -0.0f : args.activation->beta;
     launch.args.activation_limit = args.activation->limit;

@@ -106,6 +106,13 @@ void ExpertStages::run_staged(const ExpertSpace& space, const ActivationView& st
   run_decoded(space, scaled ? space.x_row_scales.data() : nullptr, rows, taps, z, step);
 }
 
+bool ExpertStages::restages_in_epilogue(const ExpertGemm& gate_up, const ExpertTaps& taps) const {
+  const bool known_scale = options_.intermediate_scale == ScalePolicy::kStatic ||
+                           options_.intermediate_scale == ScalePolicy::kMaxOverExperts;
+  return is_nvfp4(options_.activations) && known_scale && should_requantize(gate_up) &&
+         taps.activation.empty() && taps.staged_intermediate == nullptr;
+}
+
 bool ExpertStages::restage(const ExpertSpace& space, const ExpertRows& rows, const ExpertTaps& taps,
                            const Step& step) const {
   cuda::StageArgs stage;
@@ -146,9 +153,15 @@ void ExpertStages::run_decoded(const ExpertSpace& space, const float* row_scales
   if (!taps.h.empty()) gate_up.h = with_rows(taps.h, planned_rows);
   gate_up.workspace = space.gemm;
   gate_up.overlap_previous = true;  // after a kernel that staged or decoded x
+  const bool fused = restages_in_epilogue(gate_up, taps);
+  if (fused) {
+    gate_up.d = space.intermediate[0];
+    gate_up.requantize = {weights_.intermediate_scales(), space.intermediate[1],
+                          space.intermediate_row_scales.data()};
+  }
   launch_expert_gemm(gate_up, step.stream);
   step.finish("gemm1+activate");
-  if (!restage(space, rows, taps, step)) return;
+  if (fused ? step.walk != Walk::kCompute : !restage(space, rows, taps, step)) return;
 
   ExpertGemm down = down_gemm(planned_rows);
   down.tokens[0] = restages() ? space.intermediate[0] : space.activation;

@@ -12,39 +12,33 @@ enum class GemmKernel : uint8_t { kFew, kNarrow, kMedium, kWide };
 /// The shapes of the kernels, as their sources instantiate GemmTraits.
 struct GemmKernelShape {
   GemmKernel kernel;
-  std::string_view name; ///< for reports
+  std::string_view name;  ///< for reports
   int row_parts, row_blocks, depth_parts;
   int tokens, granule;
-  /// Largest average of rows an expert, max_rows / experts, for which the
-  /// kernel is taken.
+  /// Largest average of rows an expert, max_rows / experts, for which the kernel is taken.
   double most_rows_per_expert;
+  /// Whether quantizing what SwiGLU gives costs less in the epilogue than in a kernel of its own: where
+  /// memory is what the GEMM waits for.
+  bool requantizes;
 };
 
-/// In order of preference. Measured on an H100, docs/hopper.md: narrow tiles
-/// keep all SMs busy and read weights at full speed while tokens are few (room
-/// for eight leaves the most shared memory to weights in flight); wide tiles
-/// read tokens seldom enough when they are many.
+/// In order of preference. Measured on an H100, docs/hopper.md: narrow tiles keep all SMs busy and read
+/// weights at full speed while tokens are few (room for eight leaves the most shared memory to weights in
+/// flight); wide tiles read tokens seldom enough when they are many.
 inline constexpr GemmKernelShape kGemmKernels[] = {
-    {GemmKernel::kFew, "few: 64 rows x 8 tokens, k split over 4 warpgroups", 1,
-     1, 4, 8, 8, 4.0},
-    {GemmKernel::kNarrow,
-     "narrow: 64 rows x 32 tokens, k split over 4 warpgroups", 1, 1, 4, 32, 8,
-     12.0},
-    {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1,
-     64, 16, 40.0},
-    {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1,
-     160, 16, 1e30},
+    {GemmKernel::kFew, "few: 64 rows x 8 tokens, k split over 4 warpgroups", 1, 1, 4, 8, 8, 4.0, true},
+    {GemmKernel::kNarrow, "narrow: 64 rows x 32 tokens, k split over 4 warpgroups", 1, 1, 4, 32, 8, 12.0,
+     true},
+    {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 64, 16, 40.0, false},
+    {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 160, 16, 1e30, false},
 };
 
-constexpr const GemmKernelShape &choose_gemm_kernel(int64_t max_rows,
-                                                    int64_t experts) {
-  const double rows_per_expert =
-      static_cast<double>(max_rows) / static_cast<double>(experts);
-  for (const GemmKernelShape &shape : kGemmKernels) {
-    if (rows_per_expert <= shape.most_rows_per_expert)
-      return shape;
+constexpr const GemmKernelShape& choose_gemm_kernel(int64_t max_rows, int64_t experts) {
+  const double rows_per_expert = static_cast<double>(max_rows) / static_cast<double>(experts);
+  for (const GemmKernelShape& shape : kGemmKernels) {
+    if (rows_per_expert <= shape.most_rows_per_expert) return shape;
   }
   return kGemmKernels[std::size(kGemmKernels) - 1];
 }
 
-} // namespace fourfold::sm90
+}  // namespace fourfold::sm90

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "cuda/round_block.cuh"
+#include "numeric/block_quantizer.h"
 #include "sm90/gemm_kernel_args.cuh"
 #include "sm90/ptx.cuh"
 #include "sm90/tile_schedule.h"
@@ -30,6 +32,42 @@ __device__ __forceinline__ float low_bf16(uint32_t pair) {
 __device__ __forceinline__ float high_bf16(uint32_t pair) {
   return __uint_as_float(pair & 0xFFFF0000u);
 }
+
+/// Eight of a block of sixteen values; lanes 2i and 2i + 1 hold one block together.
+struct HalfBlock {
+  float of[8];
+
+  /// What the NVFP4 codes and block scale of these values hold, without the global scale.
+  __device__ __forceinline__ HalfBlock rounded(float global) const {
+    float amax = 0.0f;
+#pragma unroll
+    for (const float value : of) amax = max_magnitude(amax, value);
+    // The neighbour is here whenever this lane is: they write the same row, and channels come in sixteens.
+    const uint32_t both = 3u << (threadIdx.x % 32 & 30u);
+    amax = max_magnitude(amax, __shfl_xor_sync(both, amax, 1));
+    const uint8_t code = nvfp4_block_scale(amax, global, false);
+    const float reciprocal = nvfp4_reciprocal(code, global), scale = decode_e4m3(code);
+    HalfBlock result;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      result.of[i] = __fmul_rn(cuda::round_to_e2m1(__fmul_rn(of[i], reciprocal)), scale);
+    }
+    return result;
+  }
+
+  __device__ __forceinline__ void subtract(const HalfBlock& decoded, float global) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) of[i] = __fsub_rn(of[i], __fmul_rn(decoded.of[i], global));
+  }
+
+  /// As bf16, which must hold them exactly.
+  __device__ __forceinline__ uint4 packed() const {
+    const auto pair = [](float low, float high) {
+      return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+    };
+    return {pair(of[0], of[1]), pair(of[2], of[3]), pair(of[4], of[5]), pair(of[6], of[7])};
+  }
+};
 
 /// A thread's accumulators. of[b][4 c + 2 u + i] is row 8 u + g of the warp's 16-row slab in row block b
 /// (lane 4 g + t), token 8 c + 2 t + i.
@@ -61,6 +99,8 @@ class Epilogue {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half)
       globals_[half] = args_.weight_globals[tile.expert * kHalves + half];
+    if (Traits::kPaired && args_.requantize_scales != nullptr)
+      requantize_scale_ = args_.requantize_scales[tile.expert];
   }
 
   /// Called by every consumer warpgroup; those of other depth parts only hand over their sums.
@@ -261,8 +301,13 @@ class Epilogue {
       if constexpr (Traits::kPaired) {
         const uint4 up = ptx::ld_shared_v4(staged(buffer, token + piece.token, chunk + 1));
         if (args_.d != nullptr) {
-          *reinterpret_cast<uint4*>(d) = {activate(first.x, up.x), activate(first.y, up.y),
-                                          activate(first.z, up.z), activate(first.w, up.w)};
+          const uint4 activated = {activate(first.x, up.x), activate(first.y, up.y), activate(first.z, up.z),
+                                   activate(first.w, up.w)};
+          if (args_.requantize_scales != nullptr) {
+            write_quantized(activated, d, row, piece.channel);
+          } else {
+            *reinterpret_cast<uint4*>(d) = activated;
+          }
         }
         if (args_.h != nullptr) {
           Bf16* h = args_.h + row * args_.h_stride + piece.channel;
@@ -273,6 +318,21 @@ class Epilogue {
         *reinterpret_cast<uint4*>(d) = first;
       }
     }
+  }
+
+  /// Half a block of sixteen channels; the neighbouring lane has the other.
+  __device__ __forceinline__ void write_quantized(const uint4& activated, uint16_t* d, int64_t row,
+                                                  int channel) const {
+    HalfBlock values = {{low_bf16(activated.x), high_bf16(activated.x), low_bf16(activated.y),
+                         high_bf16(activated.y), low_bf16(activated.z), high_bf16(activated.z),
+                         low_bf16(activated.w), high_bf16(activated.w)}};
+    HalfBlock decoded = values.rounded(requantize_scale_);
+    *reinterpret_cast<uint4*>(d) = decoded.packed();
+    if (channel == 0) args_.d_row_scales[row] = requantize_scale_;
+    if (args_.residual == nullptr) return;
+    values.subtract(decoded, requantize_scale_);
+    *reinterpret_cast<uint4*>(args_.residual + row * args_.d_stride + channel) =
+        values.rounded(requantize_scale_).packed();
   }
 
   __device__ __forceinline__ uint32_t activate(uint32_t gates, uint32_t ups) const {
@@ -286,6 +346,7 @@ class Epilogue {
   WorkTile tile_;
   float row_scales_[kScalesPerThread];
   float globals_[kHalves];
+  float requantize_scale_ = 1.0f;
 };
 
 }  // namespace fourfold::sm90

@@ -36,6 +36,9 @@ struct GemmKernelArgs {
   int64_t d_stride;
   Bf16* h;
   int64_t h_stride;
+  const float* requantize_scales;  ///< [experts]; null: d is SwiGLU's output itself
+  Bf16* residual;                  ///< null: one term; strides are d's
+  float* d_row_scales;
   float activation_alpha, activation_beta, activation_limit;
   bool d_is_float32;
   DecodeMasks masks;

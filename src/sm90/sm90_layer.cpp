@@ -209,7 +209,8 @@ class Sm90Layer final : public MoeLayer {
     const int64_t tokens = args.routing.tokens();
     if (tokens == 0) return;
 
-    cuda::RowSource source{args.x, permutation.slot_of_row.data(), config_.top_k, {}};
+    cuda::RowSource source{
+        args.x, permutation.slot_of_row.data(), config_.top_k, permutation.row_of_slot.data(), {}};
     if (config_.weight_on_input) source.weights = args.routing.topk_weights;
     const MatrixView<Bf16> z = tap_or(taps.z, space.routed.z);
     routed_.run(space.routed, source, {permutation.group_offsets, tokens * config_.top_k}, expert_taps(taps),

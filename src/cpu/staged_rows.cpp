@@ -9,9 +9,9 @@
 namespace fourfold::cpu {
 namespace {
 
-// Up to so many rows (of operands) byte products and floats beat tiles, whose decoding costs as much as three
-// to four rows of byte products: src/cpu counts of operations in docs/cpu.md.
-constexpr int64_t kMostIntRows = 4;
+// Up to so many rows (of operands) byte products beat tiles: measured on a machine with AMX, docs/cpu.md. For
+// floats the limit is a count of operations: decoding for tiles costs as much as two rows of them.
+constexpr int64_t kMostIntRows = 8;
 constexpr int64_t kMostFloatRows = 2;
 
 constexpr int64_t round_to_line(int64_t bytes) {

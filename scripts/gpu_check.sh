@@ -142,7 +142,7 @@ run_layertest() {
 
 run_grid() {
   attempt grid 240 "$fourfold" bench --backend "$backend" --shape "$shapes" --tokens "$tokens" \
-    --activations bf16,nvfp4 --min-time 0.05 --json "$out/grid.json"
+    --activations bf16,nvfp4 --min-time 0.25 --json "$out/grid.json"
   cat "$out/grid.log"
 }
 

@@ -68,5 +68,6 @@ void add_layertest(CLI::App& app, int& exit_code);
 void add_gemmtest(CLI::App& app, int& exit_code);
 void add_bench(CLI::App& app, int& exit_code);
 void add_inspect(CLI::App& app, int& exit_code);
+void add_doctor(CLI::App& app, int& exit_code);
 
 }  // namespace fourfold

@@ -62,7 +62,10 @@ std::vector<MemoryEstimate> estimate_memory(const ExpertWeights& weights, int64_
     estimates[0].why_not = "it multiplies NVFP4 experts alone";
   }
   estimates[1].backend = "cpu";
-  estimates[1].bytes = of_layer(weights, experts, cpu_bytes);
+  LayerOptions options;
+  options.activations = ActivationFormat::kBf16;  // which need no scales
+  estimates[1].why_not = cpu_backend().why_unsupported(weights, {}, options);
+  if (estimates[1].why_not.empty()) estimates[1].bytes = of_layer(weights, experts, cpu_bytes);
   estimates[2].backend = "reference";
   estimates[2].bytes = of_layer(weights, experts, stored_bytes);
   for (MemoryEstimate& estimate : estimates) {

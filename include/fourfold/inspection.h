@@ -113,7 +113,7 @@ inline constexpr int64_t kMostUnsampledBytes = int64_t{4} << 30;
 inline constexpr int64_t kSampledOneIn = 16;
 
 struct ModelInspection {
-  std::vector<Finding> findings;  ///< of the model first, then by layer
+  std::vector<Finding> findings;  ///< of the model first, then by layer and kind
   std::vector<LayerInspection> layers;
   std::vector<int64_t> expert_layers;  ///< all layers that hold experts
   std::string family;                  ///< empty: not known

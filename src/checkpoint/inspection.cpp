@@ -183,7 +183,9 @@ class ModelInspector {
     result_.findings.insert(result_.findings.end(), of_config.begin(), of_config.end());
     result_.findings.insert(result_.findings.end(), of_layers.begin(), of_layers.end());
     std::stable_sort(result_.findings.begin(), result_.findings.end(),
-                     [](const Finding& a, const Finding& b) { return a.layer < b.layer; });
+                     [](const Finding& a, const Finding& b) {
+                       return std::pair(a.layer, a.kind) < std::pair(b.layer, b.kind);
+                     });
     return std::move(result_);
   }
 

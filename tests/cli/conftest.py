@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-import checkpoints as ck
 import pytest
+
+import checkpoints as ck
 from command import FINE, run
 from models import FAMILIES, LAYERS
 
@@ -30,18 +31,8 @@ def input_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DIR/<family>/{original,nvfp4}; the original is MXFP4, FP8 or bf16, as the family's is."""
     folder = tmp_path_factory.mktemp("models")
+    shape = ("--shape", "8,128,64,2", "--layers", str(LAYERS), "--tokens", "16")
     for family in FAMILIES:
-        result = run(
-            "synthesize",
-            folder / family,
-            "--shape",
-            "8,128,64,2",
-            "--family",
-            family,
-            "--layers",
-            str(LAYERS),
-            "--tokens",
-            "16",
-        )
+        result = run("synthesize", folder / family, "--family", family, *shape)
         assert result.code == FINE, str(result)
     return folder

@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import checkpoints as ck
 import numpy as np
+
+import checkpoints as ck
 from checkpoints import Config, Tensor, Tensors
 from command import FINDING, FINE, Json, Result, run
 

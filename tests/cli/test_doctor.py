@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from command import ERROR, FINDING, FINE, assert_refused, assert_usage, run
 from models import FAMILIES, UP, Model
 

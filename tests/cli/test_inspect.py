@@ -6,8 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-import checkpoints as ck
 import pytest
+
+import checkpoints as ck
 from checkpoints import Tensor
 from command import FINDING, FINE, assert_refused, assert_usage, run, run_on_terminal
 from models import FAMILIES, LAYERS, QWEN, SCHEMES, UP, Model, found, inspect
@@ -72,7 +73,7 @@ def test_a_truncated_shard_does_not_hide_the_others(tmp_path: Path, models: Path
 
 def test_a_missing_shard_does_not_hide_the_others(tmp_path: Path, models: Path) -> None:
     model = copy_of(models / "deepseek-v4/nvfp4", tmp_path)
-    shard = sorted(model.glob("*.safetensors"))[0]
+    shard = min(model.glob("*.safetensors"))
     shard.unlink()
     _, report = inspect(tmp_path, model)
     assert found(report) == {("damaged-file", None)}

@@ -5,6 +5,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+
 from models import QWEN, SCHEMES, Model, inspect
 
 

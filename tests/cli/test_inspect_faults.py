@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from checkpoints import Tensor
 from command import FINE
 from models import QWEN, UP, Model, found, inspect

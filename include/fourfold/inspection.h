@@ -123,7 +123,7 @@ struct ModelInspection {
 };
 
 /// Inspects the model at `path`. OpenMP inside. Throws Error where nothing can be inspected: no such model,
-/// no readable file, no experts, or a layer in `options` that has none.
+/// no readable file; and, where all files can be read, no experts, or none in a layer of `options`.
 ModelInspection inspect_model(const std::filesystem::path& path, const InspectOptions& options);
 
 }  // namespace fourfold

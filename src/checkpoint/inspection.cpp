@@ -216,9 +216,16 @@ class ModelInspector {
 
   void choose_layers() {
     result_.expert_layers = layers_with_experts(*checkpoint_);
-    layers_ = options_.layers.empty() ? result_.expert_layers : options_.layers;
-    if (layers_.empty()) find_block(*checkpoint_, 0);  // throws, saying what was looked for
-    for (const int64_t layer : layers_) find_block(*checkpoint_, layer);
+    std::vector<int64_t> wanted = options_.layers.empty() ? result_.expert_layers : options_.layers;
+    if (wanted.empty()) wanted = {0};  // for the message that says what was looked for
+    for (const int64_t layer : wanted) {
+      try {
+        find_block(*checkpoint_, layer);
+        layers_.push_back(layer);
+      } catch (const Error&) {
+        if (result_.findings.empty()) throw;  // else it may be in a file that can't be read
+      }
+    }
   }
 
   void choose_sample() {
@@ -241,11 +248,9 @@ class ModelInspector {
                                   "what the layers compute is not known: correct config.json"});
     }
     if (!rules_ || !rules_->router || rules_->router->top_k > 0) return;
-    result_.findings.push_back({FindingKind::kConfigDisagrees, -1, "config.json: num_experts_per_tok",
-                                checkpoint_->config().file,
-                                "missing, and nothing else says how many experts a "
-                                "token goes to",
-                                "add it, as the model's original has it"});
+    result_.findings.push_back(
+        {FindingKind::kConfigDisagrees, -1, "config.json: num_experts_per_tok", checkpoint_->config().file,
+         "missing: how many experts a token goes to is not known", "add it, as the model's original has it"});
   }
 
   /// A layer whose router is there, and whose experts are not.

@@ -81,6 +81,16 @@ def test_a_missing_shard_does_not_hide_the_others(tmp_path: Path, models: Path) 
     assert report["layers"]
 
 
+def test_a_layer_that_a_missing_shard_may_hold(tmp_path: Path, models: Path) -> None:
+    """Is no error of the caller: the shard is what is wrong."""
+    model = copy_of(models / "qwen3-moe/nvfp4", tmp_path)
+    max(model.glob("*.safetensors")).unlink()
+    for layer in ("1", "7"):
+        _, report = inspect(tmp_path, model, "--layer", layer)
+        assert found(report) == {("damaged-file", None)}
+        assert len(report["layers"]) <= 1
+
+
 def test_a_tensor_that_only_the_index_knows(tmp_path: Path, models: Path) -> None:
     """The index says so, which is one finding; that the matrix lacks it is not another."""
     model = Model.read(models / "qwen3-moe/nvfp4")

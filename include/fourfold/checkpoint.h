@@ -3,9 +3,11 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -34,14 +36,27 @@ struct ModelConfig {
   std::string quantization;                    ///< e.g. "modelopt NVFP4"; empty when it claims none
 };
 
+/// What keeps a part of a model directory from being read.
+struct CheckpointDamage {
+  std::string file;
+  std::string tensor;   ///< empty: the whole file
+  std::string message;  ///< of the Error that stands for it
+};
+
 /// An opened model directory: `config.json`, and `model.safetensors` or shards with an index. Mapped, not
 /// copied.
 class Checkpoint {
  public:
   /// Throws Error naming the file and what is wrong with it. `path` may also be one .safetensors file.
   static std::shared_ptr<const Checkpoint> open(const std::filesystem::path& path);
+  /// For those who look for damage: files and index entries that open() would refuse are added to `damage`
+  /// and left out. Throws Error where nothing is left to look at: no directory, no index, no readable file.
+  static std::shared_ptr<const Checkpoint> open(const std::filesystem::path& path,
+                                                std::vector<CheckpointDamage>& damage);
 
   const std::filesystem::path& path() const { return path_; }
+  /// Names that the index promises and no readable file holds. Empty for those opened without damage.
+  const std::set<std::string, std::less<>>& lost() const { return lost_; }
   const ModelConfig& config() const { return config_; }
   const Tensor* find(std::string_view name) const;
   /// All tensors by name.
@@ -49,14 +64,20 @@ class Checkpoint {
 
  private:
   Checkpoint() = default;
+  static std::shared_ptr<const Checkpoint> open_any(const std::filesystem::path& path,
+                                                    std::vector<CheckpointDamage>* damage);
   void open_shards(const std::filesystem::path& index_path);
   void add_file(const std::filesystem::path& path);
   void read_config();
+  /// Runs `read`; its Error goes into damage_ where that is wanted.
+  void attempt(const std::string& file, const std::string& tensor, const std::function<void()>& read);
 
   std::filesystem::path path_;
   ModelConfig config_;
   std::vector<std::shared_ptr<const SafetensorsFile>> files_;
   std::map<std::string, const Tensor*, std::less<>> tensors_;
+  std::set<std::string, std::less<>> lost_;
+  std::vector<CheckpointDamage>* damage_ = nullptr;  // while opening
 };
 
 /// Order of gate's and up's rows where a checkpoint stores them as one tensor.

@@ -79,8 +79,29 @@ std::string quantization_in(const nlohmann::json& object) {
 }  // namespace
 
 std::shared_ptr<const Checkpoint> Checkpoint::open(const std::filesystem::path& path) {
+  return open_any(path, nullptr);
+}
+
+std::shared_ptr<const Checkpoint> Checkpoint::open(const std::filesystem::path& path,
+                                                   std::vector<CheckpointDamage>& damage) {
+  return open_any(path, &damage);
+}
+
+void Checkpoint::attempt(const std::string& file, const std::string& tensor,
+                         const std::function<void()>& read) {
+  if (damage_ == nullptr) return read();
+  try {
+    read();
+  } catch (const Error& error) {
+    damage_->push_back({file, tensor, error.what()});
+  }
+}
+
+std::shared_ptr<const Checkpoint> Checkpoint::open_any(const std::filesystem::path& path,
+                                                       std::vector<CheckpointDamage>* damage) {
   std::shared_ptr<Checkpoint> checkpoint(new Checkpoint);
   checkpoint->path_ = path;
+  checkpoint->damage_ = damage;
   std::error_code error;
   if (path.extension() == ".safetensors") {
     checkpoint->add_file(path);
@@ -96,6 +117,7 @@ std::shared_ptr<const Checkpoint> Checkpoint::open(const std::filesystem::path& 
          kSingleName);
   }
   checkpoint->read_config();
+  checkpoint->damage_ = nullptr;
   return checkpoint;
 }
 
@@ -103,10 +125,11 @@ void Checkpoint::add_file(const std::filesystem::path& path) {
   const auto& file = files_.emplace_back(SafetensorsFile::open(path));
   for (const auto& [name, tensor] : file->tensors()) {
     const auto [it, inserted] = tensors_.emplace(name, &tensor);
-    if (!inserted) {
-      fail(ErrorCode::kBadFile, "{}: tensor '{}': expected it once, found it in {} too", path.string(), name,
-           it->second->file);
-    }
+    if (inserted) continue;
+    attempt(path.string(), name, [&, &twice = name, &first = it->second->file] {
+      fail(ErrorCode::kBadFile, "{}: tensor '{}': expected it once, found it in {} too", path.string(), twice,
+           first);
+    });
   }
 }
 
@@ -137,19 +160,28 @@ void Checkpoint::open_shards(const std::filesystem::path& index_path) {
     shards.insert(shard_path.string());
   }
   for (const std::string& shard : shards) {
-    if (!file_exists(path_ / shard)) {
-      fail(ErrorCode::kNotFound, "{}: expected the shard {}, found no such file; is the download complete?",
-           file, (path_ / shard).string());
-    }
-    add_file(path_ / shard);
+    attempt((path_ / shard).string(), "", [&] {
+      if (!file_exists(path_ / shard)) {
+        fail(ErrorCode::kNotFound, "{}: expected the shard {}, found no such file; is the download complete?",
+             file, (path_ / shard).string());
+      }
+      add_file(path_ / shard);
+    });
   }
+  if (files_.empty() && damage_ != nullptr && !damage_->empty()) {
+    fail(ErrorCode::kBadFile, "{}", damage_->front().message);
+  }
+  std::set<std::string> readable;
+  for (const auto& opened : files_) readable.insert(opened->path().string());
   for (const auto& [name, shard] : map->items()) {
     const Tensor* tensor = find(name);
     const std::string expected = (path_ / shard.get<std::string>()).string();
-    if (tensor == nullptr || tensor->file != expected) {
-      fail(ErrorCode::kBadFile, "{}: weight_map '{}': expected the tensor in {}, found it in {}", file, name,
-           expected, tensor ? tensor->file : "no shard");
-    }
+    if (tensor == nullptr) lost_.insert(name);
+    if ((tensor != nullptr && tensor->file == expected) || !readable.contains(expected)) continue;
+    attempt(file, name, [&, &promised = name] {
+      fail(ErrorCode::kBadFile, "{}: weight_map '{}': expected the tensor in {}, found it in {}", file,
+           promised, expected, tensor ? tensor->file : "no shard");
+    });
   }
 }
 
@@ -157,7 +189,8 @@ void Checkpoint::read_config() {
   const std::filesystem::path directory = path_.extension() == ".safetensors" ? path_.parent_path() : path_;
   const std::string file = (directory / "config.json").string();
   config_.file = file;
-  if (file_exists(directory / "config.json")) {
+  attempt(file, "", [&] {
+    if (!file_exists(directory / "config.json")) return;
     const nlohmann::json root = read_json_object(directory / "config.json");
     const auto text = root.find("text_config");  // multimodal models nest their language model's
     const nlohmann::json& config = text != root.end() && text->is_object() ? *text : root;
@@ -188,13 +221,15 @@ void Checkpoint::read_config() {
     if (const auto it = root.find("quantization_config"); it != root.end() && it->is_object()) {
       config_.quantization = quantization_in(*it);
     }
-  }
-  if (config_.quantization.empty() && file_exists(directory / "hf_quant_config.json")) {
-    const nlohmann::json root = read_json_object(directory / "hf_quant_config.json");
+  });
+  const std::string quantization_file = (directory / "hf_quant_config.json").string();
+  attempt(quantization_file, "", [&] {
+    if (!config_.quantization.empty() || !file_exists(quantization_file)) return;
+    const nlohmann::json root = read_json_object(quantization_file);
     if (const auto it = root.find("quantization"); it != root.end() && it->is_object()) {
       config_.quantization = quantization_in(*it);
     }
-  }
+  });
 }
 
 const Tensor* Checkpoint::find(std::string_view name) const {

@@ -47,6 +47,8 @@ int main(int argc, char** argv) {
     fourfold::add_synthesize(app, exit_code);
     fourfold::add_gemmtest(app, exit_code);
     fourfold::add_bench(app, exit_code);
+    fourfold::add_inspect(app, exit_code);
+    fourfold::add_doctor(app, exit_code);
     try {
       app.parse(argc, argv);
     } catch (const CLI::ParseError& error) {

@@ -1,0 +1,56 @@
+// `fourfold inspect`.
+#include <fmt/format.h>
+
+#include <memory>
+#include <optional>
+
+#include "base/files.h"
+#include "tools/commands.h"
+#include "tools/inspect_report.h"
+#include "tools/terminal.h"
+
+namespace fourfold {
+namespace {
+
+struct Arguments {
+  std::string model, json;
+  std::optional<int64_t> layer;
+  bool all_codes = false;
+};
+
+int execute(const Arguments& arguments) {
+  if (!arguments.json.empty()) require_creatable(arguments.json);
+  const Progress progress;
+  InspectOptions options;
+  if (arguments.layer) options.layers = {*arguments.layer};
+  options.all_codes = arguments.all_codes;
+  options.progress = [&](std::string_view what) { progress.show(what); };
+  const ModelInspection model = inspect_model(arguments.model, options);
+  progress.clear();
+  if (!arguments.json.empty()) write_file(arguments.json, format_inspection_json(arguments.model, model));
+  fmt::print("{}", format_inspection(arguments.model, model));
+  return model.findings.empty() ? kExitFine : kExitFinding;
+}
+
+}  // namespace
+
+void add_inspect(CLI::App& app, int& exit_code) {
+  auto arguments = std::make_shared<Arguments>();
+  CLI::App* command =
+      app.add_subcommand("inspect", "Say what a model's MoE layers hold, and what is wrong with them");
+  command->add_option("DIR", arguments->model, "a model directory, or one .safetensors file")
+      ->required()
+      ->check(nonempty());
+  command->add_option("--layer", arguments->layer, "this layer alone, in detail (default: all)")
+      ->check(whole_number<int64_t>());
+  command->add_flag(
+      "--all-codes", arguments->all_codes,
+      fmt::format("read every code; otherwise of layers above {} GB together one run of rows in {}",
+                  kMostUnsampledBytes >> 30, kSampledOneIn));
+  command->add_option("--json", arguments->json, "write everything as JSON too (docs/inspect.md)")
+      ->check(nonempty());
+  command->footer("Exit code: 0 clean, 1 error, 2 usage, 3 something is wrong.");
+  command->callback([arguments, &exit_code] { exit_code = execute(*arguments); });
+}
+
+}  // namespace fourfold

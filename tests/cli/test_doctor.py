@@ -1,0 +1,66 @@
+"""`fourfold doctor`: this machine, and which backend takes a layer."""
+
+from pathlib import Path
+
+import pytest
+
+from command import ERROR, FINDING, FINE, assert_refused, assert_usage, run
+from models import FAMILIES, UP, Model
+
+
+def test_doctor_of_this_machine() -> None:
+    result = run("doctor")
+    assert result.code == FINE, str(result)
+    for part in (
+        "machine",
+        "cpu sets",
+        "driver",
+        "gpu",
+        "backends",
+        "reference",
+        "chosen",
+        "cpu portable",
+        "this machine is fine",
+    ):
+        assert part in result.stdout, str(result)
+
+
+def test_doctor_names_what_forces_a_backend() -> None:
+    result = run("doctor", env={"FOURFOLD_BACKEND": "reference", "FOURFOLD_ISA": "portable"})
+    assert "FOURFOLD_BACKEND=reference" in result.stdout and "reference (forced by" in result.stdout
+    assert "FOURFOLD_ISA=portable" in result.stdout
+    result = run("doctor", env={"FOURFOLD_BACKEND": "abacus"})
+    assert result.code == FINDING and "'abacus'" in result.stdout, str(result)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_doctor_of_a_layer(models: Path, family: str) -> None:
+    result = run("doctor", models / family / "nvfp4", "--layer", "1")
+    assert result.code == FINE, str(result)
+    assert "layer 1: 8 experts, nvfp4" in result.stdout
+    assert "kernel:" in result.stdout
+
+
+def test_doctor_says_why_not_the_faster_backend(models: Path) -> None:
+    result = run("doctor", models / "deepseek-v4/original")
+    assert "reference (passed over" in result.stdout and "mxfp4" in result.stdout, str(result)
+
+
+def test_doctor_of_damaged_layers(tmp_path: Path, models: Path) -> None:
+    model = Model.read(models / "qwen3-moe/nvfp4")
+    model.remove(f"{UP}.weight_scale_2")
+    result = run("doctor", model.write(tmp_path / "model"), "--layer", "1")
+    assert result.code == FINDING and "weight_scale_2" in result.stdout and "inspect" in result.stdout, str(
+        result
+    )
+    model = Model.read(models / "qwen3-moe/nvfp4")
+    model.set_float(f"{UP}.input_scale", 0.0)
+    result = run("doctor", model.write(tmp_path / "model"), "--layer", "1")
+    assert result.code == FINDING and "input_scale" in result.stdout, str(result)
+
+
+def test_doctor_of_what_is_not_there(tmp_path: Path, models: Path) -> None:
+    assert_refused(run("doctor", tmp_path / "nowhere"), "expected a model directory")
+    assert_refused(run("doctor", models / "mixtral/nvfp4", "--layer", "9"), "layer 9")
+    assert_usage(run("doctor", "--layer", "1"))
+    assert run("doctor", "").code != ERROR

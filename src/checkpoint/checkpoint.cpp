@@ -7,6 +7,7 @@
 
 #include "base/fail.h"
 #include "base/files.h"
+#include "checkpoint/quantization_claim.h"
 #include "checkpoint/strict_json.h"
 
 namespace fourfold {
@@ -64,16 +65,6 @@ std::optional<float> positive_in(const nlohmann::json& config, const std::string
 std::string string_in(const nlohmann::json& object, const char* key) {
   const auto it = object.find(key);
   return it != object.end() && it->is_string() ? it->get<std::string>() : "";
-}
-
-/// "modelopt NVFP4" from a quantization_config or hf_quant_config object, as far as it says.
-std::string quantization_in(const nlohmann::json& object) {
-  std::string text = string_in(object, "quant_method");
-  for (const char* key : {"quant_algo", "moe_quant_algo", "format"}) {
-    const std::string value = string_in(object, key);
-    if (!value.empty()) text += (text.empty() ? "" : " ") + value;
-  }
-  return text;
 }
 
 }  // namespace
@@ -186,15 +177,16 @@ void Checkpoint::read_config() {
       config_.renormalise = it->get<bool>();
     }
     if (const auto it = root.find("quantization_config"); it != root.end() && it->is_object()) {
-      config_.quantization = quantization_in(*it);
+      config_.claim = read_claim(*it);
     }
   }
-  if (config_.quantization.empty() && file_exists(directory / "hf_quant_config.json")) {
+  if (config_.claim.text.empty() && file_exists(directory / "hf_quant_config.json")) {
     const nlohmann::json root = read_json_object(directory / "hf_quant_config.json");
     if (const auto it = root.find("quantization"); it != root.end() && it->is_object()) {
-      config_.quantization = quantization_in(*it);
+      config_.claim = read_claim(*it);
     }
   }
+  config_.quantization = config_.claim.text;
 }
 
 const Tensor* Checkpoint::find(std::string_view name) const {

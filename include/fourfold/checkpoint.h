@@ -56,6 +56,8 @@ class Checkpoint {
   const Tensor* find(std::string_view name) const;
   /// All tensors by name.
   const std::map<std::string, const Tensor*, std::less<>>& tensors() const { return tensors_; }
+  /// Throws Error where one of the files was truncated, or could not be read, while mapped.
+  void require_intact() const;
 
  private:
   Checkpoint() = default;

@@ -1,6 +1,7 @@
 // Opening a model directory: index, shards, config.
 #include "fourfold/checkpoint.h"
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 #include <system_error>
@@ -26,6 +27,30 @@ bool file_exists(const std::filesystem::path& path) {
   if (type == std::filesystem::file_type::not_found) return false;
   if (error) fail(ErrorCode::kIo, "{}: can't look for it: {}", path.string(), error.message());
   return true;
+}
+
+bool lies_in(const std::filesystem::path& file, const std::filesystem::path& folder) {
+  const auto [rest, end] = std::mismatch(folder.begin(), folder.end(), file.begin(), file.end());
+  return rest == folder.end();
+}
+
+/// Refuses a shard that is a symbolic link out of `directory`: whoever wrote a downloaded folder decides what
+/// is opened otherwise. The cache of Hugging Face, snapshots/REVISION/ beside blobs/, is made of such links.
+void require_no_way_out(const std::filesystem::path& directory, const std::string& shard,
+                        const std::string& index) {
+  std::error_code error;
+  if (!std::filesystem::is_symlink(directory / shard, error)) return;
+  const auto target = std::filesystem::canonical(directory / shard, error);
+  if (error) return;  // a link to nothing, or to itself: what opens it says so
+  const auto folder = std::filesystem::canonical(directory, error);
+  if (!error && lies_in(target, folder)) return;
+  const bool is_snapshot = folder.parent_path().filename() == "snapshots";
+  if (is_snapshot && lies_in(target, folder.parent_path().parent_path() / "blobs")) return;
+  fail(
+      ErrorCode::kBadFile,
+      "{}: shard '{}': expected a file in this directory, found a symbolic link to {}; copy it here, or open "
+      "the directory that it is in",
+      index, shard, target.string());
 }
 
 nlohmann::json read_json_object(const std::filesystem::path& path) {
@@ -120,7 +145,8 @@ void Checkpoint::open_shards(const std::filesystem::path& index_path) {
       fail(ErrorCode::kBadFile, "{}: weight_map '{}': expected a file name of at most {} bytes, found {}",
            file, name.substr(0, kMaxNameBytes), kMaxNameBytes, shard_path.native().size());
     }
-    if (shard_path.empty() || shard_path != shard_path.filename() || shard_path == "..") {
+    if (shard_path.empty() || shard_path != shard_path.filename() || shard_path == ".." ||
+        shard_path == ".") {
       fail(ErrorCode::kBadFile,
            "{}: weight_map '{}': expected the name of a file beside the index, found '{}'", file, name,
            shard_path.string());
@@ -132,6 +158,7 @@ void Checkpoint::open_shards(const std::filesystem::path& index_path) {
       fail(ErrorCode::kNotFound, "{}: expected the shard {}, found no such file; is the download complete?",
            file, (path_ / shard).string());
     }
+    require_no_way_out(path_, shard, file);
     add_file(path_ / shard);
   }
   for (const auto& [name, shard] : map->items()) {
@@ -187,6 +214,10 @@ void Checkpoint::read_config() {
     }
   }
   config_.quantization = config_.claim.text;
+}
+
+void Checkpoint::require_intact() const {
+  for (const auto& file : files_) file->require_intact();
 }
 
 const Tensor* Checkpoint::find(std::string_view name) const {

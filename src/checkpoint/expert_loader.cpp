@@ -93,6 +93,7 @@ class LayerLoader {
       fail(ErrorCode::kBadFile, "{}: {}", checkpoint_.path().string(), error.what());
     }
     compare_with_config(layer);
+    checkpoint_.require_intact();  // scales have been read
     return layer;
   }
 

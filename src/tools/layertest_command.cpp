@@ -9,6 +9,7 @@
 
 #include "base/fail.h"
 #include "base/files.h"
+#include "base/mapped_file.h"
 #include "fourfold/checkpoint.h"
 #include "fourfold/model_family.h"
 #include "tools/commands.h"
@@ -113,6 +114,7 @@ class Run {
     request.progress = [&](std::string_view what) { progress.show(what); };
     const LayertestReport report = run_layertest(request);
     progress.clear();
+    require_mapped_files_intact();
 
     fact("backend", fmt::format("{} ({}); kernel: {}", report.backend, choice_.reason, report.kernel));
     fmt::print("{}", format_table(subject_, report));

@@ -50,6 +50,9 @@ class Checkpoint {
  public:
   /// Throws Error naming the file and what is wrong with it. `path` may also be one .safetensors file.
   static std::shared_ptr<const Checkpoint> open(const std::filesystem::path& path);
+  /// Of tensors in memory that outlives it, each `bytes` as long as type and shape say. Throws Error for a
+  /// name that is there twice.
+  static std::shared_ptr<const Checkpoint> from_tensors(std::vector<Tensor> tensors, ModelConfig config);
 
   const std::filesystem::path& path() const { return path_; }
   const ModelConfig& config() const { return config_; }
@@ -68,6 +71,7 @@ class Checkpoint {
   std::filesystem::path path_;
   ModelConfig config_;
   std::vector<std::shared_ptr<const SafetensorsFile>> files_;
+  std::vector<Tensor> in_memory_;
   std::map<std::string, const Tensor*, std::less<>> tensors_;
 };
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <set>
 #include <system_error>
+#include <utility>
 
 #include "base/fail.h"
 #include "base/files.h"
@@ -112,6 +113,18 @@ std::shared_ptr<const Checkpoint> Checkpoint::open(const std::filesystem::path& 
          kSingleName);
   }
   checkpoint->read_config();
+  return checkpoint;
+}
+
+std::shared_ptr<const Checkpoint> Checkpoint::from_tensors(std::vector<Tensor> tensors, ModelConfig config) {
+  std::shared_ptr<Checkpoint> checkpoint(new Checkpoint);
+  checkpoint->path_ = "memory";
+  checkpoint->config_ = std::move(config);
+  checkpoint->in_memory_ = std::move(tensors);
+  for (const Tensor& tensor : checkpoint->in_memory_) {
+    if (checkpoint->tensors_.emplace(tensor.name, &tensor).second) continue;
+    fail(ErrorCode::kInvalidArgument, "tensor '{}': expected it once, found it twice", tensor.name);
+  }
   return checkpoint;
 }
 

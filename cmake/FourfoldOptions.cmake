@@ -27,6 +27,19 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_L
   target_compile_options(fourfold_options INTERFACE
     $<$<COMPILE_LANGUAGE:CXX>:-Wno-restrict>)  # false alarms on std::string, GCC bug 105329
 endif()
+if(CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
+  target_compile_options(fourfold_options INTERFACE
+    $<$<COMPILE_LANGUAGE:CXX>:-Wno-sign-conversion>)  # part of -Wconversion there, not with GCC
+endif()
+
+# Fuzzers of the readers, tests/fuzz: with Clang's libFuzzer. The rest does not compile with Clang 14.
+option(FOURFOLD_FUZZ "Build the fuzzers, for Clang; target 'fuzzers'" OFF)
+if(FOURFOLD_FUZZ)
+  if(NOT CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
+    message(FATAL_ERROR "fourfold: FOURFOLD_FUZZ=ON needs Clang, found ${CMAKE_CXX_COMPILER_ID}; try --preset fuzz")
+  endif()
+  set(FOURFOLD_SANITIZE "address,undefined,fuzzer-no-link")
+endif()
 if(FOURFOLD_SANITIZE)
   target_compile_options(fourfold_options INTERFACE
     $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${FOURFOLD_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer>)

@@ -18,6 +18,14 @@
 
 namespace fourfold {
 
+/// What a config claims of the quantization; empty members claim nothing.
+struct QuantizationClaim {
+  std::string text;                  ///< as it spells method and algorithm, e.g. "modelopt NVFP4"
+  std::set<std::string> formats;     ///< of four bits: "nvfp4", "mxfp4"
+  std::set<uint64_t> group_sizes;    ///< codes that share a scale
+  std::vector<std::string> ignored;  ///< modules left out: names, globs, or "re:" and a regular expression
+};
+
 /// What `config.json` says of the layer; absent members are unknown. Tensors are the truth, this is compared.
 struct ModelConfig {
   std::string file;  ///< where config.json is, or would be, for messages
@@ -34,6 +42,7 @@ struct ModelConfig {
   std::optional<float> routed_scaling_factor;  ///< multiplies routing weights: DeepSeek
   std::optional<int64_t> groups, top_groups;   ///< n_group, topk_group: DeepSeek-V3
   std::string quantization;                    ///< e.g. "modelopt NVFP4"; empty when it claims none
+  QuantizationClaim claim;                     ///< the same in detail
 };
 
 /// What keeps a part of a model directory from being read.
@@ -53,6 +62,9 @@ class Checkpoint {
   /// and left out. Throws Error where nothing is left to look at: no directory, no index, no readable file.
   static std::shared_ptr<const Checkpoint> open(const std::filesystem::path& path,
                                                 std::vector<CheckpointDamage>& damage);
+  /// Of tensors in memory that outlives it, each `bytes` as long as type and shape say. Throws Error for a
+  /// name that is there twice.
+  static std::shared_ptr<const Checkpoint> from_tensors(std::vector<Tensor> tensors, ModelConfig config);
 
   const std::filesystem::path& path() const { return path_; }
   /// Names that the index promises and no readable file holds. Empty for those opened without damage.
@@ -61,6 +73,8 @@ class Checkpoint {
   const Tensor* find(std::string_view name) const;
   /// All tensors by name.
   const std::map<std::string, const Tensor*, std::less<>>& tensors() const { return tensors_; }
+  /// Throws Error where one of the files was truncated, or could not be read, while mapped.
+  void require_intact() const;
 
  private:
   Checkpoint() = default;
@@ -75,6 +89,7 @@ class Checkpoint {
   std::filesystem::path path_;
   ModelConfig config_;
   std::vector<std::shared_ptr<const SafetensorsFile>> files_;
+  std::vector<Tensor> in_memory_;
   std::map<std::string, const Tensor*, std::less<>> tensors_;
   std::set<std::string, std::less<>> lost_;
   std::vector<CheckpointDamage>* damage_ = nullptr;  // while opening
@@ -90,12 +105,24 @@ std::optional<GateUpOrder> parse_gate_up_order(std::string_view name);
 /// The order of the family that `config` names; nullopt where it is not known.
 std::optional<GateUpOrder> fused_gate_up_order(const ModelConfig& config);
 
+/// How codes of four bits are scaled. Names and dtypes tell; a caller may know better.
+enum class WeightScheme : uint8_t {
+  kModelOpt,           ///< NVFP4, global scales multiply
+  kCompressedTensors,  ///< NVFP4, global scales divide
+  kMxfp4,              ///< blocks of 32, e8m0 scales, no global scale
+};
+
+std::string_view to_string(WeightScheme scheme);  ///< "modelopt", "compressed-tensors" or "mxfp4"
+/// nullopt for an unknown name.
+std::optional<WeightScheme> parse_weight_scheme(std::string_view name);
+
 /// The experts of one layer, and how they were found.
 struct ExpertLayer {
   ExpertWeights weights;            ///< keeps the checkpoint mapped
   std::vector<int64_t> expert_ids;  ///< number of each expert in the checkpoint
   int64_t experts_in_checkpoint = 0;
-  std::string scheme;         ///< "nvfp4", "mxfp4", "bf16", "bf16 (fused)", "mixed: ..."
+  /// "nvfp4", "nvfp4 (compressed-tensors)", "mxfp4", "bf16", "bf16 (fused)", "mixed: ..."
+  std::string scheme;
   std::string naming;         ///< e.g. "layers.3.ffn.experts.E.{w1,w3,w2}"
   std::string shared_scheme;  ///< the same of the shared expert; empty where there is none
   std::string shared_naming;
@@ -103,13 +130,16 @@ struct ExpertLayer {
 };
 
 /// Reads the experts of `layer`: all of them, or those in `experts` (ascending, unique), and its shared
-/// expert. The scheme follows from tensor names and dtypes: expert by expert NVFP4 (ModelOpt, DeepSeek-V4),
-/// MXFP4 (DeepSeek-V4), FP8 with block scales, bf16, f16 or f32; or fused (E, 2I, H) in NVFP4, in gpt-oss's
-/// MXFP4, or dense. Fused tensors stored transposed, (E, H, 2I), are repacked into memory of their own. The
-/// order of gate and up in fused tensors is the family's, or `order`. Throws Error naming file, tensor,
-/// expected and found, also for tensors beside the experts that nothing here reads.
+/// expert. The scheme follows from tensor names and dtypes, matrix by matrix: expert by expert NVFP4
+/// (ModelOpt, DeepSeek-V4, compressed-tensors), MXFP4 (DeepSeek-V4, compressed-tensors, ModelOpt), FP8 with
+/// block scales, bf16, f16 or f32; or fused (E, 2I, H) in NVFP4, in gpt-oss's MXFP4, or dense. `scheme`
+/// replaces what they say of codes of four bits. Fused tensors stored transposed, (E, H, 2I), are repacked
+/// into memory of their own. The order of gate and up in fused tensors is the family's, or `order`. Throws
+/// Error naming file, tensor, expected and found, also for tensors beside the experts that nothing here
+/// reads, and for a `scheme` where no codes of four bits are.
 ExpertLayer load_experts(std::shared_ptr<const Checkpoint> checkpoint, int64_t layer,
-                         const std::vector<int64_t>& experts = {}, std::optional<GateUpOrder> order = {});
+                         const std::vector<int64_t>& experts = {}, std::optional<GateUpOrder> order = {},
+                         std::optional<WeightScheme> scheme = {});
 
 /// A layer's router. `weights` view the checkpoint's mapped files, and `hash_table`.
 struct CheckpointRouter {

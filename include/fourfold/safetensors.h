@@ -13,6 +13,7 @@
 
 namespace fourfold {
 
+class MappedFile;
 class PartialFile;
 
 /// Element types of the safetensors format.
@@ -70,15 +71,14 @@ class SafetensorsFile {
   /// Throws Error listing some of the names that are there.
   const Tensor& at(std::string_view name) const;
   const Tensor* find(std::string_view name) const;
+  /// Throws Error where the file was truncated, or could not be read, while mapped (docs/checkpoints.md).
+  void require_intact() const;
 
  private:
-  SafetensorsFile() = default;
-  void map();
-  void parse_header();
+  explicit SafetensorsFile(const std::filesystem::path& path);
 
   std::filesystem::path path_;
-  std::byte* data_ = nullptr;
-  size_t size_ = 0;
+  std::unique_ptr<const MappedFile> file_;
   std::map<std::string, Tensor, std::less<>> tensors_;
 };
 

@@ -112,6 +112,10 @@ void PartialFile::write_at(std::span<const std::byte> data, int64_t offset) {
   while (!data.empty()) {
     const ssize_t written = pwrite(descriptor_, data.data(), data.size(), offset);
     if (written < 0 && errno == EINTR) continue;
+    if (written < 0 && errno == EFAULT) {  // bytes of a mapped file that is no longer all there
+      fail(ErrorCode::kIo, "{}: can't write it: what it is written from can't be read; was that truncated?",
+           path_.string());
+    }
     if (written <= 0) fail_io(path_, "write");
     data = data.subspan(static_cast<size_t>(written));
     offset += written;

@@ -1,12 +1,15 @@
 // Opening a model directory: index, shards, config.
 #include "fourfold/checkpoint.h"
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 #include <system_error>
+#include <utility>
 
 #include "base/fail.h"
 #include "base/files.h"
+#include "checkpoint/quantization_claim.h"
 #include "checkpoint/strict_json.h"
 
 namespace fourfold {
@@ -25,6 +28,30 @@ bool file_exists(const std::filesystem::path& path) {
   if (type == std::filesystem::file_type::not_found) return false;
   if (error) fail(ErrorCode::kIo, "{}: can't look for it: {}", path.string(), error.message());
   return true;
+}
+
+bool lies_in(const std::filesystem::path& file, const std::filesystem::path& folder) {
+  const auto [rest, end] = std::mismatch(folder.begin(), folder.end(), file.begin(), file.end());
+  return rest == folder.end();
+}
+
+/// Refuses a shard that is a symbolic link out of `directory`: whoever wrote a downloaded folder decides what
+/// is opened otherwise. The cache of Hugging Face, snapshots/REVISION/ beside blobs/, is made of such links.
+void require_no_way_out(const std::filesystem::path& directory, const std::string& shard,
+                        const std::string& index) {
+  std::error_code error;
+  if (!std::filesystem::is_symlink(directory / shard, error)) return;
+  const auto target = std::filesystem::canonical(directory / shard, error);
+  if (error) return;  // a link to nothing, or to itself: what opens it says so
+  const auto folder = std::filesystem::canonical(directory, error);
+  if (!error && lies_in(target, folder)) return;
+  const bool is_snapshot = folder.parent_path().filename() == "snapshots";
+  if (is_snapshot && lies_in(target, folder.parent_path().parent_path() / "blobs")) return;
+  fail(
+      ErrorCode::kBadFile,
+      "{}: shard '{}': expected a file in this directory, found a symbolic link to {}; copy it here, or open "
+      "the directory that it is in",
+      index, shard, target.string());
 }
 
 nlohmann::json read_json_object(const std::filesystem::path& path) {
@@ -64,16 +91,6 @@ std::optional<float> positive_in(const nlohmann::json& config, const std::string
 std::string string_in(const nlohmann::json& object, const char* key) {
   const auto it = object.find(key);
   return it != object.end() && it->is_string() ? it->get<std::string>() : "";
-}
-
-/// "modelopt NVFP4" from a quantization_config or hf_quant_config object, as far as it says.
-std::string quantization_in(const nlohmann::json& object) {
-  std::string text = string_in(object, "quant_method");
-  for (const char* key : {"quant_algo", "moe_quant_algo", "format"}) {
-    const std::string value = string_in(object, key);
-    if (!value.empty()) text += (text.empty() ? "" : " ") + value;
-  }
-  return text;
 }
 
 }  // namespace
@@ -121,6 +138,18 @@ std::shared_ptr<const Checkpoint> Checkpoint::open_any(const std::filesystem::pa
   return checkpoint;
 }
 
+std::shared_ptr<const Checkpoint> Checkpoint::from_tensors(std::vector<Tensor> tensors, ModelConfig config) {
+  std::shared_ptr<Checkpoint> checkpoint(new Checkpoint);
+  checkpoint->path_ = "memory";
+  checkpoint->config_ = std::move(config);
+  checkpoint->in_memory_ = std::move(tensors);
+  for (const Tensor& tensor : checkpoint->in_memory_) {
+    if (checkpoint->tensors_.emplace(tensor.name, &tensor).second) continue;
+    fail(ErrorCode::kInvalidArgument, "tensor '{}': expected it once, found it twice", tensor.name);
+  }
+  return checkpoint;
+}
+
 void Checkpoint::add_file(const std::filesystem::path& path) {
   const auto& file = files_.emplace_back(SafetensorsFile::open(path));
   for (const auto& [name, tensor] : file->tensors()) {
@@ -152,7 +181,8 @@ void Checkpoint::open_shards(const std::filesystem::path& index_path) {
       fail(ErrorCode::kBadFile, "{}: weight_map '{}': expected a file name of at most {} bytes, found {}",
            file, name.substr(0, kMaxNameBytes), kMaxNameBytes, shard_path.native().size());
     }
-    if (shard_path.empty() || shard_path != shard_path.filename() || shard_path == "..") {
+    if (shard_path.empty() || shard_path != shard_path.filename() || shard_path == ".." ||
+        shard_path == ".") {
       fail(ErrorCode::kBadFile,
            "{}: weight_map '{}': expected the name of a file beside the index, found '{}'", file, name,
            shard_path.string());
@@ -165,6 +195,7 @@ void Checkpoint::open_shards(const std::filesystem::path& index_path) {
         fail(ErrorCode::kNotFound, "{}: expected the shard {}, found no such file; is the download complete?",
              file, (path_ / shard).string());
       }
+      require_no_way_out(path_, shard, file);
       add_file(path_ / shard);
     });
   }
@@ -219,17 +250,22 @@ void Checkpoint::read_config() {
       config_.renormalise = it->get<bool>();
     }
     if (const auto it = root.find("quantization_config"); it != root.end() && it->is_object()) {
-      config_.quantization = quantization_in(*it);
+      config_.claim = read_claim(*it);
     }
   });
   const std::string quantization_file = (directory / "hf_quant_config.json").string();
   attempt(quantization_file, "", [&] {
-    if (!config_.quantization.empty() || !file_exists(quantization_file)) return;
+    if (!config_.claim.text.empty() || !file_exists(quantization_file)) return;
     const nlohmann::json root = read_json_object(quantization_file);
     if (const auto it = root.find("quantization"); it != root.end() && it->is_object()) {
-      config_.quantization = quantization_in(*it);
+      config_.claim = read_claim(*it);
     }
   });
+  config_.quantization = config_.claim.text;
+}
+
+void Checkpoint::require_intact() const {
+  for (const auto& file : files_) file->require_intact();
 }
 
 const Tensor* Checkpoint::find(std::string_view name) const {

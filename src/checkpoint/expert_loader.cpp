@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <map>
 #include <set>
 
 #include "base/fail.h"
 #include "checkpoint/linear_reader.h"
 #include "checkpoint/moe_names.h"
+#include "checkpoint/quantization_claim.h"
 #include "fourfold/model_family.h"
 
 namespace fourfold {
@@ -17,6 +19,12 @@ constexpr std::array<std::pair<GateUpOrder, std::string_view>, 3> kOrders = {{
     {GateUpOrder::kGateFirst, "gate-first"},
     {GateUpOrder::kUpFirst, "up-first"},
     {GateUpOrder::kInterleaved, "interleaved"},
+}};
+
+constexpr std::array<std::pair<WeightScheme, std::string_view>, 3> kSchemes = {{
+    {WeightScheme::kModelOpt, "modelopt"},
+    {WeightScheme::kCompressedTensors, "compressed-tensors"},
+    {WeightScheme::kMxfp4, "mxfp4"},
 }};
 
 /// Which rows of a fused matrix of 2I rows are gate's, and which up's.
@@ -59,13 +67,14 @@ struct LayerStorage {
 class LayerLoader {
  public:
   LayerLoader(std::shared_ptr<const Checkpoint> checkpoint, int64_t layer, const std::vector<int64_t>& wanted,
-              std::optional<GateUpOrder> order)
+              std::optional<GateUpOrder> order, std::optional<WeightScheme> scheme)
       : storage_(std::make_shared<LayerStorage>()),
         checkpoint_(*checkpoint),
         layer_number_(layer),
         block_(find_block(checkpoint_, layer)),
         wanted_(wanted),
-        order_(order) {
+        order_(order),
+        scheme_(scheme) {
     storage_->checkpoint = std::move(checkpoint);
   }
 
@@ -77,12 +86,14 @@ class LayerLoader {
     layer.weights.intermediate = rows_of(layer.weights.experts.front().up);
     layer.weights.hidden = cols_of(layer.weights.experts.front().up);
     layer.weights.storage = storage_;
+    require_four_bits_for_scheme(layer);
     try {
       validate(layer.weights);
     } catch (const Error& error) {
       fail(ErrorCode::kBadFile, "{}: {}", checkpoint_.path().string(), error.what());
     }
     compare_with_config(layer);
+    checkpoint_.require_intact();  // scales have been read
     return layer;
   }
 
@@ -125,13 +136,34 @@ class LayerLoader {
     ExpertLayer layer;
     select(layer, count);
     std::set<std::string> schemes;
+    std::map<std::string, std::vector<int64_t>> experts_by_scheme;
     for (const int64_t id : layer.expert_ids) {
-      layer.weights.experts.push_back(read_expert(fmt::format("{}{}", prefix, id), schemes));
+      std::set<std::string> own;
+      layer.weights.experts.push_back(read_expert(fmt::format("{}{}", prefix, id), own));
+      experts_by_scheme[scheme_text(own)].push_back(id);
+      schemes.merge(own);
     }
     require_same_gates(layer);
     layer.naming = fmt::format("{}E.{}", prefix, linear_names(layer.weights.experts.front()));
     layer.scheme = scheme_text(schemes);
+    note_mixture(experts_by_scheme, layer);
     return layer;
+  }
+
+  /// Experts of several schemes are legal, and nobody expects them: of each scheme but the commonest, which.
+  static void note_mixture(const std::map<std::string, std::vector<int64_t>>& by_scheme, ExpertLayer& layer) {
+    constexpr size_t kMostNamed = 8;
+    const auto fewer = [](const auto& a, const auto& b) { return a.second.size() < b.second.size(); };
+    const auto commonest = std::max_element(by_scheme.begin(), by_scheme.end(), fewer);
+    for (auto it = by_scheme.begin(); it != by_scheme.end(); ++it) {
+      if (it == commonest) continue;
+      std::vector<int64_t> named = it->second;
+      const size_t more = named.size() - std::min(named.size(), kMostNamed);
+      named.resize(named.size() - more);
+      layer.notes.push_back(fmt::format(
+          "expert{} {}{}: {}, others: {}", it->second.size() > 1 ? "s" : "", fmt::join(named, ", "),
+          more > 0 ? fmt::format(" and {} more", more) : "", it->first, commonest->first));
+    }
   }
 
   /// All experts have a gate, or none has.
@@ -169,7 +201,7 @@ class LayerLoader {
     Expert expert;
     expert.name = name;
     const auto reader = [&](std::string_view which) {
-      return LinearReader(checkpoint_, fmt::format("{}.{}", name, which));
+      return LinearReader(checkpoint_, fmt::format("{}.{}", name, which), scheme_);
     };
     const LinearReader gate = reader(block_.names.gate), up = reader(block_.names.up),
                        down = reader(block_.names.down);
@@ -181,7 +213,9 @@ class LayerLoader {
     if (gate.exists()) expert.gate_bias = gate.bias(rows_of(expert.gate));
     expert.up_bias = up.bias(rows_of(expert.up));
     expert.down_bias = down.bias(rows_of(expert.down));
-    for (const LinearReader* linear : {&gate, &up, &down}) linear->require_all_known();
+    if (gate.exists()) gate.require_all_known();
+    up.require_all_known();
+    down.require_all_known();
     expert.gate_input_scale = gate.input_scale();
     expert.up_input_scale = up.input_scale();
     expert.down_input_scale = down.input_scale();
@@ -205,7 +239,8 @@ class LayerLoader {
   // ---- fused ----
 
   ExpertLayer load_fused(const std::string& prefix) {
-    const FusedReader gate_up(checkpoint_, prefix + "gate_up_proj"), down(checkpoint_, prefix + "down_proj");
+    const FusedReader gate_up(checkpoint_, prefix + "gate_up_proj", scheme_),
+        down(checkpoint_, prefix + "down_proj", scheme_);
     const bool transposed = !fits(gate_up, down, false);
     if (gate_up.experts() != down.experts() || (transposed && !fits(gate_up, down, true))) {
       bad_tensor(down.tensor(), "experts [E, H, I] beside gate_up_proj [E, 2I, H], or both transposed",
@@ -326,6 +361,21 @@ class LayerLoader {
     }
   }
 
+  /// A scheme that nothing is read by was meant for something.
+  void require_four_bits_for_scheme(const ExpertLayer& layer) const {
+    if (!scheme_) return;
+    const auto is_four_bit = [](const Expert& expert) {
+      return std::holds_alternative<BlockScaledView>(expert.gate) ||
+             std::holds_alternative<BlockScaledView>(expert.up) ||
+             std::holds_alternative<BlockScaledView>(expert.down);
+    };
+    const ExpertWeights& weights = layer.weights;
+    if (std::any_of(weights.experts.begin(), weights.experts.end(), is_four_bit)) return;
+    if (weights.shared && is_four_bit(weights.shared->expert)) return;
+    fail(ErrorCode::kInvalidArgument, "{}: layer {}: --scheme {}: expected codes of four bits, found {}",
+         checkpoint_.path().string(), layer_number_, to_string(*scheme_), layer.scheme);
+  }
+
   /// Which of `count` experts to read.
   void select(ExpertLayer& layer, int64_t count) const {
     layer.experts_in_checkpoint = count;
@@ -367,13 +417,8 @@ class LayerLoader {
     compare("expert intermediate size", config.intermediate, layer.weights.intermediate);
     compare("experts", config.experts, layer.experts_in_checkpoint);
     compare_shared(layer);
-    const bool claims_nvfp4 = config.quantization.find("NVFP4") != std::string::npos;
-    const bool is_nvfp4 = layer.scheme.find("nvfp4") != std::string::npos;
-    if (claims_nvfp4 != is_nvfp4) {
-      layer.notes.push_back(fmt::format("the config's quantization is '{}', the expert tensors are {}",
-                                        config.quantization.empty() ? "none" : config.quantization,
-                                        layer.scheme));
-    }
+    const std::vector<std::string> notes = compare_claim(config.claim, layer, block_.names.up);
+    layer.notes.insert(layer.notes.end(), notes.begin(), notes.end());
   }
 
   std::shared_ptr<LayerStorage> storage_;
@@ -382,9 +427,24 @@ class LayerLoader {
   MoeBlock block_;
   const std::vector<int64_t>& wanted_;
   std::optional<GateUpOrder> order_;
+  std::optional<WeightScheme> scheme_;
 };
 
 }  // namespace
+
+std::string_view to_string(WeightScheme scheme) {
+  for (const auto& [entry, name] : kSchemes) {
+    if (entry == scheme) return name;
+  }
+  return "?";
+}
+
+std::optional<WeightScheme> parse_weight_scheme(std::string_view name) {
+  for (const auto& [scheme, entry] : kSchemes) {
+    if (entry == name) return scheme;
+  }
+  return std::nullopt;
+}
 
 std::string_view to_string(GateUpOrder order) {
   for (const auto& [entry, name] : kOrders) {
@@ -401,8 +461,9 @@ std::optional<GateUpOrder> parse_gate_up_order(std::string_view name) {
 }
 
 ExpertLayer load_experts(std::shared_ptr<const Checkpoint> checkpoint, int64_t layer,
-                         const std::vector<int64_t>& experts, std::optional<GateUpOrder> order) {
-  return LayerLoader(std::move(checkpoint), layer, experts, order).load();
+                         const std::vector<int64_t>& experts, std::optional<GateUpOrder> order,
+                         std::optional<WeightScheme> scheme) {
+  return LayerLoader(std::move(checkpoint), layer, experts, order, scheme).load();
 }
 
 }  // namespace fourfold

@@ -1,6 +1,5 @@
 // Tensors that hold a matrix of all experts of a layer. docs/formats.md, sections 3d and 3e.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "base/fail.h"
@@ -33,33 +32,48 @@ void transpose(const std::byte* source, int64_t rows, int64_t cols, int64_t size
 
 }  // namespace
 
-FusedReader::FusedReader(const Checkpoint& checkpoint, std::string name)
-    : checkpoint_(checkpoint), name_(std::move(name)) {
+FusedReader::FusedReader(const Checkpoint& checkpoint, std::string name, std::optional<WeightScheme> scheme)
+    : checkpoint_(checkpoint), name_(std::move(name)), scheme_(scheme) {
   weight_ = checkpoint_.find(name_ + "_blocks");
   if (weight_ != nullptr) {
-    kind_ = Kind::kMxfp4;
-    const std::vector<int64_t>& shape = weight_->shape;
-    if (weight_->dtype != DType::kU8 || shape.size() != 4 || shape[3] != kMxfp4BlockBytes ||
-        weight_->elements() == 0) {
-      bad_tensor(*weight_, fmt::format("U8 (experts, out, in / {}, {})", kMxfp4Block, kMxfp4BlockBytes));
-    }
-    scales_ = &required("_scales");
-    const std::vector<int64_t> expected(shape.begin(), shape.begin() + 3);
-    if ((scales_->dtype != DType::kU8 && scales_->dtype != DType::kF8E8m0) || scales_->shape != expected) {
-      bad_tensor(*scales_, fmt::format("U8 [{}]", fmt::join(expected, ", ")));
-    }
+    find_blocks();
   } else {
-    weight_ = &required("");
-    if (weight_->shape.size() != 3 || weight_->elements() == 0 ||
-        (!dense_type(weight_->dtype) && weight_->dtype != DType::kU8)) {
-      bad_tensor(*weight_, "BF16, F16, F32 or NVFP4 codes (U8) (experts, out, in)");
-    }
-    if (weight_->dtype == DType::kU8) {
-      kind_ = Kind::kNvfp4;
-      scales_ = &required("_weight_scale");
-    }
+    find_matrix();
   }
   if (experts() > kMaxExperts) bad_tensor(*weight_, fmt::format("at most {} experts", kMaxExperts));
+}
+
+void FusedReader::find_blocks() {
+  kind_ = Kind::kMxfp4Blocks;
+  format_ = QuantFormat::kMxfp4;
+  const std::vector<int64_t>& shape = weight_->shape;
+  if (weight_->dtype != DType::kU8 || shape.size() != 4 || shape[3] != kMxfp4BlockBytes ||
+      weight_->elements() == 0) {
+    bad_tensor(*weight_, fmt::format("U8 (experts, out, in / {}, {})", kMxfp4Block, kMxfp4BlockBytes));
+  }
+  if (scheme_ && scheme_ != WeightScheme::kMxfp4) {
+    bad_tensor(*weight_, "codes with e4m3 scales (--scheme)", ", gpt-oss's MXFP4 blocks");
+  }
+  scales_ = &required("_scales");
+  const std::vector<int64_t> expected(shape.begin(), shape.begin() + 3);
+  if ((scales_->dtype != DType::kU8 && scales_->dtype != DType::kF8E8m0) || scales_->shape != expected) {
+    bad_tensor(*scales_, fmt::format("U8 [{}]", fmt::join(expected, ", ")));
+  }
+}
+
+void FusedReader::find_matrix() {
+  weight_ = &required("");
+  if (weight_->shape.size() != 3 || weight_->elements() == 0 ||
+      (!dense_type(weight_->dtype) && weight_->dtype != DType::kU8)) {
+    bad_tensor(*weight_, "BF16, F16, F32 or NVFP4 codes (U8) (experts, out, in)");
+  }
+  if (weight_->dtype != DType::kU8) return;
+  kind_ = Kind::kPacked;
+  scales_ = &required("_weight_scale");
+  const bool looks_mxfp4 = checkpoint_.find(name_ + "_weight_scale_2") == nullptr &&
+                           is_scale_type(scales_->dtype, ScaleType::kE8m0, false);
+  const bool is_mxfp4 = scheme_ ? scheme_ == WeightScheme::kMxfp4 : looks_mxfp4;
+  format_ = is_mxfp4 ? QuantFormat::kMxfp4 : QuantFormat::kNvfp4;
 }
 
 const Tensor& FusedReader::required(const std::string& suffix) const {
@@ -73,22 +87,15 @@ const Tensor& FusedReader::required(const std::string& suffix) const {
 
 std::optional<std::pair<int64_t, int64_t>> FusedReader::shape(bool transposed) const {
   const int64_t first = weight_->shape[1], second = weight_->shape[2];
-  if (kind_ == Kind::kMxfp4) {
+  if (kind_ == Kind::kMxfp4Blocks) {
     return transposed ? std::nullopt : std::optional(std::pair(first, second * kMxfp4Block));
   }
-  const int64_t per_element = kind_ == Kind::kNvfp4 ? 2 : 1;
+  const int64_t per_element = kind_ == Kind::kPacked ? 2 : 1;
   return transposed ? std::pair(second, first * per_element) : std::pair(first, second * per_element);
 }
 
 std::string FusedReader::scheme() const {
-  switch (kind_) {
-    case Kind::kNvfp4:
-      return "nvfp4";
-    case Kind::kMxfp4:
-      return "mxfp4";
-    case Kind::kDense:
-      break;
-  }
+  if (kind_ != Kind::kDense) return std::string(traits_of(format_).name);
   return std::string(format_name(DenseView{*dense_type(weight_->dtype), nullptr, 0, 0, 0, {}}));
 }
 
@@ -98,24 +105,26 @@ DenseView FusedReader::dense_matrix(int64_t expert) const {
   return {*dense_type(weight_->dtype), weight_->data + expert * rows * row_bytes, rows, cols, row_bytes, {}};
 }
 
-/// Codes and scales where they are stored; of a transposed matrix, [in / 2, out] and [in / 16, out].
+/// Codes and scales where they are stored; of a transposed matrix, [in / 2, out] and [in / block, out].
 BlockScaledView FusedReader::block_scaled_matrix(int64_t expert, bool transposed) const {
-  const QuantFormat format = kind_ == Kind::kMxfp4 ? QuantFormat::kMxfp4 : QuantFormat::kNvfp4;
-  const int block = traits_of(format).block_size;
+  const QuantFormatTraits traits = traits_of(format_);
+  const int block = traits.block_size;
   const int64_t first = weight_->shape[1];
   const int64_t code_bytes = weight_->elements() / experts();
   const int64_t second = code_bytes / first;
   const int64_t rows = transposed ? second : first, cols = 2 * (transposed ? first : second);
   if (cols % block != 0) bad_tensor(*weight_, fmt::format("whole blocks of {} (two codes a byte)", block));
   const int64_t blocks = cols / block;
-  if (kind_ == Kind::kNvfp4) {
+  if (kind_ == Kind::kPacked) {
     const std::vector<int64_t> expected =
         transposed ? std::vector{experts(), blocks, rows} : std::vector{experts(), rows, blocks};
-    if (scales_->dtype != DType::kF8E4m3 || scales_->shape != expected) {
-      bad_tensor(*scales_, fmt::format("F8_E4M3 [{}]", fmt::join(expected, ", ")));
+    if (!is_scale_type(scales_->dtype, traits.scale_type, scheme_.has_value()) ||
+        scales_->shape != expected) {
+      bad_tensor(*scales_, fmt::format("{} [{}]", traits.has_global_scale ? "F8_E4M3" : "F8_E8M0",
+                                       fmt::join(expected, ", ")));
     }
   }
-  return {format,
+  return {format_,
           rows,
           cols,
           {reinterpret_cast<const uint8_t*>(weight_->data) + expert * code_bytes, rows, cols / 2},
@@ -144,12 +153,14 @@ WeightView FusedReader::matrix(int64_t expert, bool transposed, RepackedBytes& s
     view.codes.data = reinterpret_cast<const uint8_t*>(codes);
     view.scales = reinterpret_cast<const uint8_t*>(scales);
   }
-  if (kind_ == Kind::kNvfp4) {
-    const Tensor& global = required("_weight_scale_2");
-    view.global.value = scalar_of(global, expert);
-    if (!std::isfinite(view.global.value) || view.global.value < 0.0f) {
-      fail(ErrorCode::kBadFile, "{}: tensor '{}': expected finite global scales from 0, found {}",
-           global.file, global.name, view.global.value);
+  if (traits_of(format_).has_global_scale) {
+    const Tensor& tensor = required("_weight_scale_2");
+    view.global = {scalar_of(tensor, expert), scheme_ == WeightScheme::kCompressedTensors
+                                                  ? GlobalScaleKind::kDivisor
+                                                  : GlobalScaleKind::kMultiplier};
+    if (const auto expected = why_bad_global(view.global)) {
+      fail(ErrorCode::kBadFile, "{}: tensor '{}', expert {}: expected {}, found {}", tensor.file, tensor.name,
+           expert, *expected, view.global.value);
     }
     return view;
   }
@@ -183,13 +194,16 @@ std::optional<DenseView> FusedReader::bias(int64_t expert, int64_t out) const {
 
 std::optional<float> FusedReader::input_scale(int64_t expert) const {
   const Tensor* tensor = checkpoint_.find(name_ + "_input_scale");
-  return tensor ? std::optional(scalar_of(*tensor, expert)) : std::nullopt;
+  if (tensor == nullptr) return std::nullopt;
+  const float stored = scalar_of(*tensor, expert);
+  return scheme_ == WeightScheme::kCompressedTensors ? 1.0f / stored : stored;
 }
 
 std::set<std::string> FusedReader::tensor_names() const {
   std::set<std::string> names = {weight_->name, name_ + "_bias"};
   if (scales_ != nullptr) names.insert(scales_->name);
-  if (kind_ == Kind::kNvfp4) names.insert({name_ + "_weight_scale_2", name_ + "_input_scale"});
+  if (kind_ == Kind::kPacked) names.insert(name_ + "_input_scale");
+  if (kind_ == Kind::kPacked && traits_of(format_).has_global_scale) names.insert(name_ + "_weight_scale_2");
   return names;
 }
 

@@ -14,7 +14,8 @@ namespace {
 /// Side of the square tiles of DeepSeek's FP8 weights.
 constexpr int64_t kFp8Tile = 128;
 
-bool is_fp4_pair(DType type) {
+/// Types of a byte that holds two codes of four bits.
+bool is_code_pair(DType type) {
   return type == DType::kU8 || type == DType::kI8;
 }
 
@@ -61,12 +62,37 @@ std::byte* RepackedBytes::add(int64_t bytes) {
   return blocks_.emplace_back(std::make_unique<std::byte[]>(static_cast<size_t>(bytes))).get();
 }
 
+std::optional<std::string> why_bad_global(GlobalScale global) {
+  const bool divides = global.kind == GlobalScaleKind::kDivisor;
+  if (std::isfinite(global.value) && (divides ? global.value > 0.0f : global.value >= 0.0f))
+    return std::nullopt;
+  return divides ? "a finite divisor above 0" : "a finite global scale from 0";
+}
+
+bool is_scale_type(DType type, ScaleType wanted, bool forced) {
+  if (type == (wanted == ScaleType::kE4m3 ? DType::kF8E4m3 : DType::kF8E8m0)) return true;
+  if (wanted == ScaleType::kE8m0 && type == DType::kU8) return true;
+  return forced && bits_of(type) == 8;
+}
+
 bool LinearReader::exists() const {
   return !tensors_under(checkpoint_, name_ + ".").empty();
 }
 
+/// ".weight", or compressed-tensors' ".weight_packed".
+const Tensor& LinearReader::codes() const {
+  const Tensor *packed = find(".weight_packed"), *weight = find(".weight");
+  if (packed == nullptr) return required(".weight");
+  if (weight != nullptr) {
+    fail(ErrorCode::kBadFile, "{}: tensor '{}': expected it or '{}.weight_packed', found both", weight->file,
+         weight->name, name_);
+  }
+  if (!is_code_pair(packed->dtype)) bad_tensor(*packed, "codes of four bits, two a byte (U8)");
+  return *packed;
+}
+
 WeightView LinearReader::weight(std::set<std::string>& schemes) const {
-  const Tensor& weight = required(".weight");
+  const Tensor& weight = codes();
   if (weight.shape.size() != 2 || weight.shape[0] == 0 || weight.shape[1] == 0) {
     bad_tensor(weight, "a matrix [out, in]");
   }
@@ -76,15 +102,12 @@ WeightView LinearReader::weight(std::set<std::string>& schemes) const {
   };
   if (dense_type(weight.dtype)) return as(dense_tensor(weight, weight.shape));
   if (weight.dtype == DType::kF8E4m3) return as(fp8(weight));
-  if (!is_fp4_pair(weight.dtype)) {
+  if (!is_code_pair(weight.dtype)) {
     bad_tensor(weight, "NVFP4 or MXFP4 codes (U8 or I8), F8_E4M3, or BF16, F16, F32");
   }
-  if (find(".weight_scale")) return as(nvfp4(weight));
-  if (find(".scale")) return as(mxfp4(weight));
-  fail(ErrorCode::kBadFile,
-       "{}: tensor '{}': expected '{}.weight_scale' (NVFP4) or '{}.scale' (MXFP4) beside {}, "
-       "found neither",
-       weight.file, weight.name, name_, name_, weight.describe());
+  const FourBit layout = four_bit(weight);
+  schemes.emplace(layout.name);
+  return block_scaled(weight, layout);
 }
 
 std::optional<DenseView> LinearReader::bias(int64_t out) const {
@@ -92,84 +115,146 @@ std::optional<DenseView> LinearReader::bias(int64_t out) const {
   return tensor ? std::optional(dense_tensor(*tensor, {out})) : std::nullopt;
 }
 
+/// What stands beside each kind of weight. Another kind's scales are as unknown as anything else: a
+/// `weight_scale_2` beside bf16 would be left out.
 void LinearReader::require_all_known() const {
-  constexpr std::array<std::string_view, 7> kKnown = {
-      ".weight", ".weight_scale", ".weight_scale_2", ".input_scale", ".scale", ".bias", ".weight_scale_inv"};
+  const Tensor& weight = codes();
+  std::set<std::string_view> known = {".input_scale", ".bias"};
+  known.insert(std::string_view(weight.name).substr(name_.size()));
+  if (weight.dtype == DType::kF8E4m3) {
+    known.insert(fp8_scales());
+  } else if (!dense_type(weight.dtype)) {
+    const FourBit layout = four_bit(weight);
+    known.insert({layout.scales, layout.global, ".input_global_scale"});
+    known.erase("");
+  }
   for (const Tensor* tensor : tensors_under(checkpoint_, name_ + ".")) {
     const std::string_view suffix = std::string_view(tensor->name).substr(name_.size());
-    if (std::find(kKnown.begin(), kKnown.end(), suffix) == kKnown.end()) {
-      fail(ErrorCode::kUnsupported,
-           "{}: tensor '{}': expected none but {}, found {}, which this version does not read", tensor->file,
-           tensor->name, fmt::join(kKnown, ", "), tensor->describe());
-    }
+    if (known.contains(suffix)) continue;
+    fail(ErrorCode::kUnsupported,
+         "{}: tensor '{}': expected none but {} beside {}, found {}, which this version does not read there",
+         tensor->file, tensor->name, fmt::join(known, ", "), weight.describe(), tensor->describe());
   }
 }
 
 std::optional<float> LinearReader::input_scale() const {
-  const Tensor* tensor = find(".input_scale");
-  return tensor ? std::optional(scalar(*tensor)) : std::nullopt;
+  const Tensor *multiplier = find(".input_scale"), *divisor = find(".input_global_scale");
+  if (multiplier != nullptr && divisor != nullptr) {
+    fail(ErrorCode::kBadFile, "{}: tensor '{}': expected it or '{}', found both", divisor->file,
+         divisor->name, multiplier->name);
+  }
+  const Tensor* found = multiplier ? multiplier : divisor;
+  if (found == nullptr) return std::nullopt;
+  const bool named = scheme_ == WeightScheme::kModelOpt || scheme_ == WeightScheme::kCompressedTensors;
+  const bool divides = named ? scheme_ == WeightScheme::kCompressedTensors : found == divisor;
+  return divides ? 1.0f / scalar(*found) : scalar(*found);
 }
 
 const Tensor& LinearReader::required(const char* suffix) const {
   if (const Tensor* tensor = find(suffix)) return *tensor;
-  const bool packed = find(".weight_packed") != nullptr;
-  fail(packed ? ErrorCode::kUnsupported : ErrorCode::kBadFile, "{}: expected a tensor '{}{}', found none{}",
-       checkpoint_.path().string(), name_, suffix,
-       packed ? "; 'weight_packed' beside it is compressed-tensors, which this version does not read" : "");
+  fail(ErrorCode::kBadFile, "{}: expected a tensor '{}{}', found none", checkpoint_.path().string(), name_,
+       suffix);
+}
+
+/// By the names beside the codes and the type of the block scales: e4m3 makes it NVFP4, e8m0 MXFP4. A global
+/// scale belongs to NVFP4, so that bytes of no told type beside one are not taken for e8m0.
+LinearReader::FourBit LinearReader::four_bit(const Tensor& codes) const {
+  const bool packed = codes.name.ends_with("_packed");
+  FourBit layout;
+  layout.scales = packed || find(".weight_scale") || !find(".scale") ? ".weight_scale" : ".scale";
+  const Tensor* scales = find(layout.scales);
+  if (scales == nullptr) {
+    fail(ErrorCode::kBadFile, "{}: tensor '{}': expected '{}.weight_scale'{} beside {}, found {}", codes.file,
+         codes.name, name_, packed ? "" : fmt::format(" (NVFP4) or '{}.scale' (MXFP4)", name_),
+         codes.describe(), packed ? "none" : "neither");
+  }
+  layout.global = find(".weight_global_scale") || packed ? ".weight_global_scale" : ".weight_scale_2";
+  const bool has_global = find(".weight_global_scale") || find(".weight_scale_2");
+  bool is_mxfp4 = layout.scales == std::string_view(".scale") ||
+                  (!has_global && is_scale_type(scales->dtype, ScaleType::kE8m0, false));
+  bool divides = layout.global == std::string_view(".weight_global_scale");
+  if (scheme_) {
+    is_mxfp4 = scheme_ == WeightScheme::kMxfp4;
+    divides = scheme_ == WeightScheme::kCompressedTensors;
+    if (find(".weight_scale_2")) layout.global = ".weight_scale_2";
+  }
+  if (is_mxfp4) {
+    layout.format = QuantFormat::kMxfp4;
+    layout.global = "";
+    layout.name = packed ? "mxfp4 (compressed-tensors)" : "mxfp4";
+    return layout;
+  }
+  layout.global_kind = divides ? GlobalScaleKind::kDivisor : GlobalScaleKind::kMultiplier;
+  layout.name = divides ? "nvfp4 (compressed-tensors)" : "nvfp4";
+  return layout;
 }
 
 /// The scale tensor `suffix`, checked against [rows, cols] and `type`.
 const Tensor& LinearReader::scales(const char* suffix, DType type, int64_t rows, int64_t cols) const {
   const Tensor& scales = required(suffix);
-  if (scales.dtype == type && scales.shape == std::vector{rows, cols}) return scales;
+  const ScaleType wanted = type == DType::kF8E8m0 ? ScaleType::kE8m0 : ScaleType::kE4m3;
+  // DeepSeek's `.scale` has its type by name: U8 there is something else.
+  const bool is_right_type =
+      scales.dtype == type || (type != DType::kF32 && suffix != std::string_view(".scale") &&
+                               is_scale_type(scales.dtype, wanted, scheme_.has_value()));
+  if (is_right_type && scales.shape == std::vector{rows, cols}) return scales;
   const std::string expected = fmt::format("{} {}", to_string(type), shape_text(rows, cols));
-  const bool is_matrix = scales.shape.size() == 2;
+  const bool is_matrix = scales.shape.size() == 2 && scales.shape[0] == rows;
   std::string hint;
-  if (is_matrix && scales.shape[0] == cols && scales.shape[1] == rows) hint = "; is it transposed?";
-  if (is_matrix && scales.shape[1] * 2 == cols) hint = "; is this MXFP4 (blocks of 32)?";
-  if (is_matrix && scales.shape[1] == cols * 2) hint = "; is this NVFP4 (blocks of 16)?";
+  if (scales.shape == std::vector{cols, rows}) hint = "; is it transposed?";
+  if (is_matrix && cols % 2 == 0 && scales.shape[1] == cols / 2)
+    hint = "; is this MXFP4 (blocks of 32)? try --scheme mxfp4";
+  if (is_matrix && cols <= INT64_MAX / 2 && scales.shape[1] == cols * 2)
+    hint = "; is this NVFP4 (blocks of 16)? try --scheme modelopt or compressed-tensors";
   bad_tensor(scales, expected, hint);
 }
 
-BlockScaledView LinearReader::block_scaled(const Tensor& weight, QuantFormat format, const char* suffix,
-                                           DType type) const {
-  const int64_t rows = weight.shape[0], cols = weight.shape[1] * 2;
-  const int block = traits_of(format).block_size;
-  if (cols % block != 0)
-    bad_tensor(weight, fmt::format("rows of whole blocks of {} (two codes a byte)", block));
-  const int64_t blocks = cols / block;
-  const Tensor& scale = scales(suffix, type, rows, blocks);
-  return {format,
-          rows,
-          cols,
-          {reinterpret_cast<const uint8_t*>(weight.data), rows, cols / 2},
-          reinterpret_cast<const uint8_t*>(scale.data),
-          blocks,
-          ScaleLayout::kRowMajor,
-          {}};
-}
-
-WeightView LinearReader::nvfp4(const Tensor& weight) const {
-  BlockScaledView view = block_scaled(weight, QuantFormat::kNvfp4, ".weight_scale", DType::kF8E4m3);
-  const Tensor& global = required(".weight_scale_2");
-  view.global.value = scalar(global);
-  if (!std::isfinite(view.global.value) || view.global.value < 0.0f) {
-    fail(ErrorCode::kBadFile, "{}: tensor '{}': expected a finite global scale from 0, found {}", global.file,
-         global.name, view.global.value);
+WeightView LinearReader::block_scaled(const Tensor& codes, const FourBit& layout) const {
+  const QuantFormatTraits traits = traits_of(layout.format);
+  const int64_t rows = codes.shape[0], cols = codes.shape[1] * 2;
+  if (cols % traits.block_size != 0)
+    bad_tensor(codes, fmt::format("rows of whole blocks of {} (two codes a byte)", traits.block_size));
+  const int64_t blocks = cols / traits.block_size;
+  const DType type = traits.scale_type == ScaleType::kE4m3 ? DType::kF8E4m3 : DType::kF8E8m0;
+  const Tensor& scale = scales(layout.scales, type, rows, blocks);
+  BlockScaledView view{layout.format,
+                       rows,
+                       cols,
+                       {reinterpret_cast<const uint8_t*>(codes.data), rows, cols / 2},
+                       reinterpret_cast<const uint8_t*>(scale.data),
+                       blocks,
+                       ScaleLayout::kRowMajor,
+                       {}};
+  if (traits.has_global_scale) {
+    view.global = global_scale(layout);
+  } else {
+    require_e8m0(view, scale);
   }
   return view;
 }
 
-WeightView LinearReader::mxfp4(const Tensor& weight) const {
-  const BlockScaledView view = block_scaled(weight, QuantFormat::kMxfp4, ".scale", DType::kF8E8m0);
+GlobalScale LinearReader::global_scale(const FourBit& layout) const {
+  const Tensor& tensor = required(layout.global);
+  const GlobalScale global{scalar(tensor), layout.global_kind};
+  if (const auto expected = why_bad_global(global)) {
+    fail(ErrorCode::kBadFile, "{}: tensor '{}': expected {}, found {}", tensor.file, tensor.name, *expected,
+         global.value);
+  }
+  return global;
+}
+
+void LinearReader::require_e8m0(const BlockScaledView& view, const Tensor& scales) const {
   const int64_t count = view.rows * view.blocks_per_row();
-  if (const void* nan = std::memchr(view.scales, kE8m0NanCode, static_cast<size_t>(count))) {
-    const int64_t at = static_cast<const uint8_t*>(nan) - view.scales;
-    const Tensor& scale = required(".scale");
-    fail(ErrorCode::kBadFile, "{}: tensor '{}': expected powers of two, found 0xFF (NaN) at row {}, block {}",
-         scale.file, scale.name, at / view.blocks_per_row(), at % view.blocks_per_row());
-  }
-  return view;
+  const void* nan = std::memchr(view.scales, kE8m0NanCode, static_cast<size_t>(count));
+  if (nan == nullptr) return;
+  const int64_t at = static_cast<const uint8_t*>(nan) - view.scales;
+  fail(ErrorCode::kBadFile, "{}: tensor '{}': expected powers of two, found 0xFF (NaN) at row {}, block {}",
+       scales.file, scales.name, at / view.blocks_per_row(), at % view.blocks_per_row());
+}
+
+const char* LinearReader::fp8_scales() const {
+  if (find(".scale")) return ".scale";
+  return find(".weight_scale_inv") ? ".weight_scale_inv" : ".weight_scale";
 }
 
 /// DeepSeek-V4 has `scale` (e8m0), DeepSeek-V3 `weight_scale_inv` (float32; it multiplies, whatever its name

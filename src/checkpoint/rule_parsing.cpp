@@ -55,6 +55,12 @@ Number parse_number(std::string_view key, std::string_view text, const std::stri
   return value;
 }
 
+int64_t parse_count(std::string_view key, std::string_view text, const std::string& what) {
+  const auto number = parse_number<int64_t>(key, text, what);
+  if (number < 1) reject(what, fmt::format("{} from 1", key), text);
+  return number;
+}
+
 /// The entry of `table` called `name`.
 template <class Table>
 auto value_in(const Table& table, std::string_view name, const std::string& what) {
@@ -96,17 +102,12 @@ RouterConfig parse_router(std::string_view text) {
   RouterConfig router;
   router.score = value_in(kRouterScores, parameters.name, what);
   for (const auto& [key, value] : parameters.values) {
-    const auto count = [&] {
-      const auto number = parse_number<int64_t>(key, value, what);
-      if (number < 1) reject(what, fmt::format("{} from 1", key), value);
-      return number;
-    };
     if (key == "top-k") {
-      router.top_k = count();
+      router.top_k = parse_count(key, value, what);
     } else if (key == "groups") {
-      router.groups = count();
+      router.groups = parse_count(key, value, what);
     } else if (key == "top-groups") {
-      router.top_groups = count();
+      router.top_groups = parse_count(key, value, what);
     } else if (key == "scale") {
       router.scaling_factor = parse_number<float>(key, value, what);
       if (!(router.scaling_factor > 0.0f)) reject(what, "a positive scale", value);

@@ -4,20 +4,15 @@
 // data.
 #include "fourfold/safetensors.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <cstring>
-#include <system_error>
 #include <utility>
 
 #include "base/fail.h"
 #include "base/files.h"
+#include "base/mapped_file.h"
+#include "checkpoint/safetensors_header.h"
 #include "checkpoint/strict_json.h"
 
 namespace fourfold {
@@ -25,7 +20,6 @@ namespace {
 
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the limit of the format's reference implementation
 constexpr size_t kMaxRank = 8;
-constexpr size_t kLengthBytes = 8;
 
 struct DTypeTraits {
   DType type;
@@ -169,10 +163,6 @@ void require_tiling(const std::string& file, const std::map<std::string, Tensor,
   }
 }
 
-[[noreturn]] void fail_io(const std::filesystem::path& path, const char* action) {
-  fail(ErrorCode::kIo, "{}: can't {} it: {}", path.string(), action, std::strerror(errno));
-}
-
 }  // namespace
 
 std::string_view to_string(DType type) {
@@ -189,65 +179,64 @@ std::string Tensor::describe() const {
   return fmt::format("{} {}", to_string(dtype), shape_text(shape));
 }
 
-std::shared_ptr<const SafetensorsFile> SafetensorsFile::open(const std::filesystem::path& path) {
-  std::shared_ptr<SafetensorsFile> file(new SafetensorsFile);
-  file->path_ = path;
-  file->map();
-  file->parse_header();
-  return file;
-}
-
-SafetensorsFile::~SafetensorsFile() {
-  if (data_) munmap(data_, size_);
-}
-
-void SafetensorsFile::map() {
-  require_regular_file(path_);  // a pipe would block open()
-  const int descriptor = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) fail_io(path_, "open");
-  struct stat status = {};
-  const bool known = fstat(descriptor, &status) == 0;
-  size_ = known ? static_cast<size_t>(status.st_size) : 0;
-  void* mapped =
-      known && size_ >= kLengthBytes ? mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0) : nullptr;
-  const int error = errno;
-  close(descriptor);
-  errno = error;
-  if (!known || mapped == MAP_FAILED) fail_io(path_, "map");
-  if (mapped == nullptr) {
-    fail(ErrorCode::kBadFile, "{}: expected a safetensors file of at least 8 bytes, found {}", path_.string(),
-         size_);
+TensorMap parse_safetensors_header(std::string_view text, const std::string& file, const std::byte* data,
+                                   uint64_t data_bytes) {
+  const nlohmann::json header = parse_strict_json(text, file + ": header");
+  if (!header.is_object()) {
+    fail(ErrorCode::kBadFile, "{}: header: expected a JSON object, found {}", file, header.type_name());
   }
-  data_ = static_cast<std::byte*>(mapped);
+  TensorMap tensors;
+  for (const auto& [name, entry] : header.items()) {
+    if (name == "__metadata__") continue;
+    tensors.emplace(name, EntryReader(file, name, entry, data_bytes).read(data));
+  }
+  require_tiling(file, tensors, data, data_bytes);
+  return tensors;
 }
 
-void SafetensorsFile::parse_header() {
-  const std::string file = path_.string();
+uint64_t safetensors_header_bytes(std::span<const std::byte, kSafetensorsLengthBytes> start,
+                                  uint64_t file_bytes, const std::string& file) {
   uint64_t header_bytes = 0;  // little endian, as every machine that this runs on
-  std::memcpy(&header_bytes, data_, kLengthBytes);
-  if (header_bytes > size_ - kLengthBytes) {
+  std::memcpy(&header_bytes, start.data(), start.size());
+  if (header_bytes > file_bytes - start.size()) {
     fail(ErrorCode::kBadFile,
          "{}: expected a header within the file's {} bytes, found a header length of {}; is it a safetensors "
-         "file, "
-         "and whole?",
-         file, size_, header_bytes);
+         "file, and whole?",
+         file, file_bytes, header_bytes);
   }
   if (header_bytes > kMaxHeaderBytes) {
     fail(ErrorCode::kBadFile, "{}: expected a header of at most {} bytes, found {}", file, kMaxHeaderBytes,
          header_bytes);
   }
-  const std::string_view text(reinterpret_cast<const char*>(data_) + kLengthBytes, header_bytes);
-  const nlohmann::json header = parse_strict_json(text, file + ": header");
-  if (!header.is_object()) {
-    fail(ErrorCode::kBadFile, "{}: header: expected a JSON object, found {}", file, header.type_name());
+  return header_bytes;
+}
+
+std::shared_ptr<const SafetensorsFile> SafetensorsFile::open(const std::filesystem::path& path) {
+  return std::shared_ptr<const SafetensorsFile>(new SafetensorsFile(path));
+}
+
+/// The header is read by system calls, whose failure is an error; the data alone are mapped.
+SafetensorsFile::SafetensorsFile(const std::filesystem::path& path)
+    : path_(path), file_(std::make_unique<const MappedFile>(path)) {
+  const std::string file = path_.string();
+  const std::span<const std::byte> bytes = file_->bytes();
+  if (bytes.size() < kSafetensorsLengthBytes) {
+    fail(ErrorCode::kBadFile, "{}: expected a safetensors file of at least 8 bytes, found {}", file,
+         bytes.size());
   }
-  const std::byte* data = data_ + kLengthBytes + header_bytes;
-  const uint64_t data_bytes = size_ - kLengthBytes - header_bytes;
-  for (const auto& [name, entry] : header.items()) {
-    if (name == "__metadata__") continue;
-    tensors_.emplace(name, EntryReader(file, name, entry, data_bytes).read(data));
-  }
-  require_tiling(file, tensors_, data, data_bytes);
+  std::array<std::byte, kSafetensorsLengthBytes> start;
+  file_->read_at(start, 0);
+  const uint64_t header_bytes = safetensors_header_bytes(start, bytes.size(), file);
+  std::string text(header_bytes, '\0');
+  file_->read_at(std::as_writable_bytes(std::span(text)), kSafetensorsLengthBytes);
+  const auto data = bytes.subspan(kSafetensorsLengthBytes + header_bytes);
+  tensors_ = parse_safetensors_header(text, file, data.data(), data.size());
+}
+
+SafetensorsFile::~SafetensorsFile() = default;
+
+void SafetensorsFile::require_intact() const {
+  file_->require_intact();
 }
 
 const Tensor* SafetensorsFile::find(std::string_view name) const {
@@ -285,13 +274,16 @@ SafetensorsWriter::SafetensorsWriter(std::filesystem::path path, std::vector<Ten
   int64_t offset = 0;
   for (const TensorSpec& tensor : tensors) {
     const int64_t bytes = tensor.bytes();
-    header[tensor.name] = {{"dtype", to_string(tensor.dtype)},
-                           {"shape", tensor.shape},
-                           {"data_offsets", {offset, offset + bytes}}};
-    if (!slots_.emplace(tensor.name, Slot{offset, bytes, false}).second) {
+    const int64_t begin = offset;
+    if (__builtin_add_overflow(offset, bytes, &offset)) {
+      fail(ErrorCode::kInvalidArgument, "{}: tensor '{}': expected less than 2^63 bytes in all, found more",
+           path_.string(), tensor.name);
+    }
+    header[tensor.name] = {
+        {"dtype", to_string(tensor.dtype)}, {"shape", tensor.shape}, {"data_offsets", {begin, offset}}};
+    if (!slots_.emplace(tensor.name, Slot{begin, bytes, false}).second) {
       fail(ErrorCode::kInvalidArgument, "{}: tensor '{}' is declared twice", path_.string(), tensor.name);
     }
-    offset += bytes;
   }
   std::string text = header.dump();
   text.resize((text.size() + 7) / 8 * 8, ' ');  // data starts at a multiple of 8
@@ -299,8 +291,8 @@ SafetensorsWriter::SafetensorsWriter(std::filesystem::path path, std::vector<Ten
   const uint64_t length = text.size();
   file_ = std::make_unique<PartialFile>(path_);
   file_->write_at(std::as_bytes(std::span(&length, 1)), 0);
-  file_->write_at(std::as_bytes(std::span(text)), kLengthBytes);
-  for (auto& [name, slot] : slots_) slot.offset += static_cast<int64_t>(kLengthBytes + length);
+  file_->write_at(std::as_bytes(std::span(text)), kSafetensorsLengthBytes);
+  for (auto& [name, slot] : slots_) slot.offset += static_cast<int64_t>(kSafetensorsLengthBytes + length);
 }
 
 SafetensorsWriter::~SafetensorsWriter() = default;

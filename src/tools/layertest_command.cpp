@@ -9,6 +9,7 @@
 
 #include "base/fail.h"
 #include "base/files.h"
+#include "base/mapped_file.h"
 #include "fourfold/checkpoint.h"
 #include "fourfold/model_family.h"
 #include "tools/commands.h"
@@ -28,7 +29,7 @@ struct Arguments {
   int64_t tokens = 0;
   uint64_t seed = 0;
   std::string activations = "nvfp4", activation_scale, gate_up = "exact", backend, accumulate = "f32", json;
-  std::string activation, router, gate_up_order;
+  std::string activation, router, gate_up_order, scheme;
   bool double_quantize = false, weight_on_input = false;
 };
 
@@ -113,6 +114,7 @@ class Run {
     request.progress = [&](std::string_view what) { progress.show(what); };
     const LayertestReport report = run_layertest(request);
     progress.clear();
+    require_mapped_files_intact();
 
     fact("backend", fmt::format("{} ({}); kernel: {}", report.backend, choice_.reason, report.kernel));
     fmt::print("{}", format_table(subject_, report));
@@ -127,7 +129,8 @@ class Run {
     const std::vector<int64_t> experts = parse_list(arguments_.experts, "--experts");
     const auto order = parse_gate_up_order(arguments_.gate_up_order);
     checkpoint_ = Checkpoint::open(arguments_.nvfp4);
-    nvfp4_ = load_experts(checkpoint_, arguments_.layer, experts, order);
+    nvfp4_ =
+        load_experts(checkpoint_, arguments_.layer, experts, order, parse_weight_scheme(arguments_.scheme));
     if (nvfp4_.scheme.find("nvfp4") == std::string::npos) {
       reject(fmt::format("--nvfp4 {}", arguments_.nvfp4), "NVFP4 experts",
              fmt::format("{}; is it the original? pass it as --original", nvfp4_.scheme));
@@ -140,7 +143,8 @@ class Run {
     fact("model", fmt::format("{}, layer {}: {} of {} experts, hidden {}, intermediate {}", subject_.model,
                               arguments_.layer, nvfp4_.weights.count(), nvfp4_.experts_in_checkpoint,
                               weights_.hidden, weights_.intermediate));
-    fact("nvfp4", fmt::format("{}: {}, {}", arguments_.nvfp4, nvfp4_.scheme, nvfp4_.naming));
+    fact("nvfp4", fmt::format("{}: {}{}, {}", arguments_.nvfp4, nvfp4_.scheme,
+                              arguments_.scheme.empty() ? "" : " (--scheme)", nvfp4_.naming));
     if (arguments_.original.empty()) return require_fused_for_order();
 
     const auto original = Checkpoint::open(arguments_.original);
@@ -276,7 +280,8 @@ class Run {
       return;
     }
     const ExpertWeights all =
-        load_experts(checkpoint_, arguments_.layer, {}, parse_gate_up_order(arguments_.gate_up_order))
+        load_experts(checkpoint_, arguments_.layer, {}, parse_gate_up_order(arguments_.gate_up_order),
+                     parse_weight_scheme(arguments_.scheme))
             .weights;
     const std::vector<float> x = x_input_scales(all), intermediate = intermediate_input_scales(all);
     options_.x_max_scale = *std::max_element(x.begin(), x.end());
@@ -380,6 +385,11 @@ void add_layertest(CLI::App& app, int& exit_code) {
       ->add_option("--gate-up-order", arguments->gate_up_order,
                    "order of gate and up in fused tensors (default: the family's)")
       ->check(CLI::IsMember({"gate-first", "up-first", "interleaved"}));
+  command
+      ->add_option("--scheme", arguments->scheme,
+                   "how to read the four-bit weights of --nvfp4, instead of what tensor names and types say: "
+                   "modelopt (global scales multiply), compressed-tensors (they divide) or mxfp4")
+      ->check(CLI::IsMember({"modelopt", "compressed-tensors", "mxfp4"}));
   command
       ->add_option("--gate-up", arguments->gate_up,
                    "global scales of gate and up: one each, or folded into one")

@@ -8,6 +8,7 @@
 #include <string>
 #include <string_view>
 
+#include "base/mapped_file.h"
 #include "fourfold/error.h"
 #include "fourfold/moe_layer.h"
 #include "tools/commands.h"
@@ -25,6 +26,18 @@ std::string version_text() {
   return text;
 }
 
+/// Says what went wrong: first of all, that what was read is void, since anything else follows from that.
+int report(const char* message) {
+  std::string text = message;
+  try {
+    fourfold::require_mapped_files_intact();
+  } catch (const std::exception& error) {
+    text = error.what();
+  }
+  fmt::print(stderr, "fourfold: {}\n", fourfold::printable(text));
+  return fourfold::kExitError;
+}
+
 /// Results that could not be written are no success.
 int finish(int exit_code) {
   if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return exit_code;
@@ -36,7 +49,8 @@ int finish(int exit_code) {
 
 int main(int argc, char** argv) {
   int exit_code = fourfold::kExitFine;
-  std::signal(SIGXFSZ, SIG_IGN);  // a file that grows too large is an error of write(), with its message
+  std::signal(SIGXFSZ, SIG_IGN);   // a file that grows too large is an error of write(), with its message
+  fourfold::guard_mapped_files();  // so is a model that is truncated while it is read
   try {
     CLI::App app(
         "NVFP4-native mixture-of-experts inference: run a layer, and find out why its numbers are wrong.");
@@ -54,12 +68,12 @@ int main(int argc, char** argv) {
     } catch (const CLI::ParseError& error) {
       return finish(app.exit(error) == 0 ? fourfold::kExitFine : fourfold::kExitUsage);
     }
+    fourfold::require_mapped_files_intact();  // of commands that did not ask
   } catch (const std::bad_alloc&) {
     fmt::print(stderr, "fourfold: out of memory\n");
     return fourfold::kExitError;
   } catch (const std::exception& error) {
-    fmt::print(stderr, "fourfold: {}\n", fourfold::printable(error.what()));
-    return fourfold::kExitError;
+    return report(error.what());
   }
   return finish(exit_code);
 }

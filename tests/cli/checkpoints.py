@@ -313,6 +313,15 @@ def compressed_tensors(experts: Experts, naming: Naming, layer: int = 0) -> Tens
     return tensors
 
 
+def compressed_mxfp4_tensors(experts: Experts, naming: Naming, layer: int = 0) -> Tensors:
+    """Section 3c, MXFP4: weight_packed, and e8m0 scales as U8."""
+    tensors = {}
+    for name, linear in linears_by_name(experts, naming, layer):
+        tensors[f"{name}.weight_packed"] = Tensor.of(linear.packed())
+        tensors[f"{name}.weight_scale"] = Tensor.of(linear.scales.view(np.uint8))
+    return tensors
+
+
 # ---- configs ----
 
 
@@ -336,6 +345,12 @@ def config_for(experts: Experts, naming: Naming, quantization: Config | None = N
     return config
 
 
+COMPRESSED_NVFP4 = {
+    "quant_method": "compressed-tensors",
+    "format": "nvfp4-pack-quantized",
+    "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float", "group_size": 16}}},
+}
+COMPRESSED_MXFP4 = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 DEEPSEEK_NVFP4 = {
     "quant_method": "fp8",
@@ -370,6 +385,24 @@ def nvfp4_model(experts: Experts, naming: Naming, scalar_shape: tuple = ()) -> M
         nvfp4_tensors(experts, naming, scalar_shape=scalar_shape),
         config_for(experts, naming, quantization),
         "nvfp4",
+        named_experts(naming),
+    )
+
+
+def compressed_model(experts: Experts, naming: Naming) -> Model:
+    return Model(
+        compressed_tensors(experts, naming),
+        config_for(experts, naming, COMPRESSED_NVFP4),
+        "nvfp4 (compressed-tensors)",
+        named_experts(naming),
+    )
+
+
+def compressed_mxfp4_model(experts: Experts, naming: Naming) -> Model:
+    return Model(
+        compressed_mxfp4_tensors(experts, naming),
+        config_for(experts, naming, COMPRESSED_MXFP4),
+        "mxfp4 (compressed-tensors)",
         named_experts(naming),
     )
 

@@ -325,11 +325,39 @@ def test_no_tensors(tmp_path: Path) -> None:
 # ---- other schemes ----
 
 
-def test_compressed_tensors_is_named(tmp_path: Path) -> None:
-    """weight_packed is recognised and refused by name: its global scales are divisors."""
-    config = ck.config_for(ck.nvfp4_experts(), QWEN, {"quant_method": "compressed-tensors"})
-    directory = ck.write_single(tmp_path / "m", ck.compressed_tensors(ck.nvfp4_experts(), QWEN), config)
-    assert_refused(layertest(directory), directory, "weight_packed", "compressed-tensors", "not read")
+COMPRESSED = ck.compressed_model(ck.nvfp4_experts(), QWEN)
+PACKED = f"{UP}.weight_packed"
+PACKED_DAMAGE: dict[str, tuple[str, Tensor | None, str]] = {
+    "no-scales": (f"{UP}.weight_scale", None, f"{UP}.weight_scale"),
+    "no-global": (f"{UP}.weight_global_scale", None, f"{UP}.weight_global_scale"),
+    "global-0": (f"{UP}.weight_global_scale", zeros("F32", 1), "divisor above 0"),
+    "global-nan": (f"{UP}.weight_global_scale", Tensor.of(np.full(1, np.nan, np.float32)), "divisor above 0"),
+    "both-weights": (f"{UP}.weight", BF16.tensors[f"{UP}.weight"], "both"),
+    "both-globals": (f"{UP}.weight_scale_2", zeros("F32"), "not read"),
+    "both-input-scales": (f"{UP}.input_scale", zeros("F32"), "both"),
+    "dense": (PACKED, BF16.tensors[f"{UP}.weight"], "codes"),
+    "scales-e8m0": (f"{UP}.weight_scale", zeros("F8_E8M0", INNER, HIDDEN // 16), "F8_E4M3"),
+    "scales-transposed": (f"{UP}.weight_scale", zeros("F8_E4M3", HIDDEN // 16, INNER), "transposed"),
+    "scales-of-32": (f"{UP}.weight_scale", zeros("F8_E4M3", INNER, HIDDEN // 32), "--scheme mxfp4"),
+    "zero-point": (f"{UP}.weight_zero_point", zeros("I8", INNER, HIDDEN // 16), "not read"),
+    "rank-3": (PACKED, zeros("U8", 1, INNER, HIDDEN // 2), "matrix"),
+}
+
+
+@pytest.mark.parametrize(("name", "tensor", "part"), PACKED_DAMAGE.values(), ids=PACKED_DAMAGE.keys())
+def test_damaged_compressed_tensors(tmp_path: Path, name: str, tensor: Tensor | None, part: str) -> None:
+    tensors = changed(COMPRESSED.tensors, name, tensor)
+    directory = ck.write_single(tmp_path / "m", tensors, COMPRESSED.config)
+    assert_refused(layertest(directory), directory, part, "expected", "found")
+
+
+def test_scales_that_would_be_left_out(tmp_path: Path) -> None:
+    """A global scale beside a matrix that has none of its kind: it was meant for something."""
+    tensors = changed(NVFP4.tensors, f"{UP}.weight", BF16.tensors[f"{UP}.weight"])
+    for suffix in ("weight_scale", "weight_scale_2"):
+        rest = {name: t for name, t in tensors.items() if name != f"{UP}.{suffix}"}
+        directory = write_nvfp4(tmp_path / suffix, rest)
+        assert_refused(layertest(directory), directory, f"{UP}.weight_scale", "BF16", "not read")
 
 
 @pytest.mark.parametrize("model", [MXFP4, BF16, FUSED], ids=lambda model: model.scheme)

@@ -60,6 +60,15 @@ PAIRS: dict[str, tuple[Model, Model]] = {
     "mixtral-fused": (NVFP4_MIXTRAL, replace(FUSED, config=NVFP4_MIXTRAL.config | {"quantization_config": None})),
     "deepseek-mxfp4": (CAST, MXFP4),
     "deepseek-bf16": (CAST, ck.dense_model(BF16_OF_CAST, DEEPSEEK_V4, "BF16")),
+    "compressed-bf16": (ck.compressed_model(ck.nvfp4_experts(), QWEN), BF16),
+    "compressed-mixtral": (
+        ck.compressed_model(ck.nvfp4_experts(), MIXTRAL),
+        ck.dense_model(ck.nvfp4_experts(), MIXTRAL, "BF16"),
+    ),
+    "compressed-mxfp4": (
+        ck.nvfp4_model(ck.cast_to_nvfp4(ck.mxfp4_experts()), QWEN),
+        ck.compressed_mxfp4_model(ck.mxfp4_experts(), QWEN),
+    ),
     "deepseek-wide": (ck.nvfp4_model(ck.cast_to_nvfp4(WIDE), DEEPSEEK_V4), ck.mxfp4_model(WIDE)),
 }
 
@@ -331,7 +340,118 @@ def test_static_takes_the_larger_of_gate_and_up(tmp_path: Path) -> None:
     assert report_of(tmp_path, raised)["comparisons"] == expected
 
 
+# ---- what the user or the config says of the scheme ----
+
+
+def under_modelopt_names(tensors: ck.Tensors) -> ck.Tensors:
+    """compressed-tensors' numbers as a tool wrote them that knew ModelOpt's names alone."""
+    suffixes = {
+        "weight_packed": "weight",
+        "weight_global_scale": "weight_scale_2",
+        "input_global_scale": "input_scale",
+    }
+    renamed = {}
+    for name, tensor in tensors.items():
+        prefix, _, suffix = name.rpartition(".")
+        renamed[f"{prefix}.{suffixes.get(suffix, suffix)}"] = tensor
+    return renamed
+
+
+def test_scheme_overrides_names(tmp_path: Path) -> None:
+    """Divisors under ModelOpt's names are off by their square; told what they are, all is well."""
+    compressed = ck.compressed_model(ck.nvfp4_experts(), QWEN)
+    directory = ck.write_single(tmp_path / "m", under_modelopt_names(compressed.tensors), NVFP4.config)
+    original = ck.write_model(tmp_path / "original", BF16)
+    assert_finding(layertest(directory, "--original", original))
+    result = layertest(directory, "--original", original, "--scheme", "compressed-tensors")
+    assert_fine(result)
+    assert "nvfp4 (compressed-tensors) (--scheme)" in fact(result, "nvfp4")
+
+
+def test_scheme_overrides_types(tmp_path: Path) -> None:
+    """e4m3 scales in a file of a writer without a name for the type."""
+    tensors = {
+        name: tensor.with_dtype("U8") if name.endswith(".weight_scale") else tensor
+        for name, tensor in NVFP4.tensors.items()
+    }
+    directory = ck.write_single(tmp_path / "m", tensors, NVFP4.config)
+    original = ck.write_model(tmp_path / "original", BF16)
+    assert_refused(layertest(directory), directory, "F8_E4M3", "U8")
+    assert_fine(layertest(directory, "--original", original, "--scheme", "modelopt"))
+
+
+def test_scheme_that_does_not_fit(tmp_path: Path) -> None:
+    directory = ck.write_model(tmp_path / "m", NVFP4)
+    assert_refused(layertest(directory, "--scheme", "mxfp4"), directory, "weight_scale", "blocks of 16")
+    bf16 = ck.write_model(tmp_path / "bf16", BF16)
+    assert_refused(layertest(bf16, "--scheme", "modelopt"), bf16, "--scheme modelopt", "found bf16")
+
+
+CLAIMS: dict[str, tuple[dict, list[str]]] = {
+    "group-size": (ck.MODELOPT | {"group_size": 32}, ["group size is 32", "16 codes"]),
+    "writer": (ck.COMPRESSED_NVFP4, ["compressed-tensors", "ModelOpt's", "multiply"]),
+    "format": (ck.COMPRESSED_MXFP4, ["mxfp4-pack-quantized", "nvfp4"]),
+    "ignored": (ck.MODELOPT | {"ignore": ["lm_head", "model.layers.0.*"]}, ["'model.layers.0.*'", "nvfp4"]),
+    "ignored-parent": (ck.MODELOPT | {"exclude_modules": ["model.layers.0.mlp"]}, ["leaves", "nvfp4"]),
+    "fp8": ({"quant_method": "fp8"}, ["'fp8'", "nvfp4"]),
+}
+
+
+@pytest.mark.parametrize(("claim", "parts"), CLAIMS.values(), ids=CLAIMS.keys())
+def test_claims_that_tensors_contradict(tmp_path: Path, claim: dict, parts: list[str]) -> None:
+    """The tensors are used, and the disagreement is a note."""
+    config = NVFP4.config | {"quantization_config": claim}
+    note = fact(layertest(ck.write_single(tmp_path / "m", NVFP4.tensors, config)), "note")
+    for part in parts:
+        assert part in note
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        ck.MODELOPT | {"group_size": 16, "ignore": ["lm_head", "model.layers.01*", "model.layers.1", "*gate"]},
+        ck.MODELOPT | {"config_groups": {"group_0": {"weights": {"group_size": 16}, "targets": ["Linear"]}}},
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4"},
+        ck.MODELOPT | {"group_size": -1, "ignore": 3, "config_groups": [1]},
+    ],
+)
+def test_claims_that_tensors_bear_out(tmp_path: Path, claim: dict) -> None:
+    config = NVFP4.config | {"quantization_config": claim}
+    result = layertest(ck.write_single(tmp_path / "m", NVFP4.tensors, config))
+    assert_fine(result)
+    assert "note" not in result.stdout, str(result)
+
+
 # ---- mixed and degenerate layers ----
+
+
+def mixed_tensors(experts: tuple[int, ...], halves: tuple[str, ...] = ("",)) -> ck.Tensors:
+    """NVFP4 but for these experts, or these matrices of theirs, which are bf16."""
+    prefixes = tuple(f"model.layers.0.mlp.experts.{expert}.{half}" for expert in experts for half in halves)
+    tensors = {name: tensor for name, tensor in NVFP4.tensors.items() if not name.startswith(prefixes)}
+    return tensors | {name: t for name, t in BF16.tensors.items() if name.startswith(prefixes)}
+
+
+def test_mixed_experts_are_named(tmp_path: Path) -> None:
+    """Which experts are of the rarer scheme; the config may say so, and then nothing contradicts it."""
+    ignore = {"ignore": [f"model.layers.0.mlp.experts.2.{half}_proj" for half in ("gate", "up", "down")]}
+    for name, claim, notes in (("told", ck.MODELOPT | ignore, 1), ("untold", ck.MODELOPT, 2)):
+        config = NVFP4.config | {"quantization_config": claim}
+        directory = ck.write_single(tmp_path / name, mixed_tensors((2,)), config)
+        result = layertest(directory, "--activation-scale", "dynamic-token")
+        assert_fine(result)
+        found = re.findall(r"^note +(.*)$", result.stdout, re.MULTILINE)
+        assert len(found) == notes and found[0] == "expert 2: bf16, others: nvfp4", str(result)
+
+
+@pytest.mark.parametrize("half", ["gate_proj", "up_proj", "down_proj"])
+def test_mixed_within_an_expert(tmp_path: Path, half: str) -> None:
+    directory = ck.write_single(tmp_path / "m", mixed_tensors((1,), (half,)), NVFP4.config)
+    original = ck.write_model(tmp_path / "original", BF16)
+    result = layertest(directory, "--original", original, "--activation-scale", "dynamic-token")
+    assert_fine(result)
+    assert "expert 1: mixed: bf16, nvfp4" in result.stdout, str(result)
+
 
 
 def test_mixed_schemes(tmp_path: Path) -> None:

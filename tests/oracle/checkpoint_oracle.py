@@ -81,12 +81,23 @@ def read_projection(tensors: Tensors) -> Projection:
         members["bias"] = tensors["bias"].array
     if "input_scale" in tensors:
         members["input_scale"] = scalar(tensors["input_scale"])
+    if "input_global_scale" in tensors:
+        members["input_scale"] = np.float32(1) / scalar(tensors["input_global_scale"])
+    if "weight_packed" in tensors:
+        packed, scales = tensors["weight_packed"].array, tensors["weight_scale"]
+        if scales.dtype == "U8":
+            return moe.mxfp4(packed, scales.array, **members)
+        return moe.nvfp4(
+            packed, scales.array, scalar(tensors["weight_global_scale"]), divisor=True, **members
+        )
     weight = tensors["weight"]
     if "weight_scale_2" in tensors:
         scales, global_scale = tensors["weight_scale"].array, scalar(tensors["weight_scale_2"])
         return moe.nvfp4(weight.array, scales, global_scale, **members)
     if weight.dtype == "F8_E4M3":
         return moe.fp8(weight.array, tile_scales(tensors, weight.array.shape), **members)
+    if weight.dtype == "U8" and "weight_scale" in tensors:
+        return moe.mxfp4(weight.array, tensors["weight_scale"].array, **members)
     if "scale" in tensors:
         return moe.mxfp4(weight.array, tensors["scale"].array, **members)
     return moe.dense(weight.array, **members)

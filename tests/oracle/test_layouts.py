@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -17,9 +18,9 @@ from tensor_file import run_driver
 from test_families import bf16, plain, quantized, write_file
 from test_layer import assert_same_activation
 
-EXPERTS, HIDDEN, INNER, TOP_K, TOKENS = 3, 160, 272, 2, 13
+EXPERTS, HIDDEN, TOP_K, TOKENS = 3, 160, 2, 13
 BLOCK = "model.layers.0.mlp."
-SHAPES = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+HALVES = ("gate_proj", "up_proj", "down_proj")
 
 Stored = dict[str, tuple[str, Array]]
 
@@ -28,7 +29,7 @@ def one_by_one(make: Callable[[str, Array], Stored], values: dict[str, Array]) -
     """`make` for every matrix of every expert: values (E, N, K)."""
     tensors: Stored = {}
     for expert in range(EXPERTS):
-        for half in SHAPES:
+        for half in HALVES:
             tensors |= make(f"{BLOCK}experts.{expert}.{half}.", values[half][expert])
     return tensors
 
@@ -104,6 +105,51 @@ def fused_nvfp4(values: dict[str, Array], is_transposed: bool = False) -> Stored
     return tensors
 
 
+def nvfp4_of_modelopt(name: str, values: Array) -> Stored:
+    q = quantized(values)
+    return {
+        f"{name}weight": ("U8", q.codes),
+        f"{name}weight_scale": ("F8_E4M3", q.scales),
+        f"{name}weight_scale_2": ("F32", np.float32(q.global_scale).reshape(())),
+        f"{name}input_scale": ("F32", np.float32(0.01).reshape(())),
+    }
+
+
+def nvfp4_of_compressed_tensors(name: str, values: Array) -> Stored:
+    """The same under other names; divisors."""
+    q = quantized(values)
+    return {
+        f"{name}weight_packed": ("U8", q.codes),
+        f"{name}weight_scale": ("F8_E4M3", q.scales),
+        f"{name}weight_global_scale": ("F32", np.float32([1]) / np.float32(q.global_scale)),
+        f"{name}input_global_scale": ("F32", np.array([103.7], np.float32)),
+    }
+
+
+def mxfp4(dtypes: tuple[str, str], suffixes: tuple[str, str]) -> Callable[[str, Array], Stored]:
+    """Codes and e8m0 scales under the names and types of each writer."""
+
+    def make(name: str, values: Array) -> Stored:
+        codes, scales = oracle.quantize_mxfp4(values.astype(np.float32))
+        return {
+            f"{name}{suffix}": (dtype, array)
+            for suffix, dtype, array in zip(suffixes, dtypes, (codes, scales), strict=True)
+        }
+
+    return make
+
+
+def mixed_experts(values: dict[str, Array]) -> Stored:
+    """Every expert of another scheme, and the last one's matrices of three."""
+    schemes = [nvfp4_of_compressed_tensors, dense("BF16", ml_dtypes.bfloat16), fp8_by_tile]
+    tensors: Stored = {}
+    for expert in range(EXPERTS):
+        for number, half in enumerate(HALVES):
+            make = schemes[number if expert == EXPERTS - 1 else expert]
+            tensors |= make(f"{BLOCK}experts.{expert}.{half}.", values[half][expert])
+    return tensors
+
+
 LAYOUTS: dict[str, Callable[[dict[str, Array]], Stored]] = {
     "fp8-by-tile": lambda values: one_by_one(fp8_by_tile, values),
     "fp8-by-power-of-two": lambda values: one_by_one(fp8_by_power_of_two, values),
@@ -111,6 +157,14 @@ LAYOUTS: dict[str, Callable[[dict[str, Array]], Stored]] = {
     "fp8-of-modelopt-rank-1": lambda values: one_by_one(fp8_of_modelopt((1,)), values),
     "f16": lambda values: one_by_one(dense("F16", np.float16), values),
     "f32": lambda values: one_by_one(dense("F32", np.float32), values),
+    "nvfp4-of-modelopt": lambda values: one_by_one(nvfp4_of_modelopt, values),
+    "nvfp4-of-compressed-tensors": lambda values: one_by_one(nvfp4_of_compressed_tensors, values),
+    "mxfp4-of-deepseek": lambda values: one_by_one(mxfp4(("I8", "F8_E8M0"), ("weight", "scale")), values),
+    "mxfp4-of-compressed-tensors": lambda values: one_by_one(
+        mxfp4(("U8", "U8"), ("weight_packed", "weight_scale")), values
+    ),
+    "mxfp4-of-modelopt": lambda values: one_by_one(mxfp4(("U8", "U8"), ("weight", "weight_scale")), values),
+    "mixed": mixed_experts,
     "fused-bf16": fused_bf16,
     "fused-bf16-transposed": lambda values: fused_bf16(values, is_transposed=True),
     "fused-nvfp4": fused_nvfp4,
@@ -122,7 +176,12 @@ LAYOUTS: dict[str, Callable[[dict[str, Array]], Stored]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout(tmp_path: Path, layout: str, activations: str) -> None:
     rng = np.random.default_rng(3)
-    values = {half: bf16(0.1 * rng.standard_normal((EXPERTS, *shape))) for half, shape in SHAPES.items()}
+    inner = 288 if "mxfp4" in layout else 272  # whole blocks of 32, or of 16 alone
+    shapes = ((inner, HIDDEN), (inner, HIDDEN), (HIDDEN, inner))
+    values = {
+        half: bf16(0.1 * rng.standard_normal((EXPERTS, *shape)))
+        for half, shape in zip(HALVES, shapes, strict=True)
+    }
     router = {f"{BLOCK}gate.weight": plain(bf16(rng.standard_normal((EXPERTS, HIDDEN))))}
     write_file(tmp_path / "model.safetensors", LAYOUTS[layout](values) | router)
     config = {"model_type": "qwen3_moe", "num_experts": EXPERTS, "num_experts_per_tok": TOP_K}

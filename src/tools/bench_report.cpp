@@ -2,9 +2,9 @@
 
 #include <fmt/format.h>
 
-#include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "tools/json_number.h"
 #include "tools/terminal.h"
 
 namespace fourfold {
@@ -12,15 +12,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-/// Non-finite numbers as text: JSON has none.
-Json number(double value) {
-  if (std::isnan(value)) return "nan";
-  if (std::isinf(value)) return value > 0 ? "inf" : "-inf";
-  return value;
-}
-
 Json optional_number(const std::optional<double>& value) {
-  return value ? number(*value) : Json(nullptr);
+  return value ? json_number(*value) : Json(nullptr);
 }
 
 std::string status_of(const BenchResult& result) {
@@ -47,9 +40,9 @@ Json check_json(const CheckReport& check) {
   Json stages = Json::array();
   for (const StageCheck& stage : check.stages) {
     stages.push_back({{"stage", stage.stage},
-                      {"rel_l2", number(stage.rel_l2)},
+                      {"rel_l2", json_number(stage.rel_l2)},
                       {"limit", stage.limit},
-                      {"worst_row_rel_l2", number(stage.worst_row_rel_l2)},
+                      {"worst_row_rel_l2", json_number(stage.worst_row_rel_l2)},
                       {"worst_row_limit", stage.worst_row_limit}});
   }
   return {{"depth", check.depth == CheckDepth::kStageByStage ? "stages" : "end to end"},

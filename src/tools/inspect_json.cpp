@@ -1,25 +1,18 @@
 // The inspection as JSON; docs/inspect.md is its schema.
-#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "fourfold/parallel_degrees.h"
 #include "tools/inspect_layer_facts.h"
 #include "tools/inspect_report.h"
+#include "tools/json_number.h"
 
 namespace fourfold {
 namespace {
 
 using Json = nlohmann::ordered_json;
 
-/// JSON has no NaN and no infinity: they are the strings "nan", "inf" and "-inf".
-Json number(double value) {
-  if (std::isnan(value)) return "nan";
-  if (std::isinf(value)) return value > 0 ? "inf" : "-inf";
-  return value;
-}
-
-Json number(const std::optional<float>& value) {
-  return value ? number(double{*value}) : Json(nullptr);
+Json optional_number(const std::optional<float>& value) {
+  return value ? json_number(double{*value}) : Json(nullptr);
 }
 
 template <class T>
@@ -49,9 +42,9 @@ Json scales_json(const ScaleCounts& scales) {
           {"zero", scales.zero()},
           {"subnormal", scales.subnormal()},
           {"saturated", scales.saturated()},
-          {"smallest", number(scales.quantile(0.0))},
-          {"median", number(scales.quantile(0.5))},
-          {"largest", number(scales.quantile(1.0))},
+          {"smallest", optional_number(scales.quantile(0.0))},
+          {"median", optional_number(scales.quantile(0.5))},
+          {"largest", optional_number(scales.quantile(1.0))},
           {"by_byte", scales.by_byte}};
 }
 
@@ -68,7 +61,7 @@ Json group_json(const MatrixGroup& group) {
     values = {{"total", group.values.values},
               {"zeros", group.values.zeros},
               {"non_finite", group.values.non_finite},
-              {"largest", number(double{group.values.largest})}};
+              {"largest", json_number(double{group.values.largest})}};
   }
   return {{"role", group.role},
           {"format", text_or_null(group.format)},
@@ -77,8 +70,8 @@ Json group_json(const MatrixGroup& group) {
           {"matrices", group.matrices},
           {"unread", group.unread},
           {"bytes", group.bytes},
-          {"smallest_global", number(group.smallest_global)},
-          {"largest_global", number(group.largest_global)},
+          {"smallest_global", optional_number(group.smallest_global)},
+          {"largest_global", optional_number(group.largest_global)},
           {"scales", scales_json(group.scales)},
           {"codes", codes},
           {"values", values}};
@@ -130,16 +123,16 @@ Json layer_json(const LayerInspection& layer) {
   if (layer.gate_up.pairs > 0) {
     json["gate_up"] = {{"pairs", layer.gate_up.pairs},
                        {"different", layer.gate_up.different},
-                       {"median", number(layer.gate_up.median)},
-                       {"largest", number(layer.gate_up.largest)},
+                       {"median", json_number(layer.gate_up.median)},
+                       {"largest", json_number(layer.gate_up.largest)},
                        {"largest_expert", layer.gate_up.largest_expert}};
   }
   json["input_scales"] = nullptr;
   if (layer.input_scales.expected > 0) {
     json["input_scales"] = {{"usable", layer.input_scales.usable},
                             {"expected", layer.input_scales.expected},
-                            {"smallest", number(layer.input_scales.smallest)},
-                            {"largest", number(layer.input_scales.largest)}};
+                            {"smallest", optional_number(layer.input_scales.smallest)},
+                            {"largest", optional_number(layer.input_scales.largest)}};
   }
   json["matrices"] = Json::array();
   for (const MatrixGroup& group : layer.groups) json["matrices"].push_back(group_json(group));

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "tools/json_number.h"
 #include "tools/terminal.h"
 
 namespace fourfold {
@@ -13,13 +14,6 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr size_t kLineBytes = 1000;  // of text that comes from files
-
-/// JSON has no NaN and no infinity: they are the strings "nan", "inf" and "-inf".
-Json number(double value) {
-  if (std::isnan(value)) return "nan";
-  if (std::isinf(value)) return value > 0 ? "inf" : "-inf";
-  return value;
-}
 
 Json index_or_null(int64_t index) {
   return index < 0 ? Json(nullptr) : Json(index);
@@ -33,12 +27,12 @@ Json stages_json(const std::vector<StageReport>& stages) {
   Json json = Json::object();
   for (const StageReport& stage : stages) {
     json[std::string(name_of(stage))] = {
-        {"cosine", number(stage.cosine)},
-        {"norm_ratio", number(stage.norm_ratio)},
-        {"rel_l2", number(stage.rel_l2)},
+        {"cosine", json_number(stage.cosine)},
+        {"norm_ratio", json_number(stage.norm_ratio)},
+        {"rel_l2", json_number(stage.rel_l2)},
         {"worst_token", index_or_null(stage.worst_token)},
         {"worst_expert", index_or_null(stage.worst_expert)},
-        {"limit", stage.limit ? number(*stage.limit) : Json(nullptr)},
+        {"limit", stage.limit ? json_number(*stage.limit) : Json(nullptr)},
     };
   }
   return json;
@@ -175,7 +169,7 @@ std::string format_json(const LayertestSubject& subject, const LayertestReport& 
   }
   for (const auto& [what, scale] : input_scales_of(report)) {
     json["input_scales"][what] = {{"worst_expert", index_or_null(scale.worst_expert)},
-                                  {"ratio", number(scale.ratio)},
+                                  {"ratio", json_number(scale.ratio)},
                                   {"limit", scale.limit}};
   }
   if (report.staging) {

@@ -323,6 +323,7 @@ int run(int argc, char** argv) {
       {"grouped_gemm", [](Job& job) { grouped_gemm(job, true); }},
       {"layer", run_layer},
       {"checkpoint_layer", run_checkpoint_layer},
+      {"checkpoint_weights", read_checkpoint_weights},
   };
   if (argc < 4 || !operations.contains(argv[1])) {
     fmt::print(stderr, "usage: oracle_driver OP IN.safetensors OUT.safetensors [key=value ...]\n");

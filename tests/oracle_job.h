@@ -100,5 +100,7 @@ DenseView dense_vector(const MatrixView<const float>& vector);
 void run_layer(Job& job);
 /// A layer of a checkpoint on disk, routed by its own router.
 void run_checkpoint_layer(Job& job);
+/// Weights of every expert of a layer, dequantized: "E.gate", "E.up", "E.down" in float32.
+void read_checkpoint_weights(Job& job);
 
 }  // namespace fourfold

@@ -331,6 +331,20 @@ void run_layer(Job& job) {
   run_tapped(job, *reference_backend().make_layer(weights, config, options_of(job)), shared, args);
 }
 
+void read_checkpoint_weights(Job& job) {
+  const auto checkpoint = Checkpoint::open(job.option("checkpoint"));
+  const ExpertLayer layer = load_experts(checkpoint, std::stoll(job.option("layer", "0")));
+  for (size_t e = 0; e < layer.weights.experts.size(); ++e) {
+    const Expert& expert = layer.weights.experts[e];
+    for (const auto& [half, weight] :
+         {std::pair("gate", &expert.gate), std::pair("up", &expert.up), std::pair("down", &expert.down)}) {
+      const int64_t rows = rows_of(*weight), cols = cols_of(*weight);
+      auto* out = job.result<float>(std::to_string(e) + "." + half, DType::kF32, {rows, cols});
+      for (int64_t row = 0; row < rows; ++row) dequantize_row(*weight, row, out + row * cols);
+    }
+  }
+}
+
 void run_checkpoint_layer(Job& job) {
   const auto checkpoint = Checkpoint::open(job.option("checkpoint"));
   const int64_t layer = std::stoll(job.option("layer", "0"));

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every test on a fresh machine: installs what is missing, builds twice (optimised; address and undefined-behaviour
-# sanitizers) and runs the suites of both.
+# sanitizers) and runs the suites of both, then the fuzzers for a minute (scripts/fuzz.sh).
 #
-#   tests/run_test.sh [--fast]     --fast leaves the sanitizers out
+#   tests/run_test.sh [--fast]     --fast leaves the sanitizers and the fuzzers out
 set -euo pipefail
 source "$(dirname "$0")/../scripts/environment.sh"
 
@@ -21,4 +21,8 @@ for preset in "${presets[@]}"; do
   say "testing preset $preset"
   (cd "$root" && ctest --preset "$preset" --parallel "$(nproc)" --progress)
 done
+if [ ${#presets[@]} -gt 1 ]; then
+  # 77: no libFuzzer on this machine, which fuzz.sh has said.
+  "$root/scripts/fuzz.sh" --seconds 15 || [ $? = 77 ] || die "the fuzzers found something, or did not build"
+fi
 say "all tests passed: ${presets[*]}"

@@ -1,5 +1,6 @@
 #include "checkpoint/moe_names.h"
 
+#include <algorithm>
 #include <charconv>
 #include <set>
 
@@ -26,11 +27,31 @@ std::vector<const Tensor*> tensors_under(const Checkpoint& checkpoint, std::stri
   return found;
 }
 
+namespace {
+
+/// The block's own names of an expert's linears, or the other ones that are in use, if those are what
+/// `tensors` are called: llm-compressor writes Mixtral's block with gate_proj, up_proj and down_proj.
+BlockNames names_in_use(const std::vector<const Tensor*>& tensors, const BlockNames& usual) {
+  const auto has = [&](std::string_view linear) {
+    const std::string infix = fmt::format(".{}.", linear);
+    return std::any_of(tensors.begin(), tensors.end(),
+                       [&](const Tensor* tensor) { return tensor->name.find(infix) != std::string::npos; });
+  };
+  if (has(usual.up) || has(usual.down)) return usual;
+  for (const BlockNames& other : kBlockNames) {
+    if (has(other.up) || has(other.down)) return {usual.block, other.gate, other.up, other.down};
+  }
+  return usual;
+}
+
+}  // namespace
+
 MoeBlock find_block(const Checkpoint& checkpoint, int64_t layer) {
   for (const std::string_view before : kBeforeLayer) {
     for (const BlockNames& names : kBlockNames) {
       const std::string prefix = fmt::format("{}{}{}", before, layer, names.block);
-      if (!tensors_under(checkpoint, prefix + std::string(kExperts)).empty()) return {prefix, names};
+      const auto tensors = tensors_under(checkpoint, prefix + std::string(kExperts));
+      if (!tensors.empty()) return {prefix, names_in_use(tensors, names)};
     }
   }
   const std::vector<int64_t> others = layers_with_experts(checkpoint);

@@ -15,7 +15,7 @@ namespace fourfold {
 /// Names inside a layer: everything of its MoE block starts with "<layers>L<block>".
 struct BlockNames {
   std::string_view block;           ///< between the layer's number and what follows, e.g. ".mlp."
-  std::string_view gate, up, down;  ///< linears of an expert
+  std::string_view gate, up, down;  ///< linears of an expert, usually
 };
 
 inline constexpr std::array<BlockNames, 5> kBlockNames = {{
@@ -40,7 +40,7 @@ inline constexpr std::string_view kSharedGate = "shared_expert_gate.";
 /// An MoE block that is there: it has tensors of experts.
 struct MoeBlock {
   std::string prefix;  ///< e.g. "model.layers.3.mlp."
-  BlockNames names;
+  BlockNames names;    ///< as this checkpoint has them
 };
 
 /// The block of `layer`. Throws Error, naming the layers that have one, where it has none.

@@ -245,6 +245,7 @@ def with_odd_globals(experts: Experts) -> Experts:
 
 QWEN = ("model.layers.{layer}.mlp.experts.{expert}", ("gate_proj", "up_proj", "down_proj"))
 MIXTRAL = ("model.layers.{layer}.block_sparse_moe.experts.{expert}", ("w1", "w3", "w2"))
+MIXTRAL_BY_PROJ = (MIXTRAL[0], QWEN[1])  # as llm-compressor names it
 DEEPSEEK_V4 = ("layers.{layer}.ffn.experts.{expert}", ("w1", "w3", "w2"))
 Naming = tuple[str, tuple[str, str, str]]
 
@@ -331,7 +332,7 @@ def config_for(experts: Experts, naming: Naming, quantization: Config | None = N
     config: Config = {"hidden_size": hidden, "num_experts_per_tok": TOP_K, "num_hidden_layers": 1}
     if naming == QWEN:
         config |= {"model_type": "qwen3_moe", "moe_intermediate_size": inner, "num_experts": len(experts)}
-    elif naming == MIXTRAL:
+    elif naming[0] == MIXTRAL[0]:
         config |= {"model_type": "mixtral", "intermediate_size": inner, "num_local_experts": len(experts)}
     else:
         config |= {

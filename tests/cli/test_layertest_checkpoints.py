@@ -65,6 +65,10 @@ PAIRS: dict[str, tuple[Model, Model]] = {
         ck.compressed_model(ck.nvfp4_experts(), MIXTRAL),
         ck.dense_model(ck.nvfp4_experts(), MIXTRAL, "BF16"),
     ),
+    "compressed-mixtral-by-proj": (
+        ck.compressed_model(ck.nvfp4_experts(), ck.MIXTRAL_BY_PROJ),
+        ck.dense_model(ck.nvfp4_experts(), MIXTRAL, "BF16"),
+    ),
     "compressed-mxfp4": (
         ck.nvfp4_model(ck.cast_to_nvfp4(ck.mxfp4_experts()), QWEN),
         ck.compressed_mxfp4_model(ck.mxfp4_experts(), QWEN),

@@ -17,7 +17,7 @@ namespace {
 
 using fuzz::ByteSource;
 
-constexpr int64_t kMostBytes = 1 << 20;  // of one tensor
+constexpr int64_t kMostBytes = 1 << 18;  // of one tensor
 constexpr std::array<const char*, 5> kBefore = {"model.layers.", "layers.", "model.language_model.layers.",
                                                 "language_model.model.layers.", "backbone.layers."};
 constexpr std::array<std::array<const char*, 4>, 5> kBlocks = {{

@@ -13,6 +13,8 @@ from checkpoints import Tensor
 from command import FINDING, FINE, assert_refused, assert_usage, run, run_on_terminal
 from models import FAMILIES, LAYERS, QWEN, SCHEMES, UP, Model, found, inspect
 
+THIRD_PARTY = Path(__file__).parents[1] / "data" / "third_party"
+
 # ---- clean models ----
 
 
@@ -29,6 +31,13 @@ def test_sound_models_are_clean(tmp_path: Path, models: Path, family: str, schem
         assert (layer["experts"], layer["hidden"], layer["intermediate"]) == (8, 128, 64)
         assert layer["router"]["top_k"] == 2
         assert sum(group["unread"] for group in layer["matrices"]) == 0
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in THIRD_PARTY.iterdir() if path.is_dir()))
+def test_checkpoints_that_other_tools_wrote_are_clean(tmp_path: Path, folder: str) -> None:
+    result, report = inspect(tmp_path, THIRD_PARTY / folder)
+    assert result.code == FINE, str(result)
+    assert all(layer["loads"] for layer in report["layers"])
 
 
 @pytest.mark.parametrize("profile", ["gaussian", "realistic"])

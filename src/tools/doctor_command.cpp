@@ -7,6 +7,7 @@
 #include <string>
 
 #include "base/fail.h"
+#include "cpu/isa.h"
 #include "fourfold/checkpoint.h"
 #include "fourfold/model_family.h"
 #include "tools/commands.h"
@@ -104,6 +105,18 @@ bool print_subject(const Arguments& arguments, const Subject& subject) {
   return fine;
 }
 
+/// False, with the reason printed, where FOURFOLD_ISA or --isa asks for what can't run: every layer on the
+/// CPU would be refused.
+bool print_forced_isa() {
+  try {
+    cpu::choose_isa();
+    return true;
+  } catch (const Error& error) {
+    print_trouble("cpu", error.what());
+    return false;
+  }
+}
+
 bool print_self_tests() {
   const Progress progress;
   const std::vector<SelfTest> tests = run_self_tests([&](std::string_view what) { progress.show(what); });
@@ -125,6 +138,7 @@ int execute(const Arguments& arguments) {
   if (!arguments.model.empty()) subject = load_subject(arguments);
   for (const auto& [label, text] : describe_machine()) print_fact(label, text);
   bool fine = print_choice("chosen", [] { return choose_backend(""); });
+  fine &= print_forced_isa();
   if (subject) fine &= print_subject(arguments, *subject);
   fine &= print_self_tests();
   fmt::print("\n{}\n", fine ? green("this machine is fine") : red("something is wrong: see above"));

@@ -31,6 +31,9 @@ def test_doctor_names_what_forces_a_backend() -> None:
     assert "FOURFOLD_ISA=portable" in result.stdout
     result = run("doctor", env={"FOURFOLD_BACKEND": "abacus"})
     assert result.code == FINDING and "'abacus'" in result.stdout, str(result)
+    result = run("doctor", env={"FOURFOLD_ISA": "mmx"})
+    assert result.code == FINDING and "FOURFOLD_ISA: expected one of" in result.stdout, str(result)
+    assert "this machine is fine" not in result.stdout
 
 
 @pytest.mark.parametrize("family", FAMILIES)

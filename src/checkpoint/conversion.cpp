@@ -413,7 +413,7 @@ class ConversionPlanner {
     const std::string prefix = survey.block.prefix + std::string(kExperts);
     const bool is_interleaved = fused_gate_up_order(source_.config()) == GateUpOrder::kInterleaved;
     const bool has_blocks = source_.find(prefix + "gate_up_proj_blocks") != nullptr;
-    if (scheme_for("") == WeightScheme::kCompressedTensors) {
+    if (scheme_for("") == WeightScheme::kCompressedTensors && request_.to != TargetFormat::kBf16) {
       fail(ErrorCode::kUnsupported,
            "{}: --scheme compressed-tensors: expected experts with tensors of their own, found "
            "'{}gate_up_proj', "

@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <memory>
 #include <set>
@@ -61,6 +62,8 @@ ConversionRequest request_of(const Arguments& arguments) {
   const auto only_nvfp4 = [&](bool given, const char* option) {
     if (given && !is_nvfp4) throw CLI::ValidationError(option, "expected --to nvfp4, found " + arguments.to);
   };
+  if (!arguments.scheme.empty() && request.to == TargetFormat::kBf16)
+    throw CLI::ValidationError("--scheme", "expected --to nvfp4 or mxfp4, found bf16, which has none");
   only_nvfp4(arguments.scale != "amax", "--scale");
   only_nvfp4(arguments.tie_gate_up, "--tie-gate-up");
   only_nvfp4(arguments.allow_inexact, "--allow-inexact");

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "base/fail.h"
+#include "base/mapped_file.h"
 #include "checkpoint/conversion_config.h"
 #include "checkpoint/conversion_names.h"
 #include "checkpoint/conversion_tasks.h"
@@ -109,7 +110,9 @@ class ConversionPlanner {
     }
     is_deepseek_v4_ = source_.config().model_type == "deepseek_v4";
     open_input_scales();
-    for (const int64_t layer : selected_layers()) plan_layer(layer);
+    const std::vector<int64_t> layers = selected_layers();
+    for (const int64_t layer : layers) prefetch_scales(find_block(source_, layer).prefix);
+    for (const int64_t layer : layers) plan_layer(layer);
     finish_jobs();
     require_something_to_do();
     require_all_input_scales_used();
@@ -169,6 +172,14 @@ class ConversionPlanner {
     for (const Expert& expert : experts.weights.experts) plan_expert(expert, survey);
     if (experts.weights.shared) plan_shared(experts.weights, survey);
     loaded_.push_back(std::move(experts));
+  }
+
+  /// Scales are all that planning reads; between codes, one by one, they would come with these.
+  void prefetch_scales(const std::string& prefix) const {
+    for (const Tensor* tensor : tensors_under(source_, prefix + std::string(kExperts))) {
+      if (!tensor->name.ends_with("scale") && !tensor->name.ends_with("scales")) continue;
+      prefetch_mapped({tensor->data, static_cast<size_t>(tensor->bytes)});
+    }
   }
 
   static void require_clean(const LayerSurvey& survey) {

@@ -21,6 +21,9 @@ namespace {
 /// Carried tensors are copied in pieces of this size: what a task has of its source in memory at a time.
 constexpr int64_t kPieceBytes = int64_t{16} << 20;
 
+/// What the system is asked to read ahead of the tasks that run: enough to keep a disk busy.
+constexpr int64_t kReadAheadBytes = int64_t{64} << 20;
+
 int64_t bytes_read(const WriteTask& task) {
   int64_t bytes = 0;
   for (const auto& part : task.reads) bytes += static_cast<int64_t>(part.size());
@@ -75,7 +78,7 @@ class TaskRunner {
     for (int64_t index = 0; index < count; ++index) {
       if (failed_) continue;
       try {
-        run_task(static_cast<size_t>(index), static_cast<size_t>(fitting));
+        run_task(static_cast<size_t>(index));
       } catch (...) {
         const std::lock_guard lock(mutex_);
         if (!failed_.exchange(true)) error_ = std::current_exception();
@@ -85,11 +88,9 @@ class TaskRunner {
   }
 
  private:
-  /// While a task computes, the system reads what the one after those that run now needs.
-  void run_task(size_t index, size_t threads) {
-    if (index < threads) prefetch(index);
-    if (index + threads < tasks_.size()) prefetch(index + threads);
+  void run_task(size_t index) {
     const WriteTask& task = tasks_[index];
+    read_ahead();
     task.run(write_);
     for (const auto& part : task.reads) release_mapped(part);
     const std::lock_guard lock(mutex_);
@@ -97,8 +98,14 @@ class TaskRunner {
     progress_(done_, total_);
   }
 
-  void prefetch(size_t index) const {
-    for (const auto& part : tasks_[index].reads) prefetch_mapped(part);
+  /// While tasks compute, the system reads what the next ones need.
+  void read_ahead() {
+    const std::lock_guard lock(mutex_);
+    while (next_ < tasks_.size() && asked_ - done_ < kReadAheadBytes) {
+      const WriteTask& task = tasks_[next_++];
+      for (const auto& part : task.reads) prefetch_mapped(part);
+      asked_ += bytes_read(task);
+    }
   }
 
   const std::vector<WriteTask>& tasks_;
@@ -106,6 +113,8 @@ class TaskRunner {
   const WriteProgress& progress_;
   std::mutex mutex_;
   int64_t done_ = 0, total_ = 0;
+  size_t next_ = 0;    // task to be read ahead
+  int64_t asked_ = 0;  // bytes of those before it
   std::atomic<bool> failed_ = false;
   std::exception_ptr error_;
 };

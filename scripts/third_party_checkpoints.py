@@ -17,7 +17,12 @@ checkpoint as for anybody. Then:
   numbers. In bf16, in which the tools return it, the second rounding shows where it crosses the middle
   between two bf16 numbers: elements that differ are counted, and may by one unit in the last place alone.
 - `fourfold inspect` must find nothing wrong with it.
-- `fourfold layertest` runs on those in NVFP4, and must have no note to make: config and tensors agree.
+- `fourfold layertest` runs on those in NVFP4, and on the NVFP4 that `fourfold convert` makes of MXFP4 beside it; it
+  must have no note to make: config and tensors agree.
+- what `fourfold convert` makes is read by the tools. NVFP4 in the other tool's scheme dequantizes there to the same
+  values, but for the last place of the global scale; MXFP4 in the other's scheme, and its exact cast to NVFP4, to the
+  same bits. As bf16, transformers loads it, and its experts hold our dequantization bit for bit. So does what convert
+  makes of the tool's own source: as compressed-tensors, transformers loads it through compressed-tensors and runs it.
 - `fourfold gemmtest` runs in the layer's shape.
 
 --keep FOLDER writes what CI reads (tests/data/third_party): the checkpoints as the tools wrote them, with
@@ -36,6 +41,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,20 +285,122 @@ def run_fourfold(build: Path, *arguments: str | Path) -> subprocess.CompletedPro
     return subprocess.run([str(build / "fourfold"), *map(str, arguments)], capture_output=True, text=True)
 
 
-def run_commands(judge: Judge, case: Case, model: Path, source: Path, build: Path) -> None:
+def run_commands(judge: Judge, case: Case, model: Path, source: Path, build: Path, scratch: Path) -> None:
     result = run_fourfold(build, "inspect", model)
     judge.say(result.returncode == 0, f"inspect: exit code {result.returncode}{result.stderr}")
+    nvfp4, original = model, source
     if case.scheme == "mxfp4":
-        print("  --    layertest: MXFP4 is an original; it needs the NVFP4 of the same model beside it")
-        return
+        nvfp4, original = scratch / "cast", model
+        if not convert(judge, build, model, nvfp4, "nvfp4"):
+            return
     # The calibration saw this model's hidden states, layertest makes up others: scales by token fit both.
-    result = run_fourfold(build, "layertest", "--nvfp4", model, "--activation-scale", "dynamic-token")
+    result = run_fourfold(build, "layertest", "--nvfp4", nvfp4, "--activation-scale", "dynamic-token")
     notes = [line for line in result.stdout.splitlines() if line.startswith("note")]
     text = f"layertest: exit code {result.returncode}, {len(notes)} notes {notes}{result.stderr}"
     judge.say(result.returncode == 0 and not notes, text)
-    result = run_fourfold(build, "layertest", "--nvfp4", model, "--original", source)
+    result = run_fourfold(build, "layertest", "--nvfp4", nvfp4, "--original", original)
     text = f"layertest --original: exit code {result.returncode} {result.stdout.splitlines()[-1:]}{result.stderr}"
     judge.say(result.returncode in (0, 3), text)
+
+
+# ---- what convert writes ----
+
+
+def convert(judge: Judge, build: Path, source: Path, target: Path, to: str, *options: str) -> bool:
+    result = run_fourfold(build, "convert", source, target, "--to", to, *options)
+    text = " ".join(("convert --to", to, *options))
+    judge.say(result.returncode == 0, f"{text}: exit code {result.returncode}{result.stderr}")
+    return result.returncode == 0
+
+
+def tool_of(scheme: str) -> Callable:
+    return by_compressed_tensors if scheme == "compressed-tensors" else by_modelopt
+
+
+def other_than(scheme: str) -> str:
+    return "modelopt" if scheme == "compressed-tensors" else "compressed-tensors"
+
+
+def largest_difference(case: Case, model: Path, converted: Path, scheme: str) -> float:
+    """Relative, between what the tool makes of its own file and what the one of `scheme` makes of ours."""
+    tensors, others = load_file(model / "model.safetensors"), load_file(converted / "model.safetensors")
+    worst = 0.0
+    for expert in range(EXPERTS):
+        for half in HALVES:
+            a = tool_of(case.tool)(of_linear(tensors, expert, half), torch.float32)
+            b = tool_of(scheme)(of_linear(others, expert, half), torch.float32)
+            worst = max(worst, ((a - b).abs() / a.abs().clamp(min=1e-30)).max().item())
+    return worst
+
+
+def load_by_transformers(judge: Judge, converted: Path, what: str) -> torch.nn.Module | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, info = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.bfloat16, output_loading_info=True)
+    wrong = {key: sorted(found)[:4] for key, found in info.items() if found}
+    logits = model(torch.arange(VOCABULARY).reshape(2, -1)).logits
+    fine = not wrong and bool(logits.isfinite().all())
+    judge.say(fine, f"transformers loads and runs {what}{wrong or ''}")
+    return model if fine else None
+
+
+def experts_of(model: torch.nn.Module) -> Tensors:
+    """bf16 matrices of a loaded model whose experts are fused, by expert and half."""
+    gate_up, down = (
+        next(value for name, value in model.state_dict().items() if name.endswith(f"experts.{half}"))
+        for half in ("gate_up_proj", "down_proj")
+    )
+    inner = down.shape[2]
+    found = {}
+    for expert in range(EXPERTS):
+        found[f"{expert}.gate"], found[f"{expert}.up"] = gate_up[expert, :inner], gate_up[expert, inner:]
+        found[f"{expert}.down"] = down[expert]
+    return found
+
+
+def convert_and_load(judge: Judge, case: Case, model: Path, source: Path, build: Path, scratch: Path) -> None:
+    """The other direction: what fourfold converts is read by the tools and by transformers."""
+    other = other_than(case.tool)
+    if convert(judge, build, model, scratch / "other", case.scheme, "--scheme", other):
+        # The reciprocal is off by half a place, dividing or multiplying by it rounds twice more on either side.
+        allowed = 5 * 2.0**-24 if case.scheme == "nvfp4" else 0.0
+        worst = largest_difference(case, model, scratch / "other", other)
+        judge.say(worst <= allowed, f"read by {other}: the largest relative difference is {worst:.2e}")
+    if case.scheme == "mxfp4":
+        worst = largest_difference(case, model, scratch / "cast", case.tool)
+        judge.say(worst == 0.0, f"the cast, read by {case.tool}: the largest relative difference is {worst:.2e}")
+    # Names that transformers does not know: llm-compressor's for Mixtral.
+    if (case.tool, case.family) != ("compressed-tensors", "mixtral"):
+        check_bf16(judge, model, build, scratch)
+    check_own_nvfp4(judge, source, build, scratch, case.tool)
+
+
+def check_bf16(judge: Judge, model: Path, build: Path, scratch: Path) -> None:
+    if not convert(judge, build, model, scratch / "bf16", "bf16"):
+        return
+    loaded = load_by_transformers(judge, scratch / "bf16", "the bf16")
+    if loaded is None:
+        return
+    ours, theirs = read_by_fourfold(build, model), experts_of(loaded)
+    same = sum(torch.equal(ours[name].to(torch.bfloat16), value) for name, value in theirs.items())
+    judge.say(same == len(theirs), f"its experts are our dequantization: {same} of {len(theirs)} matrices bit for bit")
+
+
+def check_own_nvfp4(judge: Judge, source: Path, build: Path, scratch: Path, scheme: str) -> None:
+    """bf16 that convert quantized, in the tool's scheme."""
+    own = scratch / "own"
+    if not convert(judge, build, source, own, "nvfp4", "--scheme", scheme):
+        return
+    ours, tensors = read_by_fourfold(build, own), load_file(own / "model.safetensors")
+    same = 0
+    for name, value in ours.items():
+        expert, half = name.split(".")
+        linear = of_linear(tensors, int(expert), half)
+        theirs = in_order(linear, True)
+        same += same_bits(theirs, tool_of(scheme)(linear, torch.float32)) and same_bits(in_order(linear, False), value)
+    judge.say(same == len(ours), f"read by {scheme} and by us: the same numbers in {same} of {len(ours)} matrices")
+    if scheme == "compressed-tensors":
+        load_by_transformers(judge, own, "it through compressed-tensors")
 
 
 def keep(folder: Path, name: str, model: Path, hashes: dict) -> None:
@@ -327,7 +435,8 @@ def main() -> int:
             quantize = quantize_by_modelopt if case.tool == "modelopt" else quantize_by_llm_compressor
             quantize(source, case.scheme, model)
             hashes = compare_weights(judge, case, model, arguments.build)
-            run_commands(judge, case, model, source, arguments.build)
+            run_commands(judge, case, model, source, arguments.build, scratch)
+            convert_and_load(judge, case, model, source, arguments.build, scratch)
             if arguments.keep:
                 keep(arguments.keep, name, model, hashes)
     shape = f"{EXPERTS},{4 * TOP_K * EXPERTS},{2 * INNER},{HIDDEN}"

@@ -73,6 +73,7 @@ std::unique_ptr<Conversion> ConversionPlanner::run() {
   is_deepseek_v4_ = source_.config().model_type == "deepseek_v4";
   open_input_scales();
   plan_layers(selected_layers());
+  if (request_.layers.empty()) plan_other_linears();
   require_something_to_do();
   require_all_input_scales_used();
   place_tensors();
@@ -190,14 +191,18 @@ void ConversionPlanner::plan_matrix(const Expert& expert, const WeightView& view
   Job job;
   job.name = fmt::format("{}.{}", expert.name, linear);
   job.view = view;
-  job.layer = result_->layers.size() - 1;
-  job.keeps = is_in(view, request_.to);
-  const int block = block_of(request_.to);
-  if (block != 0 && cols_of(view) % block != 0) {
-    fail(ErrorCode::kUnsupported, "{}: --to {}: expected rows of whole blocks of {}, found {} columns",
-         job.name, to_string(request_.to), block, cols_of(view));
-  }
   find_anchor(job, linear == survey.block.names.down, survey);
+  plan_job(std::move(job), input_scale);
+}
+
+void ConversionPlanner::plan_job(Job job, std::optional<float> input_scale) {
+  job.layer = result_->layers.size() - 1;
+  job.keeps = is_in(job.view, request_.to);
+  const int block = block_of(request_.to);
+  if (block != 0 && cols_of(job.view) % block != 0) {
+    fail(ErrorCode::kUnsupported, "{}: --to {}: expected rows of whole blocks of {}, found {} columns",
+         job.name, to_string(request_.to), block, cols_of(job.view));
+  }
   LayerConversion& layer = result_->layers.back();
   ++layer.matrices;
   layer.unchanged += job.keeps;
@@ -214,6 +219,10 @@ void ConversionPlanner::find_anchor(Job& job, bool is_down, const LayerSurvey& s
     for (const std::string& name : reader.tensor_names()) replaced_.insert(name);
     return;
   }
+  replace_linear(job);
+}
+
+void ConversionPlanner::replace_linear(Job& job) {
   for (const Tensor* tensor : tensors_under(source_, job.name + ".")) {
     if (!tensor->name.ends_with(".bias")) replaced_.insert(tensor->name);
     if (tensor->name.ends_with(".weight") || tensor->name.ends_with(".weight_packed")) job.anchor = tensor;

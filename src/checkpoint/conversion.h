@@ -38,6 +38,7 @@ struct ConversionRequest {
 
 /// What becomes of one layer.
 struct LayerConversion {
+  static constexpr int64_t kElsewhere = -1;  ///< linears of four bits that are no experts'
   int64_t layer = 0;
   std::string from;                     ///< scheme, as load_experts names it
   int64_t matrices = 0, unchanged = 0;  ///< of those, carried over with their codes

@@ -206,20 +206,34 @@ class ConfigRewriter {
     return quantization;
   }
 
-  /// Of a model whose experts are bf16: nothing, or what the rest is quantized to.
+  /// Of a model whose experts, or some of them, became bf16: nothing, or what the rest is quantized to.
   Json keeps_what_is_left(const Json& before) const {
-    if (modules_.fp8.empty() && modules_.four_bit.empty() && !model_.has_blocks) return nullptr;
-    if (!before.is_object()) return nullptr;
+    const bool has_others = !modules_.fp8.empty() || model_.has_blocks;
+    if (!has_others && !modules_.four_bit.empty()) return ConfigRewriter(what_is_left()).describe(before);
+    if (!has_others || !before.is_object()) return nullptr;
     Json quantization = before;
     if (modules_.four_bit.empty() && !model_.has_blocks) {
       for (const char* key : kMixedKeys) quantization.erase(key);
     }
-    const char* list = quantization.value("quant_method", "") == "modelopt" ||
-                               quantization.value("quant_method", "") == "compressed-tensors"
-                           ? "ignore"
-                           : "modules_to_not_convert";
-    quantization[list] = list == std::string_view("ignore") ? ignored_modules() : excluded_modules();
+    const std::string method = quantization.value("quant_method", "");
+    const bool has_ignore = method == "modelopt" || method == "compressed-tensors";
+    quantization[has_ignore ? "ignore" : "modules_to_not_convert"] = ignored_modules();
     return quantization;
+  }
+
+  /// The model as one in the format of the layers that are still quantized.
+  ConvertedModel what_is_left() const {
+    ConvertedModel left = model_;
+    left.to = TargetFormat::kMxfp4;
+    left.scheme = WeightScheme::kModelOpt;
+    left.left_experts.clear();
+    for (const TensorSpec& tensor : model_.tensors) {
+      if (tensor.dtype == DType::kF8E4m3) left.to = TargetFormat::kNvfp4;  // block scales
+      if (tensor.name.ends_with(".weight_packed")) left.scheme = WeightScheme::kCompressedTensors;
+      left.has_input_scales |=
+          tensor.name.ends_with(".input_scale") || tensor.name.ends_with(".input_global_scale");
+    }
+    return left;
   }
 
   const ConvertedModel& model_;

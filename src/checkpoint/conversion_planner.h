@@ -87,8 +87,10 @@ class ConversionPlanner {
   void plan_shared(const ExpertWeights& weights, const LayerSurvey& survey);
   void plan_matrix(const Expert& expert, const WeightView& view, std::string_view linear,
                    std::optional<float> input_scale, const LayerSurvey& survey);
+  void plan_job(Job job, std::optional<float> input_scale);
   /// Also marks the source tensors that the new ones replace. A bias stays where it is.
   void find_anchor(Job& job, bool is_down, const LayerSurvey& survey);
+  void replace_linear(Job& job);
 
   // ---- scalars ----
   /// A number that the model to be has; kept where tensors can point to it.
@@ -122,6 +124,8 @@ class ConversionPlanner {
   void plan_fused_input_scale(const std::string& name, const std::shared_ptr<const FusedReader>& reader);
 
   // ---- the rest ----
+  /// Layers of four bits elsewhere, attention for one: loaders read one format and one scheme in a model.
+  void plan_other_linears();
   void require_something_to_do() const;
   /// Tensors in the order of the source's files. NVFP4 layers that are no experts follow a change of scheme.
   void place_tensors();
@@ -142,7 +146,7 @@ class ConversionPlanner {
   std::vector<Job> jobs_;
   size_t first_job_ = 0;             // of the layer that is being planned
   std::vector<ExpertLayer> loaded_;  // whose views the jobs have
-  std::vector<std::string> prefixes_, left_prefixes_, left_experts_;
+  std::vector<std::string> prefixes_, left_experts_;
   std::set<std::string> replaced_;  // source tensors
   std::map<const Tensor*, std::vector<PlannedTensor>> new_tensors_;
 };

@@ -8,6 +8,20 @@
 #include "checkpoint/moe_names.h"
 
 namespace fourfold {
+namespace {
+
+/// Codes of four bits have scales of a byte beside them; int8 weights have wider ones.
+bool is_four_bit_weight(const Checkpoint& source, const Tensor& tensor) {
+  const bool is_packed = tensor.name.ends_with(".weight_packed");
+  const bool is_pair = tensor.dtype == DType::kU8 || tensor.dtype == DType::kI8;
+  if (!is_pair || (!is_packed && !tensor.name.ends_with(".weight"))) return false;
+  const std::string linear = tensor.name.substr(0, tensor.name.rfind('.'));
+  const Tensor* scales = source.find(linear + ".weight_scale");
+  if (scales == nullptr) scales = source.find(linear + ".scale");
+  return scales != nullptr && scales->shape.size() == 2 && bits_of(scales->dtype) == 8;
+}
+
+}  // namespace
 
 void ConversionPlanner::require_all_input_scales_used() const {
   if (!input_scales_) return;
@@ -32,6 +46,26 @@ void ConversionPlanner::require_something_to_do() const {
        source_.path().string(), to_string(request_.to));
 }
 
+void ConversionPlanner::plan_other_linears() {
+  LayerConversion others;
+  others.layer = LayerConversion::kElsewhere;
+  result_->layers.push_back(others);
+  std::set<std::string> schemes;
+  for (const auto& [name, tensor] : source_.tensors()) {
+    if (replaced_.contains(name) || !is_four_bit_weight(source_, *tensor)) continue;
+    Job job;
+    job.name = name.substr(0, name.rfind('.'));
+    const LinearReader reader(source_, job.name);
+    job.view = reader.weight(schemes);
+    reader.require_all_known();
+    replace_linear(job);
+    plan_job(std::move(job), reader.input_scale());
+  }
+  if (result_->layers.back().matrices == 0) return result_->layers.pop_back();
+  result_->layers.back().from = fmt::format("{}", fmt::join(schemes, ", "));
+  finish_jobs();
+}
+
 void ConversionPlanner::place_tensors() {
   for (const int64_t layer : layers_with_experts(source_)) {
     const std::string prefix = find_block(source_, layer).prefix + std::string(kExperts);
@@ -47,7 +81,8 @@ void ConversionPlanner::place_tensors() {
     if (const auto planned = new_tensors_.find(tensor); planned != new_tensors_.end()) {
       tensors.insert(tensors.end(), planned->second.begin(), planned->second.end());
     }
-    if (!replaced_.contains(tensor->name)) tensors.push_back(carried(*tensor));
+    if (!replaced_.contains(tensor->name))
+      tensors.push_back({{tensor->name, tensor->dtype, tensor->shape}, tensor->data});
   }
 }
 
@@ -55,37 +90,11 @@ void ConversionPlanner::note_left(int64_t layer, const std::string& prefix) {
   const std::string scheme = load_one(layer);
   const bool is_same = scheme.starts_with(to_string(request_.to)) &&
                        (scheme.find("compressed-tensors") != std::string::npos) == names_.divides;
-  left_prefixes_.push_back(prefix);
   if (!is_same) left_experts_.push_back(prefix);
 }
 
 std::string ConversionPlanner::load_one(int64_t layer) const {
   return load_experts(result_->source, layer, {0}).scheme;
-}
-
-PlannedTensor ConversionPlanner::carried(const Tensor& tensor) {
-  PlannedTensor same{{tensor.name, tensor.dtype, tensor.shape}, tensor.data};
-  const auto is_left = [&](const std::string& prefix) { return tensor.name.starts_with(prefix); };
-  if (request_.to != TargetFormat::kNvfp4 ||
-      std::any_of(left_prefixes_.begin(), left_prefixes_.end(), is_left)) {
-    return same;
-  }
-  const size_t dot = tensor.name.rfind('.');
-  const std::string linear = tensor.name.substr(0, dot);
-  const bool divides = names_.divides;
-  const char* global = divides ? ".weight_scale_2" : ".weight_global_scale";  // as the source has it
-  if (dot == std::string::npos || source_.find(linear + global) == nullptr) return same;
-  const std::string suffix = tensor.name.substr(dot);
-  if (suffix == (divides ? ".weight" : ".weight_packed")) {
-    same.spec.name = linear + std::string(names_.weight);
-  } else if (suffix == global || suffix == (divides ? ".input_scale" : ".input_global_scale")) {
-    if (tensor.dtype != DType::kF32 || tensor.elements() != 1) bad_tensor(tensor, "one F32 number");
-    float value = 0.0f;
-    std::memcpy(&value, tensor.data, sizeof(value));
-    return scalar(linear + std::string(suffix == global ? names_.global : names_.input_scale), names_.scalar,
-                  inverse(value, tensor.name));
-  }
-  return same;
 }
 
 void ConversionPlanner::write_configs() {

@@ -83,7 +83,9 @@ void require_apart(const std::string& source, const std::string& target) {
 }
 
 void report_layer(const LayerConversion& layer, const std::string& to) {
-  fmt::print("layer {}: {} matrices, {} -> {}", layer.layer, layer.matrices, layer.from, to);
+  const bool is_elsewhere = layer.layer == LayerConversion::kElsewhere;
+  fmt::print("{}: {} matrices, {} -> {}", is_elsewhere ? "elsewhere" : fmt::format("layer {}", layer.layer),
+             layer.matrices, layer.from, to);
   if (layer.unchanged > 0) fmt::print("; {} keep their codes", layer.unchanged);
   if (layer.cast) {
     const CastReport& cast = *layer.cast;

@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 
 import checkpoints as ck
-from command import FINE, SANITIZED, assert_refused, assert_usage, command_path, layertest, obey_permissions, run
+from command import (
+    FINE,
+    SANITIZED,
+    assert_refused,
+    assert_usage,
+    command_path,
+    layertest,
+    limit_file_size,
+    obey_permissions,
+    run,
+)
 from models import FAMILIES, QWEN, Model
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -240,8 +250,8 @@ def test_other_files(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
-def test_weights_of_other_linears_follow_the_scheme(models: Path, tmp_path: Path) -> None:
-    """A loader reads one scheme: attention in NVFP4 is renamed with the experts."""
+def test_other_linears_of_four_bits_follow(models: Path, tmp_path: Path) -> None:
+    """A loader reads one format: attention in NVFP4 goes with the experts, but where layers are chosen."""
     model = Model.read(models / "qwen3-moe/nvfp4")
     prefix = "model.layers.0.self_attn.q_proj"
     for suffix in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
@@ -252,6 +262,12 @@ def test_weights_of_other_linears_follow_the_scheme(models: Path, tmp_path: Path
     suffixes = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
     assert own == {f"{prefix}.{suffix}" for suffix in suffixes}
     assert found[f"{prefix}.weight_packed"] == model.tensors[f"{prefix}.weight"]
+    plain = convert(source, tmp_path / "plain", "bf16")
+    assert {name for name in plain.tensors if name.startswith(prefix)} == {f"{prefix}.weight"}
+    assert plain.tensors[f"{prefix}.weight"] == plain.tensors[f"{QWEN}experts.0.up_proj.weight"]
+    assert "quantization_config" not in plain.config
+    part = convert(source, tmp_path / "part", "bf16", "--layers", "1")
+    assert part.tensors[f"{prefix}.weight"] == model.tensors[f"{prefix}.weight"]
 
 
 # ---- refusals ----
@@ -384,8 +400,6 @@ def test_promises_of_large_models_in_small() -> None:
 
 
 def test_ends_with_its_file_size_limit(models: Path, tmp_path: Path) -> None:
-    from command import limit_file_size
-
     result = run(
         "convert", models / "qwen3-moe/original", tmp_path / "out", "--to", "nvfp4",
         in_child=limit_file_size(100_000, signal.SIG_DFL),

@@ -293,7 +293,10 @@ def check_full_disks(judge: Judge, command: Path, model: Path, folder: Path, cor
                     os.posix_fallocate(filler.fileno(), 0, needed // 2)
             message = process.communicate()[0].strip()
             left = sorted(entry.name for entry in disk.iterdir() if entry.name != "filler")
-            judge.say(process.returncode == 1 and not left, f"disk {what}: exit code {process.returncode}, left {left}: {message}")
+            judge.say(
+                process.returncode == 1 and not left,
+                f"disk {what}: exit code {process.returncode}, left {left}: {message}",
+            )
 
 
 def main() -> int:

@@ -28,7 +28,11 @@ from models import FAMILIES, QWEN, Model
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 FUSED_FAMILY = "gpt-oss"
-SCHEMES_OF = {"nvfp4": ("modelopt", "compressed-tensors"), "mxfp4": ("modelopt", "compressed-tensors"), "bf16": ("",)}
+SCHEMES_OF = {
+    "nvfp4": ("modelopt", "compressed-tensors"),
+    "mxfp4": ("modelopt", "compressed-tensors"),
+    "bf16": ("",),
+}
 
 
 def convert(source: Path, target: Path, to: str, *options: str | Path) -> Model:
@@ -71,7 +75,11 @@ def test_every_family(models: Path, tmp_path: Path, family: str, half: str, to: 
             has_fp8 = family == "deepseek-v4" and scheme == "compressed-tensors"
             has_no_layout = family == FUSED_FAMILY and scheme == "compressed-tensors"
             reason = (
-                "FP8" if has_fp8 else "no layout" if has_no_layout else f"expected experts to convert, found that they are {to}"
+                "FP8"
+                if has_fp8
+                else "no layout"
+                if has_no_layout
+                else f"expected experts to convert, found that they are {to}"
             )
             assert_refused(result, reason)
             assert not os.listdir(tmp_path)
@@ -99,7 +107,13 @@ def test_cast_is_what_synthesize_makes(models: Path, tmp_path: Path, family: str
     missing = {name: tensor for name, tensor in expected.items() if name not in found}
     assert missing and all(name.endswith("input_scale") for name in missing)
     (tmp_path / "scales.safetensors").write_bytes(ck.valid_bytes(missing))
-    found = convert(models / family / "original", tmp_path / "all", "nvfp4", "--input-scale", tmp_path / "scales.safetensors").tensors
+    found = convert(
+        models / family / "original",
+        tmp_path / "all",
+        "nvfp4",
+        "--input-scale",
+        tmp_path / "scales.safetensors",
+    ).tensors
     assert found == expected
 
 
@@ -128,7 +142,9 @@ def test_modelopt_by_compressed_tensors_to_modelopt(models: Path, tmp_path: Path
             found, expected = float_of(after, name), float_of(before, name)
             assert abs(found - expected) <= np.spacing(expected), name
             inexact += found != expected
-            divisor = name.replace("weight_scale_2", "weight_global_scale").replace("input_scale", "input_global_scale")
+            divisor = name.replace("weight_scale_2", "weight_global_scale").replace(
+                "input_scale", "input_global_scale"
+            )
             assert float_of(other, divisor) == np.float32(1) / expected
             assert other.tensors[divisor].shape == (1,)
         else:
@@ -189,8 +205,14 @@ def test_tie_gate_up(models: Path, tmp_path: Path) -> None:
         for tied in (False, True):
             target = tmp_path / f"{source.parent.name}-{tied}"
             model = convert(source, target, "nvfp4", *["--tie-gate-up"] * tied)
-            experts = {name.rsplit(".", 2)[0] for name in model.tensors if name.endswith(f"{names[0]}.weight_scale_2")}
-            pairs = [[float_of(model, f"{expert}.{half}.weight_scale_2") for half in names] for expert in experts]
+            experts = {
+                name.rsplit(".", 2)[0]
+                for name in model.tensors
+                if name.endswith(f"{names[0]}.weight_scale_2")
+            }
+            pairs = [
+                [float_of(model, f"{expert}.{half}.weight_scale_2") for half in names] for expert in experts
+            ]
             assert all((a == b) == tied for a, b in pairs)
 
 
@@ -207,9 +229,14 @@ def test_input_scales(models: Path, tmp_path: Path) -> None:
     assert all(float_of(filled, name) == np.float32(i + 1) / 1024 for i, name in enumerate(names))
 
     file.write_bytes(ck.valid_bytes(scales | {"model.norm.input_scale": scales[names[0]]}))
-    assert_refused(run("convert", source, tmp_path / "no", "--to", "nvfp4", "--input-scale", file), "model.norm.input_scale")
+    assert_refused(
+        run("convert", source, tmp_path / "no", "--to", "nvfp4", "--input-scale", file),
+        "model.norm.input_scale",
+    )
     file.write_bytes(ck.valid_bytes(scales | {names[3]: ck.zeros("F32")}))
-    assert_refused(run("convert", source, tmp_path / "no", "--to", "nvfp4", "--input-scale", file), names[3], "positive")
+    assert_refused(
+        run("convert", source, tmp_path / "no", "--to", "nvfp4", "--input-scale", file), names[3], "positive"
+    )
     del scales[names[5]]
     file.write_bytes(ck.valid_bytes(scales))
     assert_refused(run("convert", source, tmp_path / "no", "--to", "nvfp4", "--input-scale", file), names[5])
@@ -222,7 +249,9 @@ def test_configs(models: Path, tmp_path: Path) -> None:
     made = convert(models / "qwen3-moe/original", tmp_path / "modelopt", "nvfp4")
     kept = {key: value for key, value in made.config.items() if key != "quantization_config"}
     assert list(kept.items()) == list(before.items())
-    assert made.quantization["quantization"]["exclude_modules"] == made.config["quantization_config"]["ignore"]
+    assert (
+        made.quantization["quantization"]["exclude_modules"] == made.config["quantization_config"]["ignore"]
+    )
     other = convert(tmp_path / "modelopt", tmp_path / "other", "nvfp4", "--scheme", "compressed-tensors")
     assert other.quantization is None
     assert other.config["quantization_config"]["format"] == "nvfp4-pack-quantized"
@@ -230,7 +259,9 @@ def test_configs(models: Path, tmp_path: Path) -> None:
     assert plain.config == before and plain.quantization is None
     blocks = convert(models / "gpt-oss/nvfp4", tmp_path / "blocks", "mxfp4")
     assert blocks.config["quantization_config"]["quant_method"] == "mxfp4"
-    mixed = convert(models / "deepseek-v4/original", tmp_path / "mixed", "nvfp4").config["quantization_config"]
+    mixed = convert(models / "deepseek-v4/original", tmp_path / "mixed", "nvfp4").config[
+        "quantization_config"
+    ]
     assert (mixed["quant_method"], mixed["moe_quant_algo"], mixed["group_size"]) == ("fp8", "NVFP4", 16)
 
 
@@ -241,7 +272,10 @@ def test_other_files(tmp_path: Path) -> None:
     (source / "original").mkdir()
     (tmp_path / "secret").write_text("secret")
     result = run("convert", source, tmp_path / "out", "--to", "nvfp4")
-    assert "note: pytorch_model.bin: not copied" in result.stdout and "note: original: not copied" in result.stdout
+    assert (
+        "note: pytorch_model.bin: not copied" in result.stdout
+        and "note: original: not copied" in result.stdout
+    )
     assert sorted(os.listdir(tmp_path / "out")) == [
         "config.json", "hf_quant_config.json", "model.safetensors", "tokenizer.json"
     ]  # fmt: skip
@@ -292,9 +326,13 @@ def test_usage(models: Path, tmp_path: Path) -> None:
 def test_refused_targets(models: Path, tmp_path: Path) -> None:
     source = models / "qwen3-moe/original"
     (tmp_path / "there").mkdir()
-    assert_refused(run("convert", source, tmp_path / "there", "--to", "nvfp4"), "expected nothing of that name")
+    assert_refused(
+        run("convert", source, tmp_path / "there", "--to", "nvfp4"), "expected nothing of that name"
+    )
     (tmp_path / "link").symlink_to("nowhere")
-    assert_refused(run("convert", source, tmp_path / "link", "--to", "nvfp4"), "expected nothing of that name")
+    assert_refused(
+        run("convert", source, tmp_path / "link", "--to", "nvfp4"), "expected nothing of that name"
+    )
     copy = Model.read(source).write(tmp_path / "copy")
     for inside in (copy / "out", copy, tmp_path / "copy/../copy/deep/out"):
         assert_refused(run("convert", copy, inside, "--to", "nvfp4"), "outside of SRC")
@@ -309,7 +347,9 @@ def test_refused_targets(models: Path, tmp_path: Path) -> None:
 def test_refused_sources(models: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     assert_refused(run("convert", tmp_path / "none", target, "--to", "nvfp4"), "nothing of that name")
-    dense = ck.write_single(tmp_path / "dense", {"model.norm.weight": ck.zeros("BF16", 8)}, {"model_type": "llama"})
+    dense = ck.write_single(
+        tmp_path / "dense", {"model.norm.weight": ck.zeros("BF16", 8)}, {"model_type": "llama"}
+    )
     assert_refused(run("convert", dense, target, "--to", "nvfp4"), "experts, found none")
     single = next((models / "qwen3-moe/original").glob("*.safetensors"))
     assert_refused(run("convert", single, target, "--to", "nvfp4"), "expected a model directory")
@@ -367,7 +407,9 @@ def test_damaged_weights(models: Path, tmp_path: Path) -> None:
     model.set_bytes(name, 0xFF, 100, 101)
     source = model.write(tmp_path / "source")
     for to in ("nvfp4", "mxfp4"):
-        assert_refused(run("convert", source, tmp_path / "out", "--to", to), f"{QWEN}experts.3.up_proj", "NaN")
+        assert_refused(
+            run("convert", source, tmp_path / "out", "--to", to), f"{QWEN}experts.3.up_proj", "NaN"
+        )
     model.remove(f"{QWEN}experts.2.down_proj")
     source = model.write(tmp_path / "lacking")
     assert_refused(run("convert", source, tmp_path / "out", "--to", "nvfp4"), f"{QWEN}experts.2.down_proj")

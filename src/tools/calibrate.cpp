@@ -178,7 +178,7 @@ class Plan {
     std::vector<int64_t> left;
     std::set_difference(there.begin(), there.end(), layers_.begin(), layers_.end(), std::back_inserter(left));
     if (!left.empty())
-      notes_.push_back(fmt::format("no scales for layers {}: not asked for, or no input", format_list(left)));
+      notes_.push_back(fmt::format("layers without input, or not asked for: {}", format_list(left)));
   }
 
   const std::vector<int64_t>& layers() const { return layers_; }

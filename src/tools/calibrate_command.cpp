@@ -3,12 +3,15 @@
 
 #include <algorithm>
 #include <array>
+#include <filesystem>
 #include <memory>
 #include <utility>
 
+#include "base/fail.h"
 #include "base/files.h"
 #include "base/mapped_file.h"
 #include "tools/calibrate.h"
+#include "tools/calibrated_copy.h"
 #include "tools/commands.h"
 #include "tools/number_list.h"
 #include "tools/rule_options.h"
@@ -18,7 +21,7 @@ namespace fourfold {
 namespace {
 
 struct Arguments : RuleArguments {
-  std::string model, layers, output, backend, unreached = "max";
+  std::string model, copy, layers, output, backend, unreached = "max";
   std::vector<std::string> inputs;
 };
 
@@ -101,17 +104,42 @@ void print_report(const Arguments& arguments, const CalibrateRequest& request,
                 request.unreached);
 }
 
+/// What can't be written is said before the work.
+void require_targets(const Arguments& arguments) {
+  if (!arguments.output.empty()) require_creatable(arguments.output);
+  if (arguments.copy.empty()) return;
+  if (std::filesystem::exists(std::filesystem::symlink_status(arguments.copy)))
+    reject(arguments.copy, "a name that is free", "something there");
+  if (!std::filesystem::is_directory(arguments.model))
+    reject(arguments.model, "a model directory, since a copy of it is wanted", "something else");
+}
+
+void write_copy(const Arguments& arguments, const CalibrateRequest& request, const Checkpoint& checkpoint,
+                const CalibrateResult& result) {
+  const auto show = [&](int64_t done, int64_t total) {
+    request.progress(fmt::format("writing {}: {} of {} MB", arguments.copy, done >> 20, total >> 20));
+  };
+  const int64_t matrices = write_calibrated_copy(checkpoint, arguments.copy, result, request.scheme, show);
+  request.progress("");
+  fmt::print("wrote        {}: a copy with input scales of {} matrices\n", printable(arguments.copy),
+             matrices);
+}
+
 int execute(const Arguments& arguments) {
   const Progress progress;
   CalibrateRequest request = request_of(arguments);
-  request.progress = [&](std::string_view what) { progress.show(what); };
-  require_creatable(arguments.output);
-  const CalibrateResult result = calibrate(Checkpoint::open(arguments.model), request);
+  request.progress = [&](std::string_view what) { what.empty() ? progress.clear() : progress.show(what); };
+  require_targets(arguments);
+  const auto checkpoint = Checkpoint::open(arguments.model);
+  const CalibrateResult result = calibrate(checkpoint, request);
   require_mapped_files_intact();
-  write_input_scales(arguments.output, result.amax);
-  progress.clear();
+  request.progress("");
   print_report(arguments, request, result);
-  fmt::print("wrote        {}: {} input scales\n", printable(arguments.output), result.amax.size());
+  if (!arguments.output.empty()) {
+    write_input_scales(arguments.output, result.amax);
+    fmt::print("wrote        {}: {} input scales\n", printable(arguments.output), result.amax.size());
+  }
+  if (!arguments.copy.empty()) write_copy(arguments, request, *checkpoint, result);
   return kExitFine;
 }
 
@@ -122,6 +150,9 @@ void add_calibrate(CLI::App& app, int& exit_code) {
   CLI::App* command = app.add_subcommand(
       "calibrate", "Run activations through a model's experts, and write the input scales that fit them");
   command->add_option("DIR", arguments->model, "a model directory")->required()->check(nonempty());
+  command
+      ->add_option("DST", arguments->copy, "a copy of DIR, to be made, with these scales; all else as it is")
+      ->check(nonempty());
   command
       ->add_option("--input", arguments->inputs,
                    "safetensors with x [T, H], and optionally topk_ids and topk_weights [T, K], or token_ids "
@@ -134,8 +165,7 @@ void add_calibrate(CLI::App& app, int& exit_code) {
       ->check(nonempty("layers"));
   command
       ->add_option("--output", arguments->output,
-                   "safetensors file for the scales, for convert --input-scale")
-      ->required()
+                   "safetensors file for the scales, for convert --input-scale (docs/calibrate.md)")
       ->check(nonempty());
   command
       ->add_option("--unreached", arguments->unreached,
@@ -148,7 +178,11 @@ void add_calibrate(CLI::App& app, int& exit_code) {
       fmt::format("backend that runs the experts (default: the best that can, or {})", kBackendVariable));
   add_isa_option(*command);
   command->footer("Exit code: 0 fine, 1 error, 2 usage.");
-  command->callback([arguments, &exit_code] { exit_code = execute(*arguments); });
+  command->callback([arguments, &exit_code] {
+    if (arguments->output.empty() && arguments->copy.empty())
+      throw CLI::ValidationError("expected --output FILE or DST, found neither");
+    exit_code = execute(*arguments);
+  });
 }
 
 }  // namespace fourfold

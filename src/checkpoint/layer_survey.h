@@ -53,8 +53,8 @@ struct LayerSurvey {
   std::vector<Finding> findings;
 };
 
-/// Looks at names, types, shapes and scalars of `layer`; reads no codes. Throws Error where it has no
-/// experts.
-LayerSurvey survey_layer(const Checkpoint& checkpoint, int64_t layer);
+/// Looks at names, types, shapes and scalars of `layer`; reads no codes. `scheme`: how to read codes of four
+/// bits, instead of what names and dtypes say. Throws Error where it has no experts.
+LayerSurvey survey_layer(const Checkpoint& checkpoint, int64_t layer, std::optional<WeightScheme> scheme);
 
 }  // namespace fourfold

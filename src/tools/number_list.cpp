@@ -45,13 +45,13 @@ std::vector<int64_t> parse_list(const std::string& text, const std::string& opti
 std::string format_list(const std::vector<int64_t>& numbers) {
   std::string text;
   for (size_t begin = 0; begin < numbers.size();) {
-    size_t end = begin + 1;
-    while (end < numbers.size() && numbers[end] == numbers[end - 1] + 1) ++end;
+    size_t end = begin;
+    while (end + 1 < numbers.size() && numbers[end + 1] == numbers[end] + 1) ++end;
     text += fmt::format("{}{}", text.empty() ? "" : ", ", numbers[begin]);
-    if (end - begin > 1) text += fmt::format("{}{}", end - begin > 2 ? "-" : ", ", numbers[end - 1]);
-    begin = end;
+    if (end > begin) text += fmt::format("-{}", numbers[end]);
+    begin = end + 1;
   }
-  return text;
+  return text.empty() ? "none" : text;
 }
 
 }  // namespace fourfold

@@ -79,7 +79,7 @@ def test_unreached_experts(tmp_path: Path, model: Path) -> None:
     files = [inputs([0, 1, 4], [1.0, 2.0, 4.0])]
     result, output = calibrate(model, tmp_path, files, "--layer", 1)
     assert result.code == FINE and "5 experts got no token: they have the largest scale" in result.stdout, str(result)
-    assert "layer 1, 5 of 8: 2, 3, 5-7 of model.layers.1.mlp.experts.E" in result.stdout, str(result)
+    assert "layer 1, 5 of 8: 2-3, 5-7 of model.layers.1.mlp.experts.E" in result.stdout, str(result)
     scales = scales_of(output)
     for half in ("gate_proj", "up_proj", "down_proj"):
         own = [scales[NAMES.format(1, expert) + half + ".input_scale"] for expert in (0, 1, 4)]
@@ -92,7 +92,7 @@ def test_unreached_experts(tmp_path: Path, model: Path) -> None:
 
     output.unlink()
     result, output = calibrate(model, tmp_path, files, "--layer", 1, "--unreached", "error")
-    assert_refused(result, "tokens for all 8 experts", "layer 1: 2, 3, 5-7", "--unreached max")
+    assert_refused(result, "tokens for all 8 experts", "layer 1: 2-3, 5-7", "--unreached max")
     assert not output.exists()
 
 
@@ -143,7 +143,7 @@ def test_layers_of_inputs(tmp_path: Path, model: Path) -> None:
     assert result.code == FINE and "layers 7 were passed over" in result.stdout, str(result)
     assert_refused(calibrate(model, tmp_path, [named], "--layers", "0-1")[0], "'layers.0.x' in one of the files")
     assert_refused(calibrate(model, tmp_path, [named], "--layers", "7")[0], "layer 7")
-    assert_refused(calibrate(model, tmp_path, [inputs([0], [1.0], "layers.7.")])[0], "layer with experts (0, 1)")
+    assert_refused(calibrate(model, tmp_path, [inputs([0], [1.0], "layers.7.")])[0], "layer with experts (0-1)")
     assert_refused(calibrate(model, tmp_path, [x | named])[0], "found both")
 
 

@@ -7,7 +7,7 @@
 
 #include "base/fail.h"
 #include "base/files.h"
-#include "checkpoint/moe_names.h"
+#include "checkpoint/layer_survey.h"
 #include "fourfold/moe_layer.h"
 #include "fourfold/quantize.h"
 #include "tools/input_routing.h"
@@ -21,11 +21,11 @@ namespace {
 constexpr int64_t kPieceBytes = int64_t{512} << 20;
 
 /// Names of linears, as they are where each is stored on its own.
-struct LinearNames {
+struct ExpertLinears {
   std::string gate, up, down;
 };
 
-LinearNames names_of(const Expert& expert, const BlockNames& block) {
+ExpertLinears names_of(const Expert& expert, const BlockNames& block) {
   return {fmt::format("{}.{}", expert.name, block.gate), fmt::format("{}.{}", expert.name, block.up),
           fmt::format("{}.{}", expert.name, block.down)};
 }
@@ -83,7 +83,8 @@ class LayerRun {
       }
       add(experts_.weights.experts[expert], block, seen, layer_wide, amax);
     }
-    if (result_.shared) add(experts_.weights.shared->expert, block, *result_.shared, *result_.shared, amax);
+    if (result_.shared && shared_is_stored_as_routed())
+      add(experts_.weights.shared->expert, block, *result_.shared, *result_.shared, amax);
     return std::move(result_);
   }
 
@@ -136,9 +137,17 @@ class LayerRun {
     return all;
   }
 
+  /// A shared expert in another format than the routed ones has bf16 activations, and is not converted.
+  bool shared_is_stored_as_routed() const {
+    const Expert& shared = experts_.weights.shared->expert;
+    const std::string_view routed = format_name(experts_.weights.experts.front().up);
+    return format_name(shared.up) == routed && format_name(shared.down) == routed &&
+           (!shared.has_gate() || format_name(shared.gate) == routed);
+  }
+
   void add(const Expert& expert, const BlockNames& block, const ExpertAmax& seen, const ExpertAmax& fallback,
            InputAmax& amax) const {
-    const LinearNames names = names_of(expert, block);
+    const ExpertLinears names = names_of(expert, block);
     const auto add_one = [&](const std::string& name, float own, float other) {
       const float value = own > 0.0f || request_.unreached != UnreachedPolicy::kMax ? own : other;
       if (value > 0.0f) amax[name] = value;
@@ -270,15 +279,31 @@ CalibrateResult calibrate(const std::shared_ptr<const Checkpoint>& checkpoint,
   return result;
 }
 
-void write_input_scales(const std::filesystem::path& path, const InputAmax& amax) {
+int64_t write_input_scales(const std::filesystem::path& path, const Checkpoint& checkpoint,
+                           const CalibrateResult& result) {
+  InputAmax by_tensor;
+  for (const LayerCalibration& layer : result.layers) {
+    const LayerSurvey survey = survey_layer(checkpoint, layer.layer, {});
+    const std::string experts = survey.block.prefix + std::string(kExperts);
+    const bool fused = stays_fused(checkpoint, survey);
+    for (auto it = result.amax.lower_bound(survey.block.prefix);
+         it != result.amax.end() && it->first.starts_with(survey.block.prefix); ++it) {
+      std::string tensor = it->first + ".input_scale";
+      if (fused && it->first.starts_with(experts)) {
+        const bool is_down = it->first.ends_with(survey.block.names.down);
+        tensor = experts + (is_down ? "down_proj_input_scale" : "gate_up_proj_input_scale");
+      }
+      by_tensor[tensor] = std::max(by_tensor[tensor], it->second);
+    }
+  }
   std::vector<float> scales;
-  for (const auto& [name, value] : amax) scales.push_back(nvfp4_global_scale(value));
+  for (const auto& [tensor, amax] : by_tensor) scales.push_back(nvfp4_global_scale(amax));
   std::vector<TensorData> tensors;
-  for (const auto& [name, value] : amax) {
-    tensors.push_back(
-        {{name + ".input_scale", DType::kF32, {}}, std::as_bytes(std::span(&scales[tensors.size()], 1))});
+  for (const auto& [tensor, amax] : by_tensor) {
+    tensors.push_back({{tensor, DType::kF32, {}}, std::as_bytes(std::span(&scales[tensors.size()], 1))});
   }
   write_safetensors(path, tensors);
+  return static_cast<int64_t>(tensors.size());
 }
 
 }  // namespace fourfold

@@ -62,7 +62,11 @@ struct CalibrateResult {
 CalibrateResult calibrate(const std::shared_ptr<const Checkpoint>& checkpoint,
                           const CalibrateRequest& request);
 
-/// Writes `<linear>.input_scale`, F32 [], amax / 2688, for all of `amax`. docs/calibrate.md.
-void write_input_scales(const std::filesystem::path& path, const InputAmax& amax);
+/// Writes `<linear>.input_scale`, F32 [], amax / 2688, for all of `result`, as convert --input-scale reads
+/// them;
+/// `..._input_scale`, the largest of all experts, for tensors of all experts that stay so. docs/calibrate.md.
+/// Returns how many.
+int64_t write_input_scales(const std::filesystem::path& path, const Checkpoint& checkpoint,
+                           const CalibrateResult& result);
 
 }  // namespace fourfold

@@ -136,8 +136,8 @@ int execute(const Arguments& arguments) {
   request.progress("");
   print_report(arguments, request, result);
   if (!arguments.output.empty()) {
-    write_input_scales(arguments.output, result.amax);
-    fmt::print("wrote        {}: {} input scales\n", printable(arguments.output), result.amax.size());
+    const int64_t scales = write_input_scales(arguments.output, *checkpoint, result);
+    fmt::print("wrote        {}: {} input scales\n", printable(arguments.output), scales);
   }
   if (!arguments.copy.empty()) write_copy(arguments, request, *checkpoint, result);
   return kExitFine;

@@ -6,13 +6,13 @@
 #include <vector>
 
 #include "base/fail.h"
+#include "checkpoint/conversion_config.h"
+#include "checkpoint/model_directory.h"
 #include "checkpoint/moe_names.h"
 #include "fourfold/quantize.h"
 
 namespace fourfold {
 namespace {
-
-constexpr std::string_view kIndex = "model.safetensors.index.json";
 
 class CopyPlanner {
  public:
@@ -46,10 +46,13 @@ class CopyPlanner {
     }
     std::sort(plan.tensors.begin(), plan.tensors.end(),
               [](const PlannedTensor& a, const PlannedTensor& b) { return a.spec.name < b.spec.name; });
-    for (const auto& entry : std::filesystem::directory_iterator(checkpoint_.path())) {
-      const std::filesystem::path name = entry.path().filename();
-      if (!entry.is_regular_file() || name.extension() == ".safetensors" || name == kIndex) continue;
-      plan.files.push_back({name, entry.path(), ""});
+    std::vector<std::string> left_out;
+    plan.files = other_files(checkpoint_.path(), left_out);
+    for (const char* config : {"config.json", "hf_quant_config.json"}) {
+      const std::filesystem::path file = checkpoint_.path() / config;
+      if (!std::filesystem::exists(file)) continue;
+      require_no_way_out(checkpoint_.path(), config, checkpoint_.path().string());
+      plan.files.push_back({config, file, ""});
     }
     return plan;
   }

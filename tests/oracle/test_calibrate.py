@@ -108,7 +108,11 @@ def test_families(family: Path, tmp_path: Path, backend: tuple[str, ...]) -> Non
             own = done.shared.expert
             check_scales([own.gate.input_scale, own.up.input_scale], shared[:1].repeat(2), 1e-7)
             check_scales([own.down.input_scale], shared[1:], INTERMEDIATE)
-        for expert, (x, inner) in enumerate(zip(x_amax, inner_amax, strict=True)):
+        if is_fused:
+            before = f"model.layers.{number}.mlp.experts."
+            check_scales([scales[before + "gate_up_proj_input_scale"].array], x_amax.max(keepdims=True), 1e-7)
+            check_scales([scales[before + "down_proj_input_scale"].array], inner_amax.max(keepdims=True), INTERMEDIATE)
+        for expert, (x, inner) in enumerate(zip(x_amax, inner_amax, strict=True) if not is_fused else ()):
             named = [n for n in scales if f"layers.{number}." in n and f".experts.{expert}." in n]
             assert len(named) == 3
             for name in named:
@@ -121,17 +125,20 @@ def test_families(family: Path, tmp_path: Path, backend: tuple[str, ...]) -> Non
 
 
 def test_originals_give_scales_for_a_conversion(family: Path, tmp_path: Path) -> None:
-    """bf16, FP8 and MXFP4 have no input scales to replace: the file alone."""
+    """bf16, FP8 and MXFP4 have no input scales to replace; convert takes the file, and all that is in it."""
     model = family / "original"
     files = [layer_inputs(128, 3, range(LAYERS))]
     write_tensors(tmp_path / "0.safetensors", files[0])
-    output = tmp_path / "scales.safetensors"
-    run_command([fourfold(), "calibrate", model, "--output", output, "--input", tmp_path / "0.safetensors"])
-    scales = read_file(output)
-    x_amax, _, _ = expert_amax(read_layer(model, 1), files, 1)
-    named = {n: t for n, t in scales.items() if "layers.1." in n and ".experts.3." in n}
-    gate = next(t for n, t in named.items() if n.endswith(("gate_proj.input_scale", "w1.input_scale")))
-    check_scales([gate.array], x_amax[3], 1e-7)
+    scales, converted = tmp_path / "scales.safetensors", tmp_path / "converted"
+    run_command([fourfold(), "calibrate", model, "--output", scales, "--input", tmp_path / "0.safetensors"])
+    run_command([fourfold(), "convert", model, converted, "--to", "nvfp4", "--input-scale", scales])
+    for number in range(LAYERS):
+        x_amax, inner_amax, _ = expert_amax(read_layer(model, number), files, number)
+        if family.name == "gpt-oss":
+            x_amax, inner_amax = (np.full_like(amax, amax.max()) for amax in (x_amax, inner_amax))
+        done = read_layer(converted, number)
+        check_scales([expert.up.input_scale for expert in done.experts], x_amax, 1e-7)
+        check_scales([expert.down.input_scale for expert in done.experts], inner_amax, INTERMEDIATE)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ NAMES = "model.layers.{}.mlp.experts.{}."
 
 def bf16(values: np.ndarray) -> Tensor:
     """By cutting bits off: the values here are exact."""
-    return Tensor("BF16", values.shape, (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    return Tensor(
+        "BF16", values.shape, (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    )
 
 
 def inputs(experts: list[int], values: list[float], before: str = "") -> Tensors:
@@ -62,7 +64,9 @@ def test_by_hand(tmp_path: Path, model: Path) -> None:
     assert len(scales) == 3 * EXPERTS
     for expert, amax in enumerate([3.0, 2.0, 4.0, 0.5, 8.0, 1.0, 1.0, 1.0]):
         for half in ("gate_proj", "up_proj"):
-            assert scales[NAMES.format(1, expert) + half + ".input_scale"] == np.float32(amax) / np.float32(2688)
+            assert scales[NAMES.format(1, expert) + half + ".input_scale"] == np.float32(amax) / np.float32(
+                2688
+            )
         assert scales[NAMES.format(1, expert) + "down_proj.input_scale"] > 0
 
 
@@ -78,7 +82,9 @@ def test_unreached_experts(tmp_path: Path, model: Path) -> None:
     """Named, with counts; they get the layer's largest, nothing, or end the run."""
     files = [inputs([0, 1, 4], [1.0, 2.0, 4.0])]
     result, output = calibrate(model, tmp_path, files, "--layer", 1)
-    assert result.code == FINE and "5 experts got no token: they have the largest scale" in result.stdout, str(result)
+    assert result.code == FINE and "5 experts got no token: they have the largest scale" in result.stdout, (
+        str(result)
+    )
     assert "layer 1, 5 of 8: 2-3, 5-7 of model.layers.1.mlp.experts.E" in result.stdout, str(result)
     scales = scales_of(output)
     for half in ("gate_proj", "up_proj", "down_proj"):
@@ -141,16 +147,22 @@ def test_layers_of_inputs(tmp_path: Path, model: Path) -> None:
     assert all(".layers.1." in name for name in scales_of(output))
     result, _ = calibrate(model, tmp_path, [named | inputs([0], [1.0], "layers.7.")])
     assert result.code == FINE and "layers 7 were passed over" in result.stdout, str(result)
-    assert_refused(calibrate(model, tmp_path, [named], "--layers", "0-1")[0], "'layers.0.x' in one of the files")
+    assert_refused(
+        calibrate(model, tmp_path, [named], "--layers", "0-1")[0], "'layers.0.x' in one of the files"
+    )
     assert_refused(calibrate(model, tmp_path, [named], "--layers", "7")[0], "layer 7")
-    assert_refused(calibrate(model, tmp_path, [inputs([0], [1.0], "layers.7.")])[0], "layer with experts (0-1)")
+    assert_refused(
+        calibrate(model, tmp_path, [inputs([0], [1.0], "layers.7.")])[0], "layer with experts (0-1)"
+    )
     assert_refused(calibrate(model, tmp_path, [x | named])[0], "found both")
 
 
 def test_layertest_reads_the_same_files(tmp_path: Path, model: Path) -> None:
     """Its --layer picks the inputs of a file that has several layers'."""
     file = ck.write_inputs(tmp_path / "all.safetensors", inputs(list(range(8)), [1.0] * 8, "layers.1."))
-    result = run("layertest", "--nvfp4", model, "--layer", "1", "--input", file, "--activation-scale", "dynamic-token")
+    result = run(
+        "layertest", "--nvfp4", model, "--layer", "1", "--input", file, "--activation-scale", "dynamic-token"
+    )
     assert result.code == FINE and f"8 tokens, x: {file}" in result.stdout, str(result)
     assert_refused(run("layertest", "--nvfp4", model, "--input", file), "layers.0.x")
 
@@ -161,11 +173,29 @@ def test_bad_inputs(tmp_path: Path, models: Path, model: Path) -> None:
     narrow = {"x": ck.zeros("BF16", 2, 64)}
     assert_refused(calibrate(model, tmp_path, [narrow], "--layer", 0)[0], "[T, 128]")
     assert_refused(calibrate(model, tmp_path, [{"y": narrow["x"]}], "--layer", 0)[0], "'x'")
-    assert_refused(calibrate(model, tmp_path, [inputs([9], [1.0])], "--layer", 0)[0], "expert numbers below 8")
-    result = run("calibrate", models / "mixtral/original", tmp_path / "c", "--input", tmp_path / "0.safetensors", "--layer", "0")
+    assert_refused(
+        calibrate(model, tmp_path, [inputs([9], [1.0])], "--layer", 0)[0], "expert numbers below 8"
+    )
+    result = run(
+        "calibrate",
+        models / "mixtral/original",
+        tmp_path / "c",
+        "--input",
+        tmp_path / "0.safetensors",
+        "--layer",
+        "0",
+    )
     assert_refused(result, "expert numbers below 8")
     ck.write_inputs(tmp_path / "0.safetensors", inputs(list(range(8)), [1.0] * 8))
-    result = run("calibrate", models / "mixtral/original", tmp_path / "c", "--input", tmp_path / "0.safetensors", "--layer", "0")
+    result = run(
+        "calibrate",
+        models / "mixtral/original",
+        tmp_path / "c",
+        "--input",
+        tmp_path / "0.safetensors",
+        "--layer",
+        "0",
+    )
     assert "NVFP4 experts" in result.stderr and "--output" in result.stderr and result.code == 1, str(result)
     assert not (tmp_path / "c").exists()
 
@@ -186,5 +216,7 @@ def test_usage(tmp_path: Path, model: Path) -> None:
     assert_usage(run("calibrate", model, "--output", "s"), "--input")
     assert_usage(run("calibrate", model, "--output", "s", "--input", file, "--unreached", "zero"), "max")
     assert_usage(run("calibrate", model, "--output", "s", "--input", file, "--layers", "1-"), "--layers")
-    assert_refused(run("calibrate", model, "--output", tmp_path / "no/s", "--input", file, "--layer", "0"), "no/s")
+    assert_refused(
+        run("calibrate", model, "--output", tmp_path / "no/s", "--input", file, "--layer", "0"), "no/s"
+    )
     assert sorted(os.listdir(tmp_path)) == ["x.safetensors"]

@@ -72,7 +72,9 @@ def assert_carried(model: Path, copy: Path) -> None:
     before, after = read_checkpoint(model), read_file(copy / "model.safetensors")
 
     def others(tensors: dict[str, Stored]) -> dict[str, tuple]:
-        kept = {name: t for name, t in tensors.items() if not name.endswith(("input_scale", "input_global_scale"))}
+        kept = {
+            name: t for name, t in tensors.items() if not name.endswith(("input_scale", "input_global_scale"))
+        }
         return {name: (t.dtype, t.array.shape, t.array.tobytes()) for name, t in kept.items()}
 
     assert others(before) == others(after)
@@ -98,7 +100,10 @@ def test_families(family: Path, tmp_path: Path, backend: tuple[str, ...]) -> Non
         x_amax, inner_amax, shared = expert_amax(read_layer(model, number), files, number)
         done = read_layer(tmp_path / "copy", number)
         if is_fused:  # one scale for all experts
-            in_copy_x, in_copy_inner = np.full_like(x_amax, x_amax.max()), np.full_like(x_amax, inner_amax.max())
+            in_copy_x, in_copy_inner = (
+                np.full_like(x_amax, x_amax.max()),
+                np.full_like(x_amax, inner_amax.max()),
+            )
         else:
             in_copy_x, in_copy_inner = x_amax, inner_amax
         check_scales([expert.gate.input_scale for expert in done.experts], in_copy_x, 1e-7)
@@ -111,7 +116,9 @@ def test_families(family: Path, tmp_path: Path, backend: tuple[str, ...]) -> Non
         if is_fused:
             before = f"model.layers.{number}.mlp.experts."
             check_scales([scales[before + "gate_up_proj_input_scale"].array], x_amax.max(keepdims=True), 1e-7)
-            check_scales([scales[before + "down_proj_input_scale"].array], inner_amax.max(keepdims=True), INTERMEDIATE)
+            check_scales(
+                [scales[before + "down_proj_input_scale"].array], inner_amax.max(keepdims=True), INTERMEDIATE
+            )
         for expert, (x, inner) in enumerate(zip(x_amax, inner_amax, strict=True) if not is_fused else ()):
             named = [n for n in scales if f"layers.{number}." in n and f".experts.{expert}." in n]
             assert len(named) == 3
@@ -121,7 +128,9 @@ def test_families(family: Path, tmp_path: Path, backend: tuple[str, ...]) -> Non
                 tolerance = INTERMEDIATE if is_down else 1e-7
                 check_scales([scales[name].array], np.float32(inner if is_down else x), tolerance)
         command = [fourfold(), "layertest", "--nvfp4", tmp_path / "copy", "--layer", number]
-        run_command([*command, "--activation-scale", "static", "--input", tmp_path / "0.safetensors", *backend])
+        run_command(
+            [*command, "--activation-scale", "static", "--input", tmp_path / "0.safetensors", *backend]
+        )
 
 
 def test_originals_give_scales_for_a_conversion(family: Path, tmp_path: Path) -> None:
@@ -158,7 +167,11 @@ def test_other_tools_checkpoints(name: str, tmp_path: Path) -> None:
     divides = name.startswith("compressed-tensors")
     suffix = ".input_global_scale" if divides else ".input_scale"
     stored = {n: t.array.reshape(()) for n, t in after.items() if n.endswith(suffix) and ".experts." in n}
-    for linear, amax, tolerance in (("gate_proj", x_amax, 0), ("w1", x_amax, 0), ("down_proj", inner_amax, 1)):
+    for linear, amax, tolerance in (
+        ("gate_proj", x_amax, 0),
+        ("w1", x_amax, 0),
+        ("down_proj", inner_amax, 1),
+    ):
         for full, value in stored.items():
             expert = int(full.split(".experts.")[1].split(".")[0])
             if not full.endswith(f".{linear}{suffix}"):

@@ -114,32 +114,32 @@ void require_targets(const Arguments& arguments) {
     reject(arguments.model, "a model directory, since a copy of it is wanted", "something else");
 }
 
-void write_copy(const Arguments& arguments, const CalibrateRequest& request, const Checkpoint& checkpoint,
-                const CalibrateResult& result) {
+int64_t write_copy(const Arguments& arguments, const CalibrateRequest& request, const Checkpoint& checkpoint,
+                   const CalibrateResult& result) {
   const auto show = [&](int64_t done, int64_t total) {
     request.progress(fmt::format("writing {}: {} of {} MB", arguments.copy, done >> 20, total >> 20));
   };
-  const int64_t matrices = write_calibrated_copy(checkpoint, arguments.copy, result, request.scheme, show);
-  request.progress("");
-  fmt::print("wrote        {}: a copy with input scales of {} matrices\n", printable(arguments.copy),
-             matrices);
+  return write_calibrated_copy(checkpoint, arguments.copy, result, request.scheme, show);
 }
 
 int execute(const Arguments& arguments) {
   const Progress progress;
   CalibrateRequest request = request_of(arguments);
-  request.progress = [&](std::string_view what) { what.empty() ? progress.clear() : progress.show(what); };
+  request.progress = [&](std::string_view what) { progress.show(what); };
   require_targets(arguments);
   const auto checkpoint = Checkpoint::open(arguments.model);
   const CalibrateResult result = calibrate(checkpoint, request);
   require_mapped_files_intact();
-  request.progress("");
+  int64_t scales = 0, matrices = 0;
+  if (!arguments.copy.empty()) matrices = write_copy(arguments, request, *checkpoint, result);
+  if (!arguments.output.empty()) scales = write_input_scales(arguments.output, *checkpoint, result);
+  progress.clear();
   print_report(arguments, request, result);
-  if (!arguments.output.empty()) {
-    const int64_t scales = write_input_scales(arguments.output, *checkpoint, result);
-    fmt::print("wrote        {}: {} input scales\n", printable(arguments.output), scales);
+  if (scales > 0) fmt::print("wrote        {}: {} input scales\n", printable(arguments.output), scales);
+  if (matrices > 0) {
+    fmt::print("wrote        {}: a copy with input scales of {} matrices\n", printable(arguments.copy),
+               matrices);
   }
-  if (!arguments.copy.empty()) write_copy(arguments, request, *checkpoint, result);
   return kExitFine;
 }
 

@@ -1,5 +1,5 @@
 """`fourfold calibrate`: what it takes, what it says of experts without tokens, and that outputs are whole.
-tests/oracle/test_calibrate.py holds its figures against numpy.
+tests/oracle/test_calibrate_figures.py holds its figures against numpy.
 """
 
 import os

@@ -142,11 +142,11 @@ int64_t ConversionPlanner::for_each_scale_tensor(int64_t layer,
 
 void ConversionPlanner::plan_layer(int64_t layer) {
   request_.progress(fmt::format("looking at layer {}", layer));
-  const LayerSurvey survey = survey_layer(source_, layer);
+  const LayerSurvey survey = survey_layer(source_, layer, {});
   require_clean(survey);
   prefixes_.push_back(survey.block.prefix + std::string(kExperts));
   result_->layers.push_back({layer, "", 0, 0, std::nullopt});
-  if (survey.is_fused && stays_fused(survey)) return plan_fused(survey);
+  if (stays_fused(source_, survey)) return plan_fused(survey);
   ExpertLayer experts = load_experts(result_->source, layer);
   result_->layers.back().from = experts.scheme;
   scheme_for(experts.scheme);

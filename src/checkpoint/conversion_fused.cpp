@@ -5,13 +5,6 @@
 
 namespace fourfold {
 
-bool ConversionPlanner::stays_fused(const LayerSurvey& survey) const {
-  const std::string prefix = survey.block.prefix + std::string(kExperts);
-  return survey.is_transposed || source_.find(prefix + "gate_up_proj_bias") != nullptr ||
-         source_.find(prefix + "gate_up_proj_blocks") != nullptr ||
-         fused_gate_up_order(source_.config()) == GateUpOrder::kInterleaved;
-}
-
 void ConversionPlanner::plan_fused(const LayerSurvey& survey) {
   const std::string prefix = survey.block.prefix + std::string(kExperts);
   const bool is_interleaved = fused_gate_up_order(source_.config()) == GateUpOrder::kInterleaved;

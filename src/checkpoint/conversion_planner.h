@@ -80,8 +80,6 @@ class ConversionPlanner {
   int64_t for_each_scale_tensor(int64_t layer, void (*advise)(std::span<const std::byte>)) const;
   void plan_layer(int64_t layer);
   static void require_clean(const LayerSurvey& survey);
-  /// What is stored transposed, interleaved or with biases has no names for single experts.
-  bool stays_fused(const LayerSurvey& survey) const;
   void plan_expert(const Expert& expert, const LayerSurvey& survey);
   /// A shared expert goes with the routed ones where it is stored as they are; else it is carried over.
   void plan_shared(const ExpertWeights& weights, const LayerSurvey& survey);

@@ -2,10 +2,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <charconv>
 #include <filesystem>
 #include <memory>
-#include <set>
 
 #include "base/fail.h"
 #include "base/files.h"
@@ -16,67 +14,25 @@
 #include "tools/input_routing.h"
 #include "tools/layertest.h"
 #include "tools/layertest_report.h"
+#include "tools/number_list.h"
+#include "tools/rule_options.h"
 #include "tools/terminal.h"
 #include "tools/weight_comparison.h"
 
 namespace fourfold {
 namespace {
 
-struct Arguments {
+struct Arguments : RuleArguments {
   std::string original, nvfp4;
   int64_t layer = 0;
   std::string experts, input;
   int64_t tokens = 0;
   uint64_t seed = 0;
   std::string activations = "nvfp4", activation_scale, gate_up = "exact", backend, accumulate = "f32", json;
-  std::string activation, router, gate_up_order, scheme;
-  bool double_quantize = false, weight_on_input = false;
+  bool double_quantize = false;
 };
 
 constexpr int64_t kDefaultTokens = 64;
-
-int64_t parse_index(std::string_view text, const std::string& option) {
-  int64_t value = -1;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < 0) {
-    throw CLI::ValidationError(option,
-                               fmt::format("expected numbers and ranges such as 0,3,8-11, found '{}'", text));
-  }
-  return value;
-}
-
-/// "0,3,8-11" -> ascending numbers, each once.
-std::vector<int64_t> parse_list(const std::string& text, const std::string& option) {
-  constexpr int64_t kMost = 1 << 20;
-  std::set<int64_t> numbers;
-  for (size_t begin = 0; begin < text.size();) {
-    const size_t end = std::min(text.find(',', begin), text.size());
-    const std::string_view part = std::string_view(text).substr(begin, end - begin);
-    const size_t dash = part.find('-');
-    const int64_t first = parse_index(part.substr(0, dash), option);
-    const int64_t last = dash == std::string_view::npos ? first : parse_index(part.substr(dash + 1), option);
-    if (last < first || last > kMost) {
-      throw CLI::ValidationError(option,
-                                 fmt::format("expected ascending ranges below {}, found '{}'", kMost, part));
-    }
-    for (int64_t number = first; number <= last; ++number) numbers.insert(number);
-    begin = end + 1;
-  }
-  return {numbers.begin(), numbers.end()};
-}
-
-/// What the command line says of the layer's rules.
-RuleOverrides overrides_in(const Arguments& arguments) {
-  RuleOverrides overrides;
-  overrides.weight_on_input = arguments.weight_on_input;
-  try {
-    if (!arguments.activation.empty()) overrides.activation = parse_activation(arguments.activation);
-    if (!arguments.router.empty()) overrides.router = parse_router(arguments.router);
-  } catch (const Error& error) {
-    throw CLI::ValidationError(error.what());
-  }
-  return overrides;
-}
 
 /// Policies for x and for the intermediate: given ("P" or "P,P"), or the default.
 DefaultPolicies policies_for(const Arguments& arguments, const ExpertWeights& weights,
@@ -293,7 +249,7 @@ class Run {
     if (arguments_.input.empty()) require_run_memory(tokens > 0 ? tokens : kDefaultTokens);
     inputs_ = arguments_.input.empty()
                   ? make_inputs(tokens > 0 ? tokens : kDefaultTokens, config_.hidden, arguments_.seed, false)
-                  : read_inputs(arguments_.input, config_.hidden, tokens);
+                  : read_inputs(arguments_.input, arguments_.layer, config_.hidden, tokens);
     if (!arguments_.input.empty()) require_run_memory(inputs_.tokens);
     const RoutingTask task{*checkpoint_, arguments_.layer,           nvfp4_,
                            rules_,       !arguments_.router.empty(), arguments_.seed};
@@ -355,7 +311,8 @@ void add_layertest(CLI::App& app, int& exit_code) {
   command
       ->add_option(
           "--input", arguments->input,
-          "safetensors with x [T, H], and optionally topk_ids and topk_weights [T, K], or token_ids [T]")
+          "safetensors with x [T, H], and optionally topk_ids and topk_weights [T, K], or token_ids [T]; or "
+          "the same of several layers, named layers.L.x ...")
       ->check(nonempty());
   command->add_option("--seed", arguments->seed, "seed of generated inputs and routing")
       ->capture_default_str()
@@ -368,28 +325,7 @@ void add_layertest(CLI::App& app, int& exit_code) {
       "global scale of NVFP4 activations: static, max-over-experts, dynamic-tensor or dynamic-token; two, "
       "with a comma, for x and the intermediate (default: static where every expert has input_scale, "
       "dynamic-token where none has)");
-  command
-      ->add_option("--activation", arguments->activation,
-                   "the function between the GEMMs, instead of the config's: swiglu, swiglu-step, geglu, "
-                   "geglu-tanh, relu2, silu or gelu, with ,alpha=A ,beta=B ,limit=L, e.g. swiglu,limit=10")
-      ->check(nonempty("an activation"));
-  command
-      ->add_option("--router", arguments->router,
-                   "how the checkpoint's router is computed, instead of the config's: softmax, "
-                   "softmax-of-top-k, sigmoid or sqrt-softplus, with ,top-k=K ,renormalise=yes|no ,scale=F "
-                   ",groups=G ,top-groups=N")
-      ->check(nonempty("a router"));
-  command->add_flag("--weight-on-input", arguments->weight_on_input,
-                    "routing weights multiply an expert's input instead of its output (Llama-4)");
-  command
-      ->add_option("--gate-up-order", arguments->gate_up_order,
-                   "order of gate and up in fused tensors (default: the family's)")
-      ->check(CLI::IsMember({"gate-first", "up-first", "interleaved"}));
-  command
-      ->add_option("--scheme", arguments->scheme,
-                   "how to read the four-bit weights of --nvfp4, instead of what tensor names and types say: "
-                   "modelopt (global scales multiply), compressed-tensors (they divide) or mxfp4")
-      ->check(CLI::IsMember({"modelopt", "compressed-tensors", "mxfp4"}));
+  add_rule_options(*command, *arguments, "--nvfp4");
   command
       ->add_option("--gate-up", arguments->gate_up,
                    "global scales of gate and up: one each, or folded into one")

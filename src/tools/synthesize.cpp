@@ -11,6 +11,7 @@
 #include "checkpoint/shard_writer.h"
 #include "fourfold/checkpoint.h"
 #include "fourfold/model_family.h"
+#include "tools/calibration.h"
 #include "tools/input_routing.h"
 #include "tools/layer_inputs.h"
 #include "tools/layer_trace.h"
@@ -457,18 +458,17 @@ class Synthesizer {
     const auto& shared = experts.weights.shared;
     const LayerTrace run = trace(*reference_backend().make_layer(experts.weights, config, options), inputs,
                                  shared ? &*shared : nullptr);
+    LayerAmax amax(request_.experts);
+    amax.add(run);
     std::vector<float> x_amax, inner_amax;
-    const MatrixView<const Bf16> x(run.staged_x.values.data(), run.rows, request_.hidden);
-    for (size_t expert = 0; expert < static_cast<size_t>(request_.experts); ++expert) {
-      const int32_t begin = run.permutation.group_offsets[expert],
-                    end = run.permutation.group_offsets[expert + 1];
-      x_amax.push_back(absolute_maximum(x.rows_from(begin, end - begin)));
-      inner_amax.push_back(absolute_maximum(run.activation_view().rows_from(begin, end - begin)));
+    for (const ExpertAmax& expert : amax.experts()) {
+      x_amax.push_back(expert.x);
+      inner_amax.push_back(expert.intermediate);
     }
     InputScales scales{scales_from(x_amax), scales_from(inner_amax)};
-    if (run.shared) {
-      scales.x.push_back(scales_from({absolute_maximum(inputs.x_view())}).front());
-      scales.intermediate.push_back(scales_from({absolute_maximum(run.shared_activation_view())}).front());
+    if (amax.shared()) {
+      scales.x.push_back(scales_from({amax.shared()->x}).front());
+      scales.intermediate.push_back(scales_from({amax.shared()->intermediate}).front());
     }
     return scales;
   }

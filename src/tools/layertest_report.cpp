@@ -72,18 +72,6 @@ std::string percentage(int64_t part, int64_t whole) {
                     : fmt::format("{:.4g}%", 100.0 * static_cast<double>(part) / static_cast<double>(whole));
 }
 
-/// Those that were checked and have rows.
-std::vector<std::pair<std::string, InputScaleReport>> input_scales_of(const LayertestReport& report) {
-  std::vector<std::pair<std::string, InputScaleReport>> scales;
-  if (report.x_scale) scales.emplace_back("x", *report.x_scale);
-  if (report.intermediate_scale) scales.emplace_back("intermediate", *report.intermediate_scale);
-  std::erase_if(scales, [](const auto& scale) { return scale.second.worst_expert < 0; });
-  if (report.shared_x_scale) scales.emplace_back("shared_x", *report.shared_x_scale);
-  if (report.shared_intermediate_scale)
-    scales.emplace_back("shared_intermediate", *report.shared_intermediate_scale);
-  return scales;
-}
-
 std::string counts_text(const LayertestReport& report) {
   std::string text;
   if (report.exact_blocks) {
@@ -125,7 +113,19 @@ std::string limits_text(const LayertestReport& report) {
 
 }  // namespace
 
-std::string format_table(const LayertestSubject& subject, const LayertestReport& report) {
+std::vector<std::pair<std::string, InputScaleReport>> input_scales_of(const LayertestReport& report) {
+  std::vector<std::pair<std::string, InputScaleReport>> scales;
+  if (report.x_scale) scales.emplace_back("x", *report.x_scale);
+  if (report.intermediate_scale) scales.emplace_back("intermediate", *report.intermediate_scale);
+  std::erase_if(scales, [](const auto& scale) { return scale.second.worst_expert < 0; });
+  if (report.shared_x_scale) scales.emplace_back("shared_x", *report.shared_x_scale);
+  if (report.shared_intermediate_scale)
+    scales.emplace_back("shared_intermediate", *report.shared_intermediate_scale);
+  return scales;
+}
+
+std::string format_table(const LayerResult& result) {
+  const auto& [subject, report] = result;
   std::string text;
   for (const auto& [label, fact] : subject.facts)
     text += fmt::format("{:<12} {}\n", label, printable(fact, kLineBytes));
@@ -147,7 +147,8 @@ std::string format_table(const LayertestSubject& subject, const LayertestReport&
   return text + bold(red("verdict: " + report.verdict)) + ": see the findings above\n";
 }
 
-std::string format_json(const LayertestSubject& subject, const LayertestReport& report) {
+Json layer_json(const LayerResult& result) {
+  const auto& [subject, report] = result;
   Json json = {
       {"verdict", report.verdict},
       {"backend", report.backend},
@@ -180,7 +181,11 @@ std::string format_json(const LayertestSubject& subject, const LayertestReport& 
           {"different", report.staging->intermediate_different}}}};
   }
   for (const auto& [label, fact] : subject.facts) json["facts"][label] = fact;
-  return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+  return json;
+}
+
+std::string format_json(const LayerResult& result) {
+  return layer_json(result).dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
 }
 
 }  // namespace fourfold

@@ -22,7 +22,6 @@ namespace {
 // every element did, the error would be one ulp each: 2^-8 of the element at most, 2.8e-3 in the mean over
 // mantissas; in a sound kernel few do. A single token has few elements and may cancel: 2^-7 for the worst
 // one.
-constexpr double kKernelLimit = 3e-3;
 constexpr double kKernelWorstTokenLimit = 0x1p-7;
 
 // Staging with a scale of the checkpoint may have twice the error of staging by token on the same rows. Block

@@ -21,6 +21,9 @@
 
 namespace fourfold {
 
+/// Limit of the kernel comparison on relative L2; layertest.cpp derives it.
+inline constexpr double kKernelLimit = 3e-3;
+
 struct LayertestRequest {
   const ExpertWeights* original = nullptr;  ///< null: the checkpoint comparison is left out
   const ExpertWeights* nvfp4 = nullptr;     ///< what backends run: as stored, or after a named step

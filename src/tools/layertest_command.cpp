@@ -16,6 +16,7 @@
 #include "tools/layertest.h"
 #include "tools/layertest_report.h"
 #include "tools/model_test.h"
+#include "tools/stress.h"
 #include "tools/terminal.h"
 #include "tools/weight_comparison.h"
 
@@ -31,7 +32,7 @@ struct Arguments {
   std::string activations = "nvfp4", activation_scale, gate_up = "exact", backend, accumulate = "f32", json;
   std::string activation, router, gate_up_order, scheme;
   std::string layers;
-  bool double_quantize = false, weight_on_input = false, all_layers = false;
+  bool double_quantize = false, weight_on_input = false, all_layers = false, stress = false;
 
   bool wants_many_layers() const { return all_layers || !layers.empty(); }
 };
@@ -113,11 +114,7 @@ class Run {
       : arguments_(arguments), opened_(opened), layer_(layer) {}
 
   LayerResult test(const ShowProgress& progress) {
-    load_checkpoints();
-    apply_named_steps();
-    configure();
-    load_inputs();
-    choose();
+    prepare();
     LayertestRequest request;
     request.original = original_ ? &original_->weights : nullptr;
     request.nvfp4 = &weights_;
@@ -134,7 +131,23 @@ class Run {
     return {std::move(subject_), std::move(report)};
   }
 
+  /// What --stress runs, and on which backend.
+  std::pair<StressSubject, const Backend*> stress_subject() {
+    prepare();
+    return {{fmt::format("layer {} of {}", layer_, arguments_.nvfp4), weights_, nvfp4_.expert_ids, config_,
+             options_, inputs_},
+            choice_.backend};
+  }
+
  private:
+  void prepare() {
+    load_checkpoints();
+    apply_named_steps();
+    configure();
+    load_inputs();
+    choose();
+  }
+
   void fact(const std::string& label, const std::string& text) { subject_.facts.emplace_back(label, text); }
 
   void load_checkpoints() {
@@ -384,7 +397,33 @@ int test_many_layers(const Arguments& arguments) {
   return exit_code_of(report);
 }
 
+/// Made-up layers, and the checkpoint's where there is one.
+int stress(const Arguments& arguments) {
+  StressRequest request;
+  request.subjects = stress_layers(*parse_activation_format(arguments.activations), arguments.seed);
+  const Progress progress;
+  request.progress = [&](std::string_view what) { progress.show(what); };
+  Opened opened;
+  if (arguments.nvfp4.empty()) {
+    const StressSubject& first = request.subjects.front();
+    request.backend = choose_backend(arguments.backend, first.weights, first.config, first.options).backend;
+  } else {
+    opened = open_checkpoints(arguments, nullptr);
+    auto [subject, backend] = Run(arguments, opened, arguments.layer).stress_subject();
+    request.subjects.push_back(std::move(subject));
+    request.backend = backend;
+  }
+  const StressReport report = run_stress(request);
+  progress.clear();
+  if (opened.nvfp4) opened.nvfp4->require_intact();
+  fmt::print("{}", format_stress_table(report));
+  if (!arguments.json.empty()) write_file(arguments.json, format_stress_json(report));
+  return exit_code_of(report);
+}
+
 int execute(const Arguments& arguments) {
+  if (arguments.stress) return stress(arguments);
+  if (arguments.nvfp4.empty()) throw CLI::RequiredError("--nvfp4");
   return arguments.wants_many_layers() ? test_many_layers(arguments) : test_one_layer(arguments);
 }
 
@@ -394,9 +433,7 @@ void add_layertest(CLI::App& app, int& exit_code) {
   auto arguments = std::make_shared<Arguments>();
   CLI::App* command = app.add_subcommand(
       "layertest", "Run one MoE layer stage by stage against a bf16 reference, and say what is at fault");
-  command->add_option("--nvfp4", arguments->nvfp4, "NVFP4 checkpoint: a model directory")
-      ->required()
-      ->check(nonempty());
+  command->add_option("--nvfp4", arguments->nvfp4, "NVFP4 checkpoint: a model directory")->check(nonempty());
   command
       ->add_option(
           "--original", arguments->original,
@@ -411,7 +448,14 @@ void add_layertest(CLI::App& app, int& exit_code) {
                        "several layers, e.g. 0-60,3, one at a time, and a table sorted by the worst")
           ->check(nonempty("layers"))
           ->excludes(layer);
+  command
+      ->add_flag(
+          "--stress", arguments->stress,
+          "lean on the backend's promises: NaN in padding and workspace, odd sizes, repeats, calls side "
+          "by side, splits over ranks; on made-up layers, and that of --nvfp4 where it is given")
+      ->excludes(layers);
   command->add_flag("--all-layers", arguments->all_layers, "the same for every layer with NVFP4 experts")
+      ->excludes("--stress")
       ->excludes(layer)
       ->excludes(layers);
   command->add_option("--experts", arguments->experts, "experts to test, e.g. 0,3,8-11 (default: all)");

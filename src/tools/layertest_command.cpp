@@ -16,6 +16,7 @@
 #include "tools/layertest.h"
 #include "tools/layertest_report.h"
 #include "tools/model_test.h"
+#include "tools/report_page.h"
 #include "tools/stress.h"
 #include "tools/terminal.h"
 #include "tools/weight_comparison.h"
@@ -31,7 +32,7 @@ struct Arguments {
   uint64_t seed = 0;
   std::string activations = "nvfp4", activation_scale, gate_up = "exact", backend, accumulate = "f32", json;
   std::string activation, router, gate_up_order, scheme;
-  std::string layers;
+  std::string layers, html;
   bool double_quantize = false, weight_on_input = false, all_layers = false, stress = false;
 
   bool wants_many_layers() const { return all_layers || !layers.empty(); }
@@ -377,6 +378,7 @@ int test_one_layer(const Arguments& arguments) {
   progress.clear();
   fmt::print("{}", format_table(result));
   if (!arguments.json.empty()) write_file(arguments.json, format_json(result));
+  if (!arguments.html.empty()) write_file(arguments.html, format_html(result));
   return exit_code_of(result.report);
 }
 
@@ -394,6 +396,7 @@ int test_many_layers(const Arguments& arguments) {
   progress.clear();
   fmt::print("{}", format_model_table(report));
   if (!arguments.json.empty()) write_file(arguments.json, format_model_json(report));
+  if (!arguments.html.empty()) write_file(arguments.html, format_model_html(report));
   return exit_code_of(report);
 }
 
@@ -518,6 +521,11 @@ void add_layertest(CLI::App& app, int& exit_code) {
                     "dequantize to bf16 and quantize again, gate and up as one tensor, to see the loss");
   command->add_option("--json", arguments->json, "write the report as JSON too (docs/layertest.md)")
       ->check(nonempty());
+  command
+      ->add_option("--html", arguments->html,
+                   "write the report as a page to look at: verdict, stages, charts; it loads nothing")
+      ->check(nonempty())
+      ->excludes("--stress");
   command->footer(
       "Exit code: 0 fine, 1 error, 2 usage, 3 a finding. Of several layers: 1 if one can't be read, else 3 "
       "if one has "

@@ -38,6 +38,50 @@ Json stages_json(const std::vector<StageReport>& stages) {
   return json;
 }
 
+Json histograms_json(const std::vector<Histogram>& histograms) {
+  Json json = Json::array();
+  for (const Histogram& one : histograms) {
+    json.push_back({{"name", one.name},
+                    {"base", one.base},
+                    {"first", one.first},
+                    {"step", one.step},
+                    {"counts", one.counts},
+                    {"zeros", one.zeros},
+                    {"not_finite", one.not_finite}});
+  }
+  return json;
+}
+
+template <class T>
+Json numbers_json(const std::vector<T>& values) {
+  Json json = Json::array();
+  for (const T value : values) json.push_back(json_number(static_cast<double>(value)));
+  return json;
+}
+
+Json charts_json(const LayerCharts& charts) {
+  Json json = {{"expert_errors", Json::array()},
+               {"block_scales", histograms_json(charts.block_scales)},
+               {"errors", histograms_json(charts.errors)}};
+  for (const ExpertErrors& errors : charts.expert_errors) {
+    json["expert_errors"].push_back({{"comparison", errors.comparison},
+                                     {"stages", errors.stages},
+                                     {"experts", errors.experts},
+                                     {"rows", errors.rows},
+                                     {"rel_l2", numbers_json(errors.rel_l2)}});
+  }
+  if (charts.worst_token) {
+    const TokenScatter& scatter = *charts.worst_token;
+    json["worst_token"] = {{"token", scatter.token},
+                           {"columns", scatter.columns},
+                           {"reference_name", scatter.reference_name},
+                           {"candidate_name", scatter.candidate_name},
+                           {"reference", numbers_json(scatter.reference)},
+                           {"candidate", numbers_json(scatter.candidate)}};
+  }
+  return json;
+}
+
 /// Enough digits to see how far from 1 a cosine is.
 std::string cosine_text(double cosine) {
   const double distance = std::abs(1.0 - cosine);
@@ -181,6 +225,11 @@ Json layer_json(const LayerResult& result) {
           {"different", report.staging->intermediate_different}}}};
   }
   for (const auto& [label, fact] : subject.facts) json["facts"][label] = fact;
+  for (const ReportedExplanation& one : report.explanations) {
+    json["explanations"].push_back(
+        {{"fault", one.fault}, {"distance", json_number(one.distance)}, {"evidence", one.evidence}});
+  }
+  json["charts"] = charts_json(report.charts);
   return json;
 }
 

@@ -80,7 +80,7 @@ class Layertest {
     compare_checkpoint(dequantized);
     compare_activations();
     compare_kernel();
-    if (!report_.charts.worst_token) {
+    if (!report_.charts.worst_token || first_culprit_ == "activations") {
       chart_worst_token(dequantized_, "dequantized reference", emulation_,
                         "emulation, quantized activations");
     }

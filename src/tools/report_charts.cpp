@@ -82,7 +82,8 @@ std::string heat_map_svg(const ExpertErrors& errors, std::optional<double> limit
   return svg + "</svg>\n";
 }
 
-std::string histogram_svg(const std::vector<Histogram>& histograms, const std::string& axis) {
+std::string histogram_svg(const std::vector<Histogram>& histograms, const std::string& counted,
+                          const std::string& axis) {
   constexpr double kWidth = 440, kLeft = 48, kBottom = 180, kTop = 26;
   constexpr const char* kClasses[] = {"a", "b", "c"};
   const size_t bins = histograms.front().counts.size();
@@ -113,6 +114,8 @@ std::string histogram_svg(const std::vector<Histogram>& histograms, const std::s
   }
   svg += line(kLeft, kBottom, kWidth - 8, kBottom, "axis") + line(kLeft, kTop, kLeft, kBottom, "axis");
   svg += text_at(kLeft - 4, kTop + 8, "end", std::to_string(most)) + text_at(kLeft - 4, kBottom, "end", "0");
+  svg += fmt::format("<g transform=\"translate(12 {:.1f}) rotate(-90)\">{}</g>\n", (kTop + kBottom) / 2,
+                     text_at(0, 0, "middle", counted));
   const Histogram& first = histograms.front();
   const auto every = static_cast<size_t>(first.base == 2.0 ? 3 : std::round(1.0 / first.step));
   for (size_t b = 0; b <= bins; b += every) {

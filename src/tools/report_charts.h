@@ -10,8 +10,9 @@
 namespace fourfold {
 
 std::string heat_map_svg(const ExpertErrors& errors, std::optional<double> limit);
-/// Bars of up to three histograms with the same bins, beside each other.
-std::string histogram_svg(const std::vector<Histogram>& histograms, const std::string& axis);
+/// Bars of up to three histograms with the same bins, beside each other. `counted`: the unit of the counts.
+std::string histogram_svg(const std::vector<Histogram>& histograms, const std::string& counted,
+                          const std::string& axis);
 std::string scatter_svg(const TokenScatter& scatter);
 
 /// A layer of the overview: how much of its limit it uses.

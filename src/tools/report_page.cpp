@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "fourfold/cpu.h"
 #include "tools/doctor.h"
 #include "tools/exit_codes.h"
 #include "tools/report_charts.h"
@@ -126,7 +125,7 @@ std::string charts(const LayertestReport& report, const char* heading) {
         exact += fmt::format("; {}: {} tokens NaN or infinite", one.name, one.not_finite);
     }
     text += figure("Errors: tokens by the relative L2 of their output" + exact,
-                   histogram_svg(drawn.errors, "relative L2 of a token's output"));
+                   histogram_svg(drawn.errors, "tokens", "relative L2 of a token's output"));
   }
   if (!drawn.block_scales.empty()) {
     std::string rest;
@@ -135,7 +134,7 @@ std::string charts(const LayertestReport& report, const char* heading) {
       if (one.not_finite > 0) rest += fmt::format("; {}: {} NaN or negative", one.name, one.not_finite);
     }
     text += figure("Block scales of the weights, as stored (e4m3)" + rest,
-                   histogram_svg(drawn.block_scales, "block scale, up to the next power of two"));
+                   histogram_svg(drawn.block_scales, "blocks", "block scale, up to the next power of two"));
   }
   text += "</div>\n";
   if (drawn.worst_token) {

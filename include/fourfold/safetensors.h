@@ -74,6 +74,8 @@ class SafetensorsFile {
   const Tensor* find(std::string_view name) const;
   /// Throws Error where the file was truncated, or could not be read, while mapped (docs/checkpoints.md).
   void require_intact() const;
+  /// Gives the pages that were read back to the system: for those who go through files larger than memory.
+  void drop_pages() const;
 
  private:
   explicit SafetensorsFile(const std::filesystem::path& path);

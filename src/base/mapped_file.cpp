@@ -131,6 +131,10 @@ void MappedFile::read_at(std::span<std::byte> out, int64_t offset) const {
   }
 }
 
+void MappedFile::drop_pages() const {
+  if (size_ > 0) madvise(data_, size_, MADV_DONTNEED);  // refused, they stay: no harm
+}
+
 void MappedFile::require_intact() const {
   if (registration_ == nullptr) return;
   const std::string damage =

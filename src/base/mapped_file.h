@@ -24,6 +24,8 @@ class MappedFile {
   std::span<const std::byte> bytes() const { return {data_, size_}; }
   /// Copies bytes of the file by a system call: what can't be read is an Error, not a signal.
   void read_at(std::span<std::byte> out, int64_t offset) const;
+  /// Gives the pages that were read back to the system; reading one again fetches it from the file again.
+  void drop_pages() const;
   /// Throws Error naming the file where it shrank since it was mapped, or a page of it could not be read:
   /// whatever was computed from it is void.
   void require_intact() const;

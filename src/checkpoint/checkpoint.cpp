@@ -265,6 +265,10 @@ void Checkpoint::require_intact() const {
   for (const auto& file : files_) file->require_intact();
 }
 
+void Checkpoint::drop_pages() const {
+  for (const auto& file : files_) file->drop_pages();
+}
+
 const Tensor* Checkpoint::find(std::string_view name) const {
   const auto it = tensors_.find(name);
   return it == tensors_.end() ? nullptr : it->second;

@@ -239,6 +239,10 @@ void SafetensorsFile::require_intact() const {
   file_->require_intact();
 }
 
+void SafetensorsFile::drop_pages() const {
+  file_->drop_pages();
+}
+
 const Tensor* SafetensorsFile::find(std::string_view name) const {
   const auto it = tensors_.find(name);
   return it == tensors_.end() ? nullptr : &it->second;

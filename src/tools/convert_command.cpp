@@ -2,16 +2,15 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <memory>
-#include <set>
 #include <string>
 #include <vector>
 
 #include "base/fail.h"
 #include "checkpoint/conversion.h"
 #include "tools/commands.h"
+#include "tools/number_list.h"
 #include "tools/terminal.h"
 
 namespace fourfold {
@@ -24,30 +23,6 @@ struct Arguments {
   bool tie_gate_up = false, allow_inexact = false;
 };
 
-/// "0-3,7" -> 0, 1, 2, 3, 7.
-std::vector<int64_t> parse_layers(const std::string& text) {
-  constexpr int64_t kMostLayers = 100'000;
-  std::set<int64_t> layers;
-  const auto bad = [&] {
-    return CLI::ValidationError("--layers",
-                                "expected numbers and ranges such as 0-3,7, found '" + text + "'");
-  };
-  for (size_t at = 0; at <= text.size();) {
-    const size_t comma = std::min(text.find(',', at), text.size());
-    const std::string part = text.substr(at, comma - at);
-    const size_t dash = part.find('-');
-    int64_t first = 0, last = 0;
-    if (!parse_numbers(part.substr(0, dash), std::array<int64_t*, 1>{&first})) throw bad();
-    last = first;
-    if (dash != std::string::npos && !parse_numbers(part.substr(dash + 1), std::array<int64_t*, 1>{&last}))
-      throw bad();
-    if (first < 0 || last < first || last > kMostLayers) throw bad();
-    for (int64_t layer = first; layer <= last; ++layer) layers.insert(layer);
-    at = comma + 1;
-  }
-  return {layers.begin(), layers.end()};
-}
-
 ConversionRequest request_of(const Arguments& arguments) {
   ConversionRequest request;
   request.to = *parse_target_format(arguments.to);
@@ -57,7 +32,7 @@ ConversionRequest request_of(const Arguments& arguments) {
   request.allow_inexact = arguments.allow_inexact;
   request.dynamic_inputs = arguments.input_scale == "dynamic";
   if (!request.dynamic_inputs) request.input_scales = arguments.input_scale;
-  if (!arguments.layers.empty()) request.layers = parse_layers(arguments.layers);
+  if (!arguments.layers.empty()) request.layers = parse_list(arguments.layers, "--layers");
   const bool is_nvfp4 = request.to == TargetFormat::kNvfp4;
   const auto only_nvfp4 = [&](bool given, const char* option) {
     if (given && !is_nvfp4) throw CLI::ValidationError(option, "expected --to nvfp4, found " + arguments.to);

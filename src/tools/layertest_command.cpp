@@ -7,15 +7,17 @@
 
 #include "base/fail.h"
 #include "base/files.h"
-#include "base/mapped_file.h"
 #include "fourfold/checkpoint.h"
 #include "fourfold/model_family.h"
 #include "tools/commands.h"
 #include "tools/input_routing.h"
 #include "tools/layertest.h"
 #include "tools/layertest_report.h"
+#include "tools/model_test.h"
 #include "tools/number_list.h"
+#include "tools/report_page.h"
 #include "tools/rule_options.h"
+#include "tools/stress.h"
 #include "tools/terminal.h"
 #include "tools/weight_comparison.h"
 
@@ -29,7 +31,10 @@ struct Arguments : RuleArguments {
   int64_t tokens = 0;
   uint64_t seed = 0;
   std::string activations = "nvfp4", activation_scale, gate_up = "exact", backend, accumulate = "f32", json;
-  bool double_quantize = false;
+  std::string layers, html;
+  bool double_quantize = false, all_layers = false, stress = false;
+
+  bool wants_many_layers() const { return all_layers || !layers.empty(); }
 };
 
 constexpr int64_t kDefaultTokens = 64;
@@ -47,18 +52,26 @@ DefaultPolicies policies_for(const Arguments& arguments, const ExpertWeights& we
   return parse_scale_policies(arguments.activation_scale);
 }
 
-/// One run of the command; members in the order in which they come to be known.
+/// The checkpoints of a run, opened.
+struct Opened {
+  std::shared_ptr<const Checkpoint> nvfp4, original;  ///< original: null where there is none
+
+  void drop_pages() const {
+    nvfp4->drop_pages();
+    if (original) original->drop_pages();
+  }
+};
+
+using ShowProgress = std::function<void(std::string_view)>;
+
+/// One layer's test; members in the order in which they come to be known.
 class Run {
  public:
-  explicit Run(const Arguments& arguments) : arguments_(arguments) {}
+  Run(const Arguments& arguments, const Opened& opened, int64_t layer)
+      : arguments_(arguments), opened_(opened), layer_(layer) {}
 
-  int execute() {
-    load_checkpoints();
-    apply_named_steps();
-    configure();
-    load_inputs();
-    choose();
-    const Progress progress;
+  LayerResult test(const ShowProgress& progress) {
+    prepare();
     LayertestRequest request;
     request.original = original_ ? &original_->weights : nullptr;
     request.nvfp4 = &weights_;
@@ -67,45 +80,56 @@ class Run {
     request.options = options_;
     request.backend = choice_.backend;
     request.inputs = &inputs_;
-    request.progress = [&](std::string_view what) { progress.show(what); };
-    const LayertestReport report = run_layertest(request);
-    progress.clear();
-    require_mapped_files_intact();
-
+    request.progress = progress;
+    LayertestReport report = run_layertest(request);
+    opened_.nvfp4->require_intact();
+    if (opened_.original) opened_.original->require_intact();
     fact("backend", fmt::format("{} ({}); kernel: {}", report.backend, choice_.reason, report.kernel));
-    fmt::print("{}", format_table(subject_, report));
-    if (!arguments_.json.empty()) write_file(arguments_.json, format_json(subject_, report));
-    return exit_code_of(report);
+    return {std::move(subject_), std::move(report)};
+  }
+
+  /// What --stress runs, and on which backend.
+  std::pair<StressSubject, const Backend*> stress_subject() {
+    prepare();
+    return {{fmt::format("layer {} of {}", layer_, arguments_.nvfp4), weights_, nvfp4_.expert_ids, config_,
+             options_, inputs_},
+            choice_.backend};
   }
 
  private:
+  void prepare() {
+    load_checkpoints();
+    apply_named_steps();
+    configure();
+    load_inputs();
+    choose();
+  }
+
   void fact(const std::string& label, const std::string& text) { subject_.facts.emplace_back(label, text); }
 
   void load_checkpoints() {
     const std::vector<int64_t> experts = parse_list(arguments_.experts, "--experts");
     const auto order = parse_gate_up_order(arguments_.gate_up_order);
-    checkpoint_ = Checkpoint::open(arguments_.nvfp4);
-    nvfp4_ =
-        load_experts(checkpoint_, arguments_.layer, experts, order, parse_weight_scheme(arguments_.scheme));
+    nvfp4_ = load_experts(opened_.nvfp4, layer_, experts, order, parse_weight_scheme(arguments_.scheme));
     if (nvfp4_.scheme.find("nvfp4") == std::string::npos) {
-      reject(fmt::format("--nvfp4 {}", arguments_.nvfp4), "NVFP4 experts",
-             fmt::format("{}; is it the original? pass it as --original", nvfp4_.scheme));
+      throw LayerIsNotNvfp4(fmt::format(
+          "--nvfp4 {}: expected NVFP4 experts, found {}; is it the original? pass it as --original",
+          arguments_.nvfp4, nvfp4_.scheme));
     }
     weights_ = nvfp4_.weights;
-    const ModelConfig& config = checkpoint_->config();
+    const ModelConfig& config = opened_.nvfp4->config();
     subject_.model = config.model_type.empty() ? "unknown" : config.model_type;
-    subject_.layer = arguments_.layer;
+    subject_.layer = layer_;
     subject_.notes = nvfp4_.notes;
     fact("model", fmt::format("{}, layer {}: {} of {} experts, hidden {}, intermediate {}", subject_.model,
-                              arguments_.layer, nvfp4_.weights.count(), nvfp4_.experts_in_checkpoint,
-                              weights_.hidden, weights_.intermediate));
+                              layer_, nvfp4_.weights.count(), nvfp4_.experts_in_checkpoint, weights_.hidden,
+                              weights_.intermediate));
     fact("nvfp4", fmt::format("{}: {}{}, {}", arguments_.nvfp4, nvfp4_.scheme,
                               arguments_.scheme.empty() ? "" : " (--scheme)", nvfp4_.naming));
     if (arguments_.original.empty()) return require_fused_for_order();
 
-    const auto original = Checkpoint::open(arguments_.original);
-    original_ = load_experts(original, arguments_.layer, experts, order);
-    original_config_ = original->config();
+    original_ = load_experts(opened_.original, layer_, experts, order);
+    original_config_ = opened_.original->config();
     require_fused_for_order();
     require_alike();
     fact("original", fmt::format("{}: {}, {}", arguments_.original, original_->scheme, original_->naming));
@@ -170,7 +194,7 @@ class Run {
 
   void configure() {
     const RuleOverrides overrides = overrides_in(arguments_);
-    rules_ = rules_of(checkpoint_->config(), overrides);
+    rules_ = rules_of(opened_.nvfp4->config(), overrides);
     config_ = config_of_layer();
     fact("family", rules_.family == "given" ? "unknown: the command line says how the layer is computed"
                                             : rules_.family);
@@ -236,7 +260,7 @@ class Run {
       return;
     }
     const ExpertWeights all =
-        load_experts(checkpoint_, arguments_.layer, {}, parse_gate_up_order(arguments_.gate_up_order),
+        load_experts(opened_.nvfp4, layer_, {}, parse_gate_up_order(arguments_.gate_up_order),
                      parse_weight_scheme(arguments_.scheme))
             .weights;
     const std::vector<float> x = x_input_scales(all), intermediate = intermediate_input_scales(all);
@@ -249,10 +273,10 @@ class Run {
     if (arguments_.input.empty()) require_run_memory(tokens > 0 ? tokens : kDefaultTokens);
     inputs_ = arguments_.input.empty()
                   ? make_inputs(tokens > 0 ? tokens : kDefaultTokens, config_.hidden, arguments_.seed, false)
-                  : read_inputs(arguments_.input, arguments_.layer, config_.hidden, tokens);
+                  : read_inputs(arguments_.input, layer_, config_.hidden, tokens);
     if (!arguments_.input.empty()) require_run_memory(inputs_.tokens);
-    const RoutingTask task{*checkpoint_, arguments_.layer,           nvfp4_,
-                           rules_,       !arguments_.router.empty(), arguments_.seed};
+    const RoutingTask task{*opened_.nvfp4, layer_, nvfp4_, rules_, !arguments_.router.empty(),
+                           arguments_.seed};
     for (std::string& note : route_inputs(task, inputs_)) subject_.notes.push_back(std::move(note));
     config_.top_k = inputs_.top_k;
     fact("input", fmt::format("{} tokens, x: {}; routing: {}", inputs_.tokens, inputs_.x_origin,
@@ -262,7 +286,7 @@ class Run {
   /// x, a workspace, and the stages of three runs at a time, at about 2 bytes a value and a half beside for
   /// staging.
   void require_run_memory(int64_t tokens) const {
-    const int64_t top_k = std::min(checkpoint_->config().top_k.value_or(1), config_.experts);
+    const int64_t top_k = std::min(opened_.nvfp4->config().top_k.value_or(1), config_.experts);
     const int64_t row_bytes = 3 * (2 * weights_.hidden + 4 * weights_.intermediate);
     int64_t bytes = 0;
     if (__builtin_mul_overflow(tokens * top_k, 4 * row_bytes, &bytes)) bytes = INT64_MAX;
@@ -272,8 +296,9 @@ class Run {
   void choose() { choice_ = choose_backend(arguments_.backend, weights_, config_, options_); }
 
   const Arguments& arguments_;
+  const Opened& opened_;
+  int64_t layer_;
   LayertestSubject subject_;
-  std::shared_ptr<const Checkpoint> checkpoint_;
   ExpertLayer nvfp4_;
   std::optional<ExpertLayer> original_;
   std::optional<ModelConfig> original_config_;
@@ -285,23 +310,113 @@ class Run {
   BackendChoice choice_;
 };
 
+/// `damage`: filled, and what can be read is tested; null: damage is an Error.
+Opened open_checkpoints(const Arguments& arguments, std::vector<std::string>* damage) {
+  const auto open = [&](const std::string& path) {
+    if (path.empty()) return std::shared_ptr<const Checkpoint>();
+    if (damage == nullptr) return Checkpoint::open(path);
+    std::vector<CheckpointDamage> found;
+    auto checkpoint = Checkpoint::open(path, found);
+    for (const CheckpointDamage& part : found) damage->push_back(part.message);
+    return checkpoint;
+  };
+  Opened opened;
+  opened.nvfp4 = open(arguments.nvfp4);
+  opened.original = open(arguments.original);
+  return opened;
+}
+
+int test_one_layer(const Arguments& arguments) {
+  const Opened opened = open_checkpoints(arguments, nullptr);
+  const Progress progress;
+  const LayerResult result =
+      Run(arguments, opened, arguments.layer).test([&](std::string_view what) { progress.show(what); });
+  progress.clear();
+  fmt::print("{}", format_table(result));
+  if (!arguments.json.empty()) write_file(arguments.json, format_json(result));
+  if (!arguments.html.empty()) write_file(arguments.html, format_html(result));
+  return exit_code_of(result.report);
+}
+
+int test_many_layers(const Arguments& arguments) {
+  ModelTask task;
+  if (!arguments.all_layers) task.layers = parse_list(arguments.layers, "--layers");
+  const Opened opened = open_checkpoints(arguments, &task.damage);
+  const Progress progress;
+  task.test_layer = [&](int64_t layer, const ShowProgress& show) {
+    return Run(arguments, opened, layer).test(show);
+  };
+  task.after_layer = [&] { opened.drop_pages(); };
+  task.progress = [&](std::string_view what) { progress.show(what); };
+  const ModelReport report = test_model(*opened.nvfp4, task);
+  progress.clear();
+  fmt::print("{}", format_model_table(report));
+  if (!arguments.json.empty()) write_file(arguments.json, format_model_json(report));
+  if (!arguments.html.empty()) write_file(arguments.html, format_model_html(report));
+  return exit_code_of(report);
+}
+
+/// Made-up layers, and the checkpoint's where there is one.
+int stress(const Arguments& arguments) {
+  StressRequest request;
+  request.subjects = stress_layers(*parse_activation_format(arguments.activations), arguments.seed);
+  const Progress progress;
+  request.progress = [&](std::string_view what) { progress.show(what); };
+  Opened opened;
+  if (arguments.nvfp4.empty()) {
+    const StressSubject& first = request.subjects.front();
+    request.backend = choose_backend(arguments.backend, first.weights, first.config, first.options).backend;
+  } else {
+    opened = open_checkpoints(arguments, nullptr);
+    auto [subject, backend] = Run(arguments, opened, arguments.layer).stress_subject();
+    request.subjects.push_back(std::move(subject));
+    request.backend = backend;
+  }
+  const StressReport report = run_stress(request);
+  progress.clear();
+  if (opened.nvfp4) opened.nvfp4->require_intact();
+  fmt::print("{}", format_stress_table(report));
+  if (!arguments.json.empty()) write_file(arguments.json, format_stress_json(report));
+  return exit_code_of(report);
+}
+
+int execute(const Arguments& arguments) {
+  if (arguments.stress) return stress(arguments);
+  if (arguments.nvfp4.empty()) throw CLI::RequiredError("--nvfp4");
+  return arguments.wants_many_layers() ? test_many_layers(arguments) : test_one_layer(arguments);
+}
+
 }  // namespace
 
 void add_layertest(CLI::App& app, int& exit_code) {
   auto arguments = std::make_shared<Arguments>();
   CLI::App* command = app.add_subcommand(
       "layertest", "Run one MoE layer stage by stage against a bf16 reference, and say what is at fault");
-  command->add_option("--nvfp4", arguments->nvfp4, "NVFP4 checkpoint: a model directory")
-      ->required()
-      ->check(nonempty());
+  command->add_option("--nvfp4", arguments->nvfp4, "NVFP4 checkpoint: a model directory")->check(nonempty());
   command
       ->add_option(
           "--original", arguments->original,
           "the checkpoint it was made from (MXFP4 or bf16); without it, what the checkpoint lost is not told")
       ->check(nonempty());
-  command->add_option("--layer", arguments->layer, "layer number")
-      ->capture_default_str()
-      ->check(whole_number<int64_t>());
+  CLI::Option* layer = command->add_option("--layer", arguments->layer, "layer number")
+                           ->capture_default_str()
+                           ->check(whole_number<int64_t>());
+  CLI::Option* layers =
+      command
+          ->add_option("--layers", arguments->layers,
+                       "several layers, e.g. 0-60,3, one at a time, and a table sorted by the worst")
+          ->check(nonempty("layers"))
+          ->excludes(layer);
+  command
+      ->add_flag(
+          "--stress", arguments->stress,
+          "lean on the backend's promises: NaN in padding and workspace, odd sizes, repeats, calls side "
+          "by side, splits over ranks; on made-up layers, and that of --nvfp4 where it is given")
+      ->excludes(layers);
+  command->add_flag("--all-layers", arguments->all_layers, "the same for every layer with NVFP4 experts")
+      ->excludes("--stress")
+      ->excludes(layer)
+      ->excludes(layers);
   command->add_option("--experts", arguments->experts, "experts to test, e.g. 0,3,8-11 (default: all)");
   command
       ->add_option("--tokens", arguments->tokens,
@@ -342,8 +457,16 @@ void add_layertest(CLI::App& app, int& exit_code) {
                     "dequantize to bf16 and quantize again, gate and up as one tensor, to see the loss");
   command->add_option("--json", arguments->json, "write the report as JSON too (docs/layertest.md)")
       ->check(nonempty());
-  command->footer("Exit code: 0 fine, 1 error, 2 usage, 3 a finding.");
-  command->callback([arguments, &exit_code] { exit_code = Run(*arguments).execute(); });
+  command
+      ->add_option("--html", arguments->html,
+                   "write the report as a page to look at: verdict, stages, charts; it loads nothing")
+      ->check(nonempty())
+      ->excludes("--stress");
+  command->footer(
+      "Exit code: 0 fine, 1 error, 2 usage, 3 a finding. Of several layers: 1 if one can't be read, else 3 "
+      "if one has "
+      "a finding.");
+  command->callback([arguments, &exit_code] { exit_code = execute(*arguments); });
 }
 
 }  // namespace fourfold

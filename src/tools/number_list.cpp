@@ -26,7 +26,8 @@ int64_t parse_index(std::string_view text, const std::string& option) {
 std::vector<int64_t> parse_list(const std::string& text, const std::string& option) {
   constexpr int64_t kMost = 1 << 20;
   std::set<int64_t> numbers;
-  for (size_t begin = 0; begin < text.size();) {
+  // An empty text is no list; an empty part of one is an error.
+  for (size_t begin = 0; !text.empty() && begin <= text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
     const std::string_view part = std::string_view(text).substr(begin, end - begin);
     const size_t dash = part.find('-');

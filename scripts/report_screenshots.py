@@ -84,6 +84,9 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--height", type=int, default=2600, help="of the screenshots, in pixels")
     arguments = parser.parse_args()
+    if not arguments.page.is_file():
+        print(f"report_screenshots: {arguments.page}: expected a page, found no file", file=sys.stderr)
+        return 1
     browser = find_browser()
     if browser is None:
         print("report_screenshots: no Chromium here: skipped (apt-get install chromium)", file=sys.stderr)

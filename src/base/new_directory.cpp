@@ -111,7 +111,7 @@ void NewDirectory::commit() {
   bring_to_disk(partial_);
   // An existing directory, even an empty one, is not replaced.
   if (renameat2(AT_FDCWD, partial_.c_str(), AT_FDCWD, target_.c_str(), RENAME_NOREPLACE) != 0) {
-    if (errno != EINVAL) fail_io(target_, "write");
+    if (errno != EINVAL && errno != ENOSYS) fail_io(target_, "write");
     std::filesystem::rename(partial_, target_, error);  // a file system without that flag
     if (error) fail(ErrorCode::kIo, "{}: can't write it: {}", target_.string(), error.message());
   }

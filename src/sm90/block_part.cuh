@@ -15,9 +15,8 @@ __device__ __forceinline__ float high_bf16(uint32_t pair) {
   return __uint_as_float(pair & 0xFFFF0000u);
 }
 
-/// This lane's 16 / kLanes values of a block, in any order. The other lanes of the block are kStride, 2
-/// kStride,
-/// ... away; all of them take part in every call.
+/// This lane's 16 / kLanes values of a block, in any order. The other lanes of the block are at multiples of
+/// kStride from it; all of them take part in every call.
 template <int kLanes, int kStride = 1>
 struct BlockPart {
   static constexpr int kWords = kNvfp4Block / kLanes / 2;

@@ -45,9 +45,8 @@ int64_t fused_counters(int64_t slots, int64_t hidden) {
 }
 
 std::string describe_fused_layer() {
-  return "sm90 fused: both GEMMs, activation and combine in one kernel, 64 rows x up to 4 tokens, k split "
-         "over 4 "
-         "warpgroups";
+  return "sm90 fused: both GEMMs, activation and combine in one kernel, 64 rows x up to 4 tokens, "
+         "k split over 4 warpgroups";
 }
 
 }  // namespace fourfold::sm90

@@ -8,11 +8,15 @@
 // of all experts, then for all down tiles; CTAs take them as they go. In each CTA
 //
 //   schedule   one warp takes tickets and queues their tiles for the others
+//
 //   weights    one thread fills a ring with the tiles' weights, across tiles and both matrices
-//   tokens     one warp brings x; for down, the activation, once all gate/up tiles of its rows have been
-//   counted consumers  four warpgroups multiply, and hand their sums to finishers  four warps. gate/up:
-//   activation -> memory, count; down: z -> memory, count; the last one of some
-//              columns combines them into y
+//
+//   tokens     one warp brings x; for down, the activation, once all gate/up tiles of its rows are counted
+//
+//   consumers  four warpgroups multiply, and hand their sums to
+//
+//   finishers  four warps; gate/up: activation -> memory, count; down: z -> memory, count; the last tile of
+//              some columns combines them into y
 //
 // No stage waits for the whole of another, so that weights come at the memory's speed from the first byte to
 // the last.

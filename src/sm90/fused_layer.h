@@ -42,7 +42,7 @@ struct FusedLayer {
   MatrixView<Bf16> z;             ///< [M, H]; 16-byte aligned, stride a multiple of 8
   MatrixView<const float> topk_weights;
   OutputView y;  ///< [T, H], any alignment
-  /// fused_counters() words, which the stream's previous kernel must leave at zero.
+  /// fused_counters() words, which an earlier kernel of the stream has set to zero; see weights_ahead.
   std::span<int32_t> counters;
   /// Weights, group_offsets and counters are complete before the previous kernel lets this one start, as in
   /// ExpertGemm::overlap_previous: weights are fetched before that kernel ends.

@@ -172,6 +172,7 @@ class FusedFinisher {
       last = ptx::atom_acq_rel_gpu_inc(args_.z_tiles + row_tile) == token_tiles - 1;
     }
     if (__shfl_sync(~0u, last, 0) == 0) return;
+    __syncwarp();  // what lane 0 acquired is there for all lanes
     for (int piece = lane_; piece < args_.tokens * kPieces; piece += 32) {
       combine(piece / kPieces, row_tile * kPieces + piece % kPieces);
     }

@@ -131,7 +131,7 @@ std::optional<WorstFigure> worst_figure(const LayertestReport& report) {
   std::optional<WorstFigure> worst;
   const auto offer = [&](const WorstFigure& figure) {
     // Not a number is worse than any.
-    if (!worst || !(figure.share() <= worst->share())) worst = figure;
+    if (!worst || (!std::isnan(worst->share()) && !(figure.share() <= worst->share()))) worst = figure;
   };
   for (const auto& [comparison, stages] : {std::pair("checkpoint", &report.checkpoint.stages),
                                            std::pair("activations", &report.activations.stages),

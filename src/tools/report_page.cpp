@@ -21,9 +21,10 @@ std::string replaced(std::string text, std::string_view slot, std::string_view v
 }
 
 std::string page(const std::string& title, const std::string& body) {
-  std::string text = replaced(std::string(kReportPage), "{{title}}", html_text(title));
+  // From the back, so that no slot is looked for in text that was put in.
+  std::string text = replaced(std::string(kReportPage), "{{body}}", body);
   text = replaced(std::move(text), "{{style}}", kReportStyle);
-  return replaced(std::move(text), "{{body}}", body);
+  return replaced(std::move(text), "{{title}}", html_text(title));
 }
 
 std::string verdict_banner(bool is_fine, const std::string& verdict, const std::string& sentence) {

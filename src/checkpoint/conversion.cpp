@@ -296,6 +296,10 @@ void ConversionPlanner::finish_jobs() {
       place_job(jobs_[index + 1]);
       matrices.push_back(source_matrix(jobs_[++index]));
     }
+    if (names_.divides && is_cast(jobs_[index].view, request_.to)) {
+      // What the task will store has to be a number.
+      static_cast<void>(inverse(cast_global_scale(jobs_[index].kmax), jobs_[index].name));
+    }
     result_->plan.tasks.push_back(
         separate_task(std::move(matrices), request_.to, names_, request_.scale, jobs_[index].kmax));
   }

@@ -105,7 +105,10 @@ class ConfigRewriter {
   /// Linear layers that are not in the target's format, one by one.
   std::vector<std::string> ignored_modules() const {
     std::set<std::string> ignored = modules_.plain;
-    ignored.insert("lm_head");
+    if (!modules_.four_bit.contains("lm_head") && !modules_.fp8.contains("lm_head"))
+      ignored.insert("lm_head");
+    // Beside bf16, the experts that are left are what the entry describes.
+    if (model_.to == TargetFormat::kBf16) return {ignored.begin(), ignored.end()};
     for (const std::string& prefix : model_.left_experts) {
       for (const std::string& module : modules_.four_bit) {
         if (module.starts_with(prefix)) ignored.insert(module);
@@ -147,10 +150,10 @@ class ConfigRewriter {
   }
 
   static Json modelopt_file(const Json& quantization) {
-    Json inner = {{"quant_algo", quantization["quant_algo"]}, {"kv_cache_quant_algo", nullptr}};
+    Json inner = {{"quant_algo", quantization.value("quant_algo", Json())}, {"kv_cache_quant_algo", nullptr}};
     if (quantization.contains("config_groups")) inner["group_size"] = 16;
-    inner["exclude_modules"] = quantization["ignore"];
-    return {{"producer", quantization["producer"]}, {"quantization", inner}};
+    inner["exclude_modules"] = quantization.value("ignore", Json::array());
+    return {{"producer", quantization.value("producer", Json(kProducer))}, {"quantization", inner}};
   }
 
   Json compressed_tensors() const {
@@ -212,10 +215,11 @@ class ConfigRewriter {
     if (!has_others && !modules_.four_bit.empty()) return ConfigRewriter(what_is_left()).describe(before);
     if (!has_others || !before.is_object()) return nullptr;
     Json quantization = before;
-    if (modules_.four_bit.empty() && !model_.has_blocks) {
+    const std::string method = quantization.value("quant_method", "");
+    // ModelOpt's keys of these names describe what is left.
+    if (method == "fp8" && modules_.four_bit.empty() && !model_.has_blocks) {
       for (const char* key : kMixedKeys) quantization.erase(key);
     }
-    const std::string method = quantization.value("quant_method", "");
     const bool has_ignore = method == "modelopt" || method == "compressed-tensors";
     quantization[has_ignore ? "ignore" : "modules_to_not_convert"] = ignored_modules();
     return quantization;

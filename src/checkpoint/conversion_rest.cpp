@@ -89,7 +89,8 @@ void ConversionPlanner::place_tensors() {
 void ConversionPlanner::note_left(int64_t layer, const std::string& prefix) {
   const std::string scheme = load_one(layer);
   const bool is_same = scheme.starts_with(to_string(request_.to)) &&
-                       (scheme.find("compressed-tensors") != std::string::npos) == names_.divides;
+                       (scheme.find("compressed-tensors") != std::string::npos) ==
+                           (scheme_ == WeightScheme::kCompressedTensors);
   if (!is_same) left_experts_.push_back(prefix);
 }
 

@@ -481,6 +481,7 @@ bool stays_fused(const Checkpoint& checkpoint, const LayerSurvey& survey) {
   const std::string prefix = survey.block.prefix + std::string(kExperts);
   return survey.is_fused &&
          (survey.is_transposed || checkpoint.find(prefix + "gate_up_proj_bias") != nullptr ||
+          checkpoint.find(prefix + "down_proj_bias") != nullptr ||
           checkpoint.find(prefix + "gate_up_proj_blocks") != nullptr ||
           fused_gate_up_order(checkpoint.config()) == GateUpOrder::kInterleaved);
 }

@@ -15,6 +15,7 @@ from command import (
     ERROR,
     FINDING,
     FINE,
+    SANITIZED,
     Json,
     Result,
     assert_refused,
@@ -149,6 +150,7 @@ def test_options_that_make_no_sense_together(pair: Path) -> None:
     assert_usage(layertest(pair / "nvfp4", "--layers", ""), "--layers")
 
 
+@pytest.mark.skipif(SANITIZED, reason="sanitizers keep freed memory for a while")
 def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
     """Peak memory of eight layers against one: mapped pages are given back."""
     shape = ("--shape", "16,512,512,2", "--layers", "8", "--tokens", "4")

@@ -119,6 +119,21 @@ TEST_F(ModelWriterTest, SplitsIntoShardsInOrderWithAnIndex) {
             std::string::npos);
 }
 
+TEST_F(ModelWriterTest, LeavesNoShardEmptyBehindATensorLargerThanOne) {
+  ModelPlan small = plan();
+  small.shard_bytes = 8;  // 56 bytes: seven places for three tensors
+  write_model(folder_ / "m", small);
+  const auto model = Checkpoint::open(folder_ / "m");
+  for (const auto& [name, file] : {std::pair("a", "1"), std::pair("b", "2"), std::pair("c", "3")}) {
+    EXPECT_TRUE(
+        model->find(name)->file.ends_with(std::string("model-0000") + file + "-of-00003.safetensors"));
+  }
+  const auto entries = std::filesystem::directory_iterator(folder_ / "m");
+  EXPECT_EQ(std::count_if(begin(entries), end(entries),
+                          [](const auto& entry) { return entry.path().extension() == ".safetensors"; }),
+            3);
+}
+
 TEST_F(ModelWriterTest, LeavesNothingWhereATaskFails) {
   ModelPlan broken = plan();
   broken.tasks[1].run = [](const WritePart&) { throw Error(ErrorCode::kBadFile, "a bad block"); };

@@ -107,7 +107,6 @@ void NewDirectory::commit() {
   for (const auto& entry : std::filesystem::recursive_directory_iterator(partial_)) {
     if (!entry.is_symlink()) bring_to_disk(entry.path());
   }
-  std::filesystem::remove(partial_ / kMarker, error);
   bring_to_disk(partial_);
   // An existing directory, even an empty one, is not replaced.
   if (renameat2(AT_FDCWD, partial_.c_str(), AT_FDCWD, target_.c_str(), RENAME_NOREPLACE) != 0) {
@@ -117,6 +116,9 @@ void NewDirectory::commit() {
   }
   close(lock_);
   lock_ = -1;
+  // Last: without its marker, what a kill leaves would be nobody's.
+  std::filesystem::remove(target_ / kMarker, error);
+  bring_to_disk(target_);
   const std::filesystem::path parent = target_.parent_path();
   bring_to_disk(parent.empty() ? "." : parent);
 }

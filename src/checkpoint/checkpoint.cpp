@@ -92,6 +92,15 @@ void require_no_way_out(const std::filesystem::path& directory, const std::strin
       index, shard, target.string());
 }
 
+void require_apart(const std::filesystem::path& source, const std::filesystem::path& target,
+                   const std::string& name) {
+  std::error_code error;
+  auto from = std::filesystem::weakly_canonical(source, error);
+  if (!from.has_filename()) from = from.parent_path();  // "a/" is "a"
+  if (lies_in(std::filesystem::weakly_canonical(target, error), from))
+    reject("DST", "a directory outside of " + name, target.string());
+}
+
 std::shared_ptr<const Checkpoint> Checkpoint::open(const std::filesystem::path& path) {
   return open_any(path, nullptr);
 }

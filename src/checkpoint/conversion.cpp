@@ -103,9 +103,12 @@ void ConversionPlanner::open_input_scales() {
   input_scales_ = SafetensorsFile::open(request_.input_scales);
 }
 
-WeightScheme ConversionPlanner::scheme_for(const std::string& layer_scheme) {
+WeightScheme ConversionPlanner::target_scheme() {
   if (!scheme_) {
-    const bool is_compressed = layer_scheme.find("compressed-tensors") != std::string::npos;
+    // By the whole model: its first layers may be plain.
+    const bool is_compressed =
+        std::any_of(source_.tensors().begin(), source_.tensors().end(),
+                    [](const auto& entry) { return entry.first.ends_with(".weight_packed"); });
     scheme_ =
         request_.scheme.value_or(is_compressed ? WeightScheme::kCompressedTensors : WeightScheme::kModelOpt);
     names_ = linear_names(request_.to, *scheme_, is_deepseek_v4_);
@@ -149,9 +152,12 @@ void ConversionPlanner::plan_layer(int64_t layer) {
   if (stays_fused(source_, survey)) return plan_fused(survey);
   ExpertLayer experts = load_experts(result_->source, layer);
   result_->layers.back().from = experts.scheme;
-  scheme_for(experts.scheme);
+  static_cast<void>(target_scheme());
   for (const Expert& expert : experts.weights.experts) plan_expert(expert, survey);
-  if (experts.weights.shared) plan_shared(experts.weights, survey);
+  // A shared expert goes with the routed ones where it is stored as they are; else it is carried over.
+  if (experts.weights.shared && shared_is_stored_as_routed(experts.weights)) {
+    plan_expert(experts.weights.shared->expert, survey);
+  }
   loaded_.push_back(std::move(experts));
   finish_jobs();
   first_job_ = jobs_.size();
@@ -174,16 +180,6 @@ void ConversionPlanner::plan_expert(const Expert& expert, const LayerSurvey& sur
   }
   plan_matrix(expert, expert.up, names.up, expert.up_input_scale, survey);
   plan_matrix(expert, expert.down, names.down, expert.down_input_scale, survey);
-}
-
-void ConversionPlanner::plan_shared(const ExpertWeights& weights, const LayerSurvey& survey) {
-  const Expert& shared = weights.shared->expert;
-  const std::string_view routed = format_name(weights.experts.front().up);
-  for (const WeightView* view : {&shared.up, &shared.down}) {
-    if (format_name(*view) != routed) return;
-  }
-  if (shared.has_gate() && format_name(shared.gate) != routed) return;
-  plan_expert(shared, survey);
 }
 
 void ConversionPlanner::plan_matrix(const Expert& expert, const WeightView& view, std::string_view linear,
@@ -260,7 +256,8 @@ float ConversionPlanner::input_scale_from_file(const std::string& name) {
 void ConversionPlanner::plan_input_scale(const Job& job, std::optional<float> own) {
   if (request_.dynamic_inputs) return;
   const std::string name = job.name + std::string(names_.input_scale);
-  if (input_scales_) {
+  const bool is_elsewhere = result_->layers[job.layer].layer == LayerConversion::kElsewhere;
+  if (input_scales_ && (!is_elsewhere || input_scales_->find(job.name + ".input_scale") != nullptr)) {
     const float value = input_scale_from_file(job.name + ".input_scale");
     add(job, scalar(name, names_.scalar, names_.divides ? inverse(value, name) : value));
     return;
@@ -274,7 +271,6 @@ void ConversionPlanner::plan_input_scale(const Job& job, std::optional<float> ow
 }
 
 void ConversionPlanner::add(const Job& job, PlannedTensor tensor) {
-  has_input_scales_ |= !names_.input_scale.empty() && tensor.spec.name.ends_with(names_.input_scale);
   new_tensors_[job.anchor].push_back(std::move(tensor));
 }
 

@@ -29,6 +29,12 @@ const Json kProducer = {{"name", "modelopt"}, {"version", "written by fourfold c
 /// Keys by which a config says that experts are NVFP4 beside FP8; docs/formats.md, section 3b.
 constexpr std::array<const char*, 3> kMixedKeys = {"quant_algo", "moe_quant_algo", "group_size"};
 
+/// Empty where the entry has none, or something that is no name.
+std::string method_of(const Json& quantization) {
+  const auto method = quantization.is_object() ? quantization.find("quant_method") : quantization.end();
+  return method != quantization.end() && method->is_string() ? method->get<std::string>() : "";
+}
+
 std::string module_of(const std::string& tensor) {
   return tensor.substr(0, tensor.rfind('.'));
 }
@@ -45,6 +51,10 @@ Modules modules_of(const std::vector<TensorSpec>& tensors) {
                is_pair = tensor.dtype == DType::kU8 || tensor.dtype == DType::kI8;
     const std::string module = module_of(tensor.name);
     const bool is_lookup = module.ends_with("embed_tokens");
+    // Tensors of all experts have no ".weight".
+    if (tensor.name.ends_with("experts.gate_up_proj") || tensor.name.ends_with("experts.down_proj")) {
+      (is_pair ? modules.four_bit : modules.plain).insert(tensor.name);
+    }
     if (tensor.name.ends_with(".weight_packed") || (is_weight && is_pair)) modules.four_bit.insert(module);
     if (is_weight && tensor.dtype == DType::kF8E4m3) modules.fp8.insert(module);
     if (is_weight && !is_pair && tensor.dtype != DType::kF8E4m3 && tensor.shape.size() == 2 && !is_lookup) {
@@ -74,7 +84,7 @@ class ConfigRewriter {
     const Json quantization = describe(before);
     if (!quantization.is_null()) config[kQuantization] = quantization;
     if (has_config) files.push_back({kConfig, "", config.dump(2) + "\n"});
-    if (quantization.is_object() && quantization.value("quant_method", "") == "modelopt") {
+    if (method_of(quantization) == "modelopt") {
       files.push_back({kModelOptConfig, "", modelopt_file(quantization).dump(2) + "\n"});
     }
     return files;
@@ -185,16 +195,16 @@ class ConfigRewriter {
             {"quantization_status", "compressed"}};
   }
 
-  static Json gpt_oss() {
-    return {{"quant_method", "mxfp4"},
-            {"modules_to_not_convert",
-             {"model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"}}};
+  Json gpt_oss() const {
+    Json plain = {"model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"};
+    for (const std::string& left : model_.left_experts) plain.push_back(left.substr(0, left.size() - 1));
+    return {{"quant_method", "mxfp4"}, {"modules_to_not_convert", plain}};
   }
 
   /// The source's FP8 entry, with what DeepSeek-V4's has for NVFP4 experts; MXFP4 ones go without saying.
   Json beside_fp8(const Json& before) const {
     Json quantization = before.is_object() ? before : Json({{"quant_method", "fp8"}});
-    if (quantization.value("quant_method", "") != "fp8") quantization = {{"quant_method", "fp8"}};
+    if (method_of(quantization) != "fp8") quantization = {{"quant_method", "fp8"}};
     for (const char* key : kMixedKeys) quantization.erase(key);
     if (model_.to == TargetFormat::kNvfp4) {
       quantization["quant_algo"] = "MIXED_PRECISION";
@@ -215,7 +225,7 @@ class ConfigRewriter {
     if (!has_others && !modules_.four_bit.empty()) return ConfigRewriter(what_is_left()).describe(before);
     if (!has_others || !before.is_object()) return nullptr;
     Json quantization = before;
-    const std::string method = quantization.value("quant_method", "");
+    const std::string method = method_of(quantization);
     // ModelOpt's keys of these names describe what is left.
     if (method == "fp8" && modules_.four_bit.empty() && !model_.has_blocks) {
       for (const char* key : kMixedKeys) quantization.erase(key);
@@ -235,7 +245,7 @@ class ConfigRewriter {
       if (tensor.dtype == DType::kF8E4m3) left.to = TargetFormat::kNvfp4;  // block scales
       if (tensor.name.ends_with(".weight_packed")) left.scheme = WeightScheme::kCompressedTensors;
       left.has_input_scales |=
-          tensor.name.ends_with(".input_scale") || tensor.name.ends_with(".input_global_scale");
+          tensor.name.ends_with("input_scale") || tensor.name.ends_with(".input_global_scale");
     }
     return left;
   }

@@ -1,5 +1,6 @@
 // Experts that share a tensor: interleaved, with biases, or transposed. They stay in one.
 #include "base/fail.h"
+#include "base/mapped_file.h"
 #include "checkpoint/conversion_planner.h"
 #include "fourfold/model_family.h"
 
@@ -9,7 +10,7 @@ void ConversionPlanner::plan_fused(const LayerSurvey& survey) {
   const std::string prefix = survey.block.prefix + std::string(kExperts);
   const bool is_interleaved = fused_gate_up_order(source_.config()) == GateUpOrder::kInterleaved;
   const bool has_blocks = source_.find(prefix + "gate_up_proj_blocks") != nullptr;
-  if (scheme_for("") == WeightScheme::kCompressedTensors && request_.to != TargetFormat::kBf16) {
+  if (target_scheme() == WeightScheme::kCompressedTensors && request_.to != TargetFormat::kBf16) {
     fail(ErrorCode::kUnsupported,
          "{}: --scheme compressed-tensors: expected experts with tensors of their own, found "
          "'{}gate_up_proj', "
@@ -42,7 +43,7 @@ void ConversionPlanner::plan_fused_matrix(const std::string& name, const LayerSu
   if (reader->scheme() == to_string(request_.to)) {
     layer.unchanged += reader->experts();
     for (const auto& slice : fused_sources(reader, name, survey)) require_sound_fused(slice);
-    plan_fused_input_scale(name, reader);
+    plan_fused_input_scale(name, *reader);
     return;
   }
   const int block = block_of(request_.to);
@@ -64,7 +65,7 @@ void ConversionPlanner::plan_fused_matrix(const std::string& name, const LayerSu
   const Recoding recoding = fused_recoding(sources, name);
   if (request_.to == TargetFormat::kNvfp4) {
     tensors.push_back(scalar(name + "_weight_scale_2", {}, recoding.global));
-    plan_fused_input_scale(name, reader);
+    plan_fused_input_scale(name, *reader);
   }
   for (const FusedSource& source : sources) {
     result_->plan.tasks.push_back(fused_task(source, name, layout, recoding));
@@ -113,6 +114,7 @@ Recoding ConversionPlanner::fused_recoding(const std::vector<FusedSource>& sourc
     if (request_.to != TargetFormat::kNvfp4) return;
     casts ? static_cast<void>(kmax[index] = largest_mxfp4_exponent(std::get<BlockScaledView>(view)))
           : static_cast<void>(amax[index] = finite_absolute_maximum(view, name));
+    for (const auto& part : sources[index].reads) release_mapped(part);
   });
   if (request_.to != TargetFormat::kNvfp4) return recoding;
   recoding.kmax = *std::max_element(kmax.begin(), kmax.end());
@@ -127,18 +129,15 @@ Recoding ConversionPlanner::fused_recoding(const std::vector<FusedSource>& sourc
   return recoding;
 }
 
-void ConversionPlanner::plan_fused_input_scale(const std::string& name,
-                                               const std::shared_ptr<const FusedReader>& reader) {
+void ConversionPlanner::plan_fused_input_scale(const std::string& name, const FusedReader& reader) {
   const std::string scale = name + "_input_scale";
   const Tensor* own = source_.find(scale);
   if (request_.to != TargetFormat::kNvfp4) return;
   if (request_.dynamic_inputs || input_scales_) replaced_.insert(scale);
   is_changed_ |= own != nullptr && (request_.dynamic_inputs || input_scales_);
-  has_input_scales_ |=
-      (own != nullptr && !request_.dynamic_inputs && reader->scheme() == "nvfp4") || input_scales_;
   if (!input_scales_) return;
   is_changed_ = true;
-  new_tensors_[&reader->tensor()].push_back(scalar(scale, {}, input_scale_from_file(scale)));
+  new_tensors_[&reader.tensor()].push_back(scalar(scale, {}, input_scale_from_file(scale)));
 }
 
 }  // namespace fourfold

@@ -71,7 +71,7 @@ class ConversionPlanner {
   std::vector<int64_t> selected_layers() const;
   void open_input_scales();
   /// The source's own scheme where nobody asks for one.
-  WeightScheme scheme_for(const std::string& layer_scheme);
+  WeightScheme target_scheme();
 
   // ---- layers ----
   /// Scales are all that planning reads: they are fetched some layers ahead, and given back.
@@ -81,8 +81,6 @@ class ConversionPlanner {
   void plan_layer(int64_t layer);
   static void require_clean(const LayerSurvey& survey);
   void plan_expert(const Expert& expert, const LayerSurvey& survey);
-  /// A shared expert goes with the routed ones where it is stored as they are; else it is carried over.
-  void plan_shared(const ExpertWeights& weights, const LayerSurvey& survey);
   void plan_matrix(const Expert& expert, const WeightView& view, std::string_view linear,
                    std::optional<float> input_scale, const LayerSurvey& survey);
   void plan_job(Job job, std::optional<float> input_scale);
@@ -119,24 +117,23 @@ class ConversionPlanner {
   static void require_sound_fused(const FusedSource& source);
   /// One global scale for all experts, as exports of this layout have it: their values are looked at first.
   Recoding fused_recoding(const std::vector<FusedSource>& sources, const std::string& name);
-  void plan_fused_input_scale(const std::string& name, const std::shared_ptr<const FusedReader>& reader);
+  void plan_fused_input_scale(const std::string& name, const FusedReader& reader);
 
   // ---- the rest ----
   /// Layers of four bits elsewhere, attention for one: loaders read one format and one scheme in a model.
   void plan_other_linears();
   void require_something_to_do() const;
-  /// Tensors in the order of the source's files. NVFP4 layers that are no experts follow a change of scheme.
+  /// Tensors in the order of the source's files.
   void place_tensors();
   /// Experts of a layer that was not asked for: named in the config unless they are in the format anyway.
   void note_left(int64_t layer, const std::string& prefix);
   std::string load_one(int64_t layer) const;
-  PlannedTensor carried(const Tensor& tensor);
   void write_configs();
 
   const Checkpoint& source_;
   const ConversionRequest& request_;
   std::unique_ptr<Conversion> result_;
-  bool is_deepseek_v4_ = false, is_changed_ = false, quantizes_ = false, has_input_scales_ = false;
+  bool is_deepseek_v4_ = false, is_changed_ = false, quantizes_ = false;
   std::optional<WeightScheme> scheme_;
   LinearNames names_;
   std::shared_ptr<const SafetensorsFile> input_scales_;

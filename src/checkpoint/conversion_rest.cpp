@@ -1,5 +1,6 @@
 // What a conversion does beside the experts: the order of tensors, those that are carried, configs and files.
 #include <cstring>
+#include <set>
 #include <tuple>
 
 #include "base/fail.h"
@@ -19,6 +20,31 @@ bool is_four_bit_weight(const Checkpoint& source, const Tensor& tensor) {
   const Tensor* scales = source.find(linear + ".weight_scale");
   if (scales == nullptr) scales = source.find(linear + ".scale");
   return scales != nullptr && scales->shape.size() == 2 && bits_of(scales->dtype) == 8;
+}
+
+/// NVFP4 matrices, or tensors of all experts, of the model to be.
+struct InputScaleCount {
+  int64_t matrices = 0, missing = 0;
+};
+
+InputScaleCount count_input_scales(const std::vector<PlannedTensor>& tensors) {
+  constexpr std::pair<std::string_view, std::string_view> kScales[] = {
+      {".weight_scale_2", ".input_scale"},
+      {"_weight_scale_2", "_input_scale"},
+      {".weight_global_scale", ".input_global_scale"}};
+  std::set<std::string_view> names;
+  for (const PlannedTensor& tensor : tensors) names.insert(tensor.spec.name);
+  InputScaleCount count;
+  for (const std::string_view name : names) {
+    for (const auto& [global, input] : kScales) {
+      if (!name.ends_with(global)) continue;
+      ++count.matrices;
+      count.missing +=
+          names.contains(std::string(name.substr(0, name.size() - global.size())) + std::string(input)) ? 0
+                                                                                                        : 1;
+    }
+  }
+  return count;
 }
 
 }  // namespace
@@ -104,11 +130,19 @@ void ConversionPlanner::write_configs() {
   model.to = request_.to;
   model.scheme = *scheme_;
   model.is_deepseek_v4 = is_deepseek_v4_;
-  model.has_input_scales = has_input_scales_;
   model.left_experts = left_experts_;
   for (const PlannedTensor& tensor : result_->plan.tensors) {
     model.tensors.push_back(tensor.spec);
     model.has_blocks |= tensor.spec.name.ends_with("gate_up_proj_blocks");
+  }
+  const InputScaleCount scales = count_input_scales(result_->plan.tensors);
+  model.has_input_scales = request_.to != TargetFormat::kMxfp4 && scales.matrices > scales.missing;
+  if (model.has_input_scales && scales.missing > 0) {
+    result_->notes.push_back(
+        fmt::format("{} of {} NVFP4 matrices have no input scale, and the config says that all have; "
+                    "fourfold calibrate fills "
+                    "them, --input-scale dynamic leaves all out",
+                    scales.missing, scales.matrices));
   }
   result_->plan.files = converted_configs(model);
   for (PlannedFile& file : other_files(source_.path(), result_->notes)) {

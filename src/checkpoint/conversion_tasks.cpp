@@ -62,6 +62,10 @@ void recode_rows(const WeightView& view, const Recoding& recoding, int64_t first
       case TargetFormat::kBf16:
         for (size_t i = 0; i < values.size(); ++i) {
           const Bf16 value = encode_bf16(values[i]);
+          if (!std::isfinite(static_cast<float>(value))) {
+            fail(ErrorCode::kBadFile, "'{}', row {}: expected values that bf16 can hold, found {}",
+                 recoding.name, first_row + row, values[i]);
+          }
           std::memcpy(weight + i * sizeof(value), &value, sizeof(value));
         }
         break;

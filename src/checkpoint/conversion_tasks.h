@@ -42,7 +42,7 @@ float cast_global_scale(int kmax);
 float finite_absolute_maximum(const WeightView& view, const std::string& name);
 
 /// A task that quantizes `matrices`, which share a global scale, and writes weight, scales and global scale
-/// of each. `cast`: kmax, where the values are cast.
+/// of each. `kmax`: where the values are cast.
 WriteTask separate_task(std::vector<SourceMatrix> matrices, TargetFormat to, const LinearNames& names,
                         ScaleRule rule, int kmax);
 

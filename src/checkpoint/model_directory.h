@@ -15,4 +15,9 @@ inline constexpr const char* kSingleName = "model.safetensors";
 void require_no_way_out(const std::filesystem::path& directory, const std::string& file,
                         const std::string& where);
 
+/// Refuses a directory to be made, `target`, that is `source` or lies in it. `name`: what the command line
+/// calls the source.
+void require_apart(const std::filesystem::path& source, const std::filesystem::path& target,
+                   const std::string& name);
+
 }  // namespace fourfold

@@ -22,16 +22,26 @@ ShardWriter::ShardWriter(std::filesystem::path directory, const std::vector<Tens
                          const ShardSizes& sizes)
     : directory_(std::move(directory)) {
   for (const TensorSpec& tensor : tensors) total_bytes_ += tensor.bytes();
-  const int64_t count = std::max(sizes.fewest, (total_bytes_ + sizes.bytes - 1) / sizes.bytes);
-  std::vector<std::vector<TensorSpec>> parts(static_cast<size_t>(count));
+  const int64_t places = std::max(sizes.fewest, (total_bytes_ + sizes.bytes - 1) / sizes.bytes);
+  std::vector<std::vector<TensorSpec>> parts(static_cast<size_t>(places));
   double bytes_before = 0.0;  // the product below would overflow an int64
   for (const TensorSpec& tensor : tensors) {
-    const auto shard = static_cast<size_t>(bytes_before * static_cast<double>(count) /
+    const auto shard = static_cast<size_t>(bytes_before * static_cast<double>(places) /
                                            (static_cast<double>(total_bytes_) + 1.0));
     placement_[tensor.name] = shard;
     parts[shard].push_back(tensor);
     bytes_before += static_cast<double>(tensor.bytes());
   }
+  // A tensor larger than a shard leaves places behind it empty.
+  std::vector<size_t> place(parts.size());
+  size_t used = 0;
+  for (size_t shard = 0; shard < parts.size(); ++shard) {
+    place[shard] = used;
+    if (!parts[shard].empty()) std::swap(parts[used++], parts[shard]);
+  }
+  const auto count = std::max<int64_t>({sizes.fewest, static_cast<int64_t>(used), 1});
+  parts.resize(static_cast<size_t>(count));
+  for (auto& [name, shard] : placement_) shard = place[shard];
   std::filesystem::create_directories(directory_);
   for (size_t shard = 0; shard < parts.size(); ++shard) {
     std::stable_sort(parts[shard].begin(), parts[shard].end(), [](const TensorSpec& a, const TensorSpec& b) {

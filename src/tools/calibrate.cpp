@@ -48,6 +48,10 @@ class LayerRun {
 
   void run(const InputFile& file) {
     const int64_t tokens = file.tokens(result_.layer);
+    if (tokens == 0) {
+      reject(fmt::format("{}: x of layer {}", file.path().string(), result_.layer), "at least one token",
+             "none");
+    }
     for (int64_t first = 0, count = 0; first < tokens; first += count) {
       request_.progress(
           fmt::format("layer {}: {}, token {} of {}", result_.layer, file.path().string(), first, tokens));
@@ -83,7 +87,8 @@ class LayerRun {
       }
       add(experts_.weights.experts[expert], block, seen, layer_wide, amax);
     }
-    if (result_.shared && shared_is_stored_as_routed())
+    // One in another format than the routed ones has bf16 activations, and is not converted.
+    if (result_.shared && shared_is_stored_as_routed(experts_.weights))
       add(experts_.weights.shared->expert, block, *result_.shared, *result_.shared, amax);
     return std::move(result_);
   }
@@ -135,14 +140,6 @@ class LayerRun {
       all.intermediate = std::max(all.intermediate, seen.intermediate);
     }
     return all;
-  }
-
-  /// A shared expert in another format than the routed ones has bf16 activations, and is not converted.
-  bool shared_is_stored_as_routed() const {
-    const Expert& shared = experts_.weights.shared->expert;
-    const std::string_view routed = format_name(experts_.weights.experts.front().up);
-    return format_name(shared.up) == routed && format_name(shared.down) == routed &&
-           (!shared.has_gate() || format_name(shared.gate) == routed);
   }
 
   void add(const Expert& expert, const BlockNames& block, const ExpertAmax& seen, const ExpertAmax& fallback,
@@ -272,6 +269,7 @@ CalibrateResult calibrate(const std::shared_ptr<const Checkpoint>& checkpoint,
     LayerRun run(checkpoint, request, layer);
     for (const InputFile* file : plan.files_of(layer)) run.run(*file);
     result.layers.push_back(run.finish(result.amax));
+    checkpoint->drop_pages();
   }
   checkpoint->require_intact();
   if (request.unreached == UnreachedPolicy::kError) require_all_reached(result.layers);

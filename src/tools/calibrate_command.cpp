@@ -10,6 +10,7 @@
 #include "base/fail.h"
 #include "base/files.h"
 #include "base/mapped_file.h"
+#include "checkpoint/model_directory.h"
 #include "tools/calibrate.h"
 #include "tools/calibrated_copy.h"
 #include "tools/commands.h"
@@ -112,14 +113,15 @@ void require_targets(const Arguments& arguments) {
     reject(arguments.copy, "a name that is free", "something there");
   if (!std::filesystem::is_directory(arguments.model))
     reject(arguments.model, "a model directory, since a copy of it is wanted", "something else");
+  require_apart(arguments.model, arguments.copy, "DIR");
 }
 
 int64_t write_copy(const Arguments& arguments, const CalibrateRequest& request, const Checkpoint& checkpoint,
-                   const CalibrateResult& result) {
+                   CalibrateResult& result) {
   const auto show = [&](int64_t done, int64_t total) {
     request.progress(fmt::format("writing {}: {} of {} MB", arguments.copy, done >> 20, total >> 20));
   };
-  return write_calibrated_copy(checkpoint, arguments.copy, result, request.scheme, show);
+  return write_calibrated_copy(checkpoint, arguments.copy, result, request.scheme, show, result.notes);
 }
 
 int execute(const Arguments& arguments) {
@@ -128,7 +130,7 @@ int execute(const Arguments& arguments) {
   request.progress = [&](std::string_view what) { progress.show(what); };
   require_targets(arguments);
   const auto checkpoint = Checkpoint::open(arguments.model);
-  const CalibrateResult result = calibrate(checkpoint, request);
+  CalibrateResult result = calibrate(checkpoint, request);
   require_mapped_files_intact();
   int64_t scales = 0, matrices = 0;
   if (!arguments.copy.empty()) matrices = write_copy(arguments, request, *checkpoint, result);

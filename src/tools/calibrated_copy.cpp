@@ -33,8 +33,8 @@ class CopyPlanner {
 
   int64_t matrices() const { return matrices_; }
 
-  /// Views into this object.
-  ModelPlan plan() const {
+  /// Views into this object. Files that are left out are named in `notes`.
+  ModelPlan plan(std::vector<std::string>& notes) const {
     ModelPlan plan;
     for (const auto& [name, tensor] : checkpoint_.tensors()) {
       if (!scales_.contains(name))
@@ -46,8 +46,7 @@ class CopyPlanner {
     }
     std::sort(plan.tensors.begin(), plan.tensors.end(),
               [](const PlannedTensor& a, const PlannedTensor& b) { return a.spec.name < b.spec.name; });
-    std::vector<std::string> left_out;
-    plan.files = other_files(checkpoint_.path(), left_out);
+    plan.files = other_files(checkpoint_.path(), notes);
     for (const char* config : {"config.json", "hf_quant_config.json"}) {
       const std::filesystem::path file = checkpoint_.path() / config;
       if (!std::filesystem::exists(file)) continue;
@@ -122,14 +121,14 @@ class CopyPlanner {
 
 int64_t write_calibrated_copy(const Checkpoint& checkpoint, const std::filesystem::path& target,
                               const CalibrateResult& result, std::optional<WeightScheme> scheme,
-                              const WriteProgress& progress) {
+                              const WriteProgress& progress, std::vector<std::string>& notes) {
   CopyPlanner planner(checkpoint, scheme);
   for (const LayerCalibration& layer : result.layers) planner.add_layer(layer, result.amax);
   if (planner.matrices() == 0) {
     reject(checkpoint.path().string(), "NVFP4 experts, whose copy could hold input scales",
            "none in these layers; write the scales with --output, for convert --input-scale");
   }
-  write_model(target, planner.plan(), progress);
+  write_model(target, planner.plan(notes), progress);
   return planner.matrices();
 }
 

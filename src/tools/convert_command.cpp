@@ -9,6 +9,7 @@
 
 #include "base/fail.h"
 #include "checkpoint/conversion.h"
+#include "checkpoint/model_directory.h"
 #include "tools/commands.h"
 #include "tools/number_list.h"
 #include "tools/terminal.h"
@@ -44,17 +45,6 @@ ConversionRequest request_of(const Arguments& arguments) {
   only_nvfp4(arguments.allow_inexact, "--allow-inexact");
   only_nvfp4(!arguments.input_scale.empty(), "--input-scale");
   return request;
-}
-
-/// The target may not be in the source, nor the source itself.
-void require_apart(const std::string& source, const std::string& target) {
-  std::error_code error;
-  const auto from = std::filesystem::weakly_canonical(source, error),
-             to = std::filesystem::weakly_canonical(target, error);
-  const auto [rest, end] = std::mismatch(from.begin(), from.end(), to.begin(), to.end());
-  if (rest == from.end() || (std::next(rest) == from.end() && rest->empty())) {
-    reject("DST", "a directory outside of SRC", target);
-  }
 }
 
 void report_layer(const LayerConversion& layer, const std::string& to) {
@@ -95,7 +85,7 @@ class ByteProgress {
 
 int execute(const Arguments& arguments) {
   ConversionRequest request = request_of(arguments);
-  require_apart(arguments.source, arguments.target);
+  require_apart(arguments.source, arguments.target, "SRC");
   const Progress progress;
   request.progress = [&](std::string_view what) { progress.show(what); };
   const auto start = Clock::now();

@@ -33,7 +33,7 @@ std::vector<int64_t> parse_list(const std::string& text, const std::string& opti
     const size_t dash = part.find('-');
     const int64_t first = parse_index(part.substr(0, dash), option);
     const int64_t last = dash == std::string_view::npos ? first : parse_index(part.substr(dash + 1), option);
-    if (last < first || last > kMost) {
+    if (last < first || last >= kMost) {
       throw CLI::ValidationError(option,
                                  fmt::format("expected ascending ranges below {}, found '{}'", kMost, part));
     }

@@ -168,6 +168,9 @@ def test_layertest_reads_the_same_files(tmp_path: Path, model: Path) -> None:
 
 
 def test_bad_inputs(tmp_path: Path, models: Path, model: Path) -> None:
+    def copy(source: Path, target: Path) -> Result:
+        return run("calibrate", source, target, "--input", tmp_path / "0.safetensors", "--layer", "0")
+
     nan = inputs([0], [float("nan")])
     assert_refused(calibrate(model, tmp_path, [nan], "--layer", 0)[0], "expected finite numbers, found nan")
     narrow = {"x": ck.zeros("BF16", 2, 64)}
@@ -176,28 +179,14 @@ def test_bad_inputs(tmp_path: Path, models: Path, model: Path) -> None:
     assert_refused(
         calibrate(model, tmp_path, [inputs([9], [1.0])], "--layer", 0)[0], "expert numbers below 8"
     )
-    result = run(
-        "calibrate",
-        models / "mixtral/original",
-        tmp_path / "c",
-        "--input",
-        tmp_path / "0.safetensors",
-        "--layer",
-        "0",
-    )
+    result = copy(models / "mixtral/original", tmp_path / "c")
     assert_refused(result, "expert numbers below 8")
     ck.write_inputs(tmp_path / "0.safetensors", inputs(list(range(8)), [1.0] * 8))
-    result = run(
-        "calibrate",
-        models / "mixtral/original",
-        tmp_path / "c",
-        "--input",
-        tmp_path / "0.safetensors",
-        "--layer",
-        "0",
-    )
+    result = copy(models / "mixtral/original", tmp_path / "c")
     assert_refused(result, "NVFP4 experts", "--output")
     assert not (tmp_path / "c").exists()
+    assert_refused(copy(model, model / "in"), "outside of DIR")
+    assert not (model / "in").exists()
 
 
 def test_without_router_or_ids(tmp_path: Path, model: Path) -> None:

@@ -304,6 +304,91 @@ def test_other_linears_of_four_bits_follow(models: Path, tmp_path: Path) -> None
     assert part.tensors[f"{prefix}.weight"] == model.tensors[f"{prefix}.weight"]
 
 
+# ---- models that are of several formats ----
+
+
+def test_scheme_is_that_of_the_model(models: Path, tmp_path: Path) -> None:
+    """Also where its first layer is plain."""
+    plain = models / "qwen3-moe/original"
+    source = convert(plain, tmp_path / "source", "nvfp4", "--layers", "1", "--scheme", "compressed-tensors")
+    assert f"{QWEN}experts.0.up_proj.weight_packed" in source.tensors
+    found = convert(tmp_path / "source", tmp_path / "out", "nvfp4").tensors
+    assert found[f"{QWEN}experts.0.up_proj.weight_packed"] == source.tensors[f"{QWEN}experts.0.up_proj.weight_packed"]
+    assert "model.layers.0.mlp.experts.0.up_proj.weight_packed" in found
+
+
+def test_experts_left_beside_bf16_are_not_listed_as_plain(models: Path, tmp_path: Path) -> None:
+    found = convert(models / "deepseek-v4/original", tmp_path / "out", "bf16", "--layers", "0")
+    assert found.tensors["layers.1.ffn.experts.0.w1.weight"].dtype == "I8"
+    listed = found.config["quantization_config"]["modules_to_not_convert"]
+    assert "layers.0.ffn.experts.0.w1" in listed and not any("layers.1.ffn.experts" in name for name in listed)
+
+
+def test_fp8_of_modelopt_keeps_its_entry(models: Path, tmp_path: Path) -> None:
+    model = Model.read(models / "qwen3-moe/nvfp4")
+    attention = "model.layers.0.self_attn.q_proj"
+    model.tensors[f"{attention}.weight"] = ck.zeros("F8_E4M3", 16, 16)
+    for suffix in ("weight_scale", "input_scale"):
+        model.tensors[f"{attention}.{suffix}"] = ck.Tensor.of(np.array(1.0, np.float32))
+    entry = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "ignore": ["lm_head"]}
+    for changed in (entry, {"quant_method": "modelopt"}, {"quant_method": 7}):
+        model.config["quantization_config"] = changed
+        folder = tmp_path / str(len(str(changed)))
+        found = run("convert", model.write(folder / "source"), folder / "out", "--to", "bf16")
+        assert found.code == FINE, str(found)
+        kept = Model.read(folder / "out").config["quantization_config"]
+        assert kept["quant_method"] == changed["quant_method"] and kept.get("quant_algo") == changed.get("quant_algo")
+
+
+def test_matrices_without_input_scales_are_counted(models: Path, tmp_path: Path) -> None:
+    source = convert(models / "qwen3-moe/original", tmp_path / "none", "nvfp4")
+    assert source.config["quantization_config"]["quant_algo"] == "W4A16_NVFP4"
+    # Layer 0 anew, without scales; layer 1 has them.
+    mixed = Model.read(models / "qwen3-moe/nvfp4")
+    plain = Model.read(models / "qwen3-moe/original")
+    for name in list(mixed.tensors):
+        if "layers.0.mlp.experts" in name:
+            del mixed.tensors[name]
+    mixed.tensors |= {name: t for name, t in plain.tensors.items() if "layers.0.mlp.experts" in name}
+    result = run("convert", mixed.write(tmp_path / "mixed"), tmp_path / "out", "--to", "nvfp4")
+    assert result.code == FINE and "24 of 48 NVFP4 matrices have no input scale" in result.stdout, str(result)
+    assert Model.read(tmp_path / "out").config["quantization_config"]["quant_algo"] == "NVFP4"
+
+
+def test_input_scales_of_experts_leave_attention_its_own(models: Path, tmp_path: Path) -> None:
+    """As fourfold calibrate writes them."""
+    model = Model.read(models / "qwen3-moe/nvfp4")
+    names = [name for name in model.tensors if name.endswith(".input_scale")]
+    prefix = "model.layers.0.self_attn.q_proj"
+    for suffix in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
+        model.tensors[f"{prefix}.{suffix}"] = model.tensors[f"{QWEN}experts.0.up_proj.{suffix}"]
+    file = tmp_path / "scales.safetensors"
+    file.write_bytes(ck.valid_bytes({name: ck.Tensor.of(np.array(0.5, np.float32)) for name in names}))
+    found = convert(model.write(tmp_path / "source"), tmp_path / "out", "nvfp4", "--input-scale", file)
+    assert float_of(found, names[0]) == 0.5
+    assert found.tensors[f"{prefix}.input_scale"] == model.tensors[f"{prefix}.input_scale"]
+
+
+def test_global_scale_without_a_reciprocal(models: Path, tmp_path: Path) -> None:
+    convert(models / "qwen3-moe/original", tmp_path / "mxfp4", "mxfp4")
+    model = Model.read(tmp_path / "mxfp4")
+    scale = next(name for name in model.tensors if name.startswith(f"{QWEN}experts.3.up_proj") and "scale" in name)
+    model.set_bytes(scale, 1)
+    source = model.write(tmp_path / "source")
+    options = ("--to", "nvfp4", "--scheme", "compressed-tensors")
+    assert_refused(run("convert", source, tmp_path / "out", *options), "experts.3.up_proj", "reciprocal")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bias_of_down_alone_is_not_lost(tmp_path: Path) -> None:
+    source = Model.read(ck.write_model(tmp_path / "plain", ck.FUSED))
+    down = next(name for name in source.tensors if name.endswith("experts.down_proj"))
+    experts, hidden, _ = source.tensors[down].shape
+    source.tensors[f"{down}_bias"] = ck.zeros("BF16", experts, hidden)
+    result = run("convert", source.write(tmp_path / "source"), tmp_path / "out", "--to", "nvfp4")
+    assert_refused(result, "biases")
+
+
 # ---- refusals ----
 
 

@@ -381,6 +381,10 @@ int stress(const Arguments& arguments) {
 }
 
 int execute(const Arguments& arguments) {
+  // Before the work, of which whole models have much.
+  for (const std::string& file : {arguments.json, arguments.html}) {
+    if (!file.empty()) require_creatable(file);
+  }
   if (arguments.stress) return stress(arguments);
   if (arguments.nvfp4.empty()) throw CLI::RequiredError("--nvfp4");
   return arguments.wants_many_layers() ? test_many_layers(arguments) : test_one_layer(arguments);

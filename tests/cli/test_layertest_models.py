@@ -143,6 +143,14 @@ def test_layers_that_are_not_there(pair: Path) -> None:
     assert_refused(layertest(pair / "original", "--all-layers"), "expected layers with NVFP4 experts", "bf16")
 
 
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_a_report_that_cant_be_written_is_refused_before_the_work(pair: Path, tmp_path: Path, option: str) -> None:
+    for layers in (("--all-layers",), ("--layer", "0")):
+        result = layertest(pair / "nvfp4", *layers, option, tmp_path / "none" / "report")
+        assert_refused(result, "can't create it")
+        assert not result.stdout, str(result)
+
+
 def test_options_that_make_no_sense_together(pair: Path) -> None:
     assert_usage(layertest(pair / "nvfp4", "--layers", "1", "--all-layers"), "--layers", "--all-layers")
     assert_usage(layertest(pair / "nvfp4", "--layers", "1", "--layer", "0"), "--layer")

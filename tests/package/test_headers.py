@@ -1,0 +1,56 @@
+"""Public headers compile alone, with every warning an error: g++, clang++ and nvcc, from C++20 on; the C one as C."""
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run
+
+INCLUDE = ROOT / "include"
+HEADERS = sorted(path.name for path in (INCLUDE / "fourfold").iterdir())
+WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
+COMPILERS = [os.environ["FOURFOLD_CXX"], "clang++"]
+
+
+def check(compiler: str, standard: str, headers: list[str], folder: Path) -> None:
+    """Twice: an include guard that is missing shows."""
+    source = folder / f"{headers[0]}{standard}.cpp"
+    source.write_text("".join(f'#include "fourfold/{name}"\n' for name in headers * 2) + "int main() {}\n")
+    run(compiler, f"-std={standard}", *WARNINGS, "-fsyntax-only", f"-I{INCLUDE}", source)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_alone(compiler: str, tmp_path: Path) -> None:
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler} here")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda name: check(compiler, "c++20", [name], tmp_path), HEADERS))
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_newer_standard(compiler: str, tmp_path: Path) -> None:
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler} here")
+    check(compiler, "c++2b", HEADERS, tmp_path)
+
+
+def test_nvcc(tmp_path: Path) -> None:
+    """All in one: that each compiles alone, the other compilers tell, and nvcc is slow."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if not nvcc:
+        pytest.skip("no nvcc here")
+    source = tmp_path / "all.cu"
+    source.write_text("".join(f'#include "fourfold/{name}"\n' for name in HEADERS) + "int main() {}\n")
+    run(nvcc, "-std=c++20", "-arch=sm_90a", "-c", "-o", tmp_path / "all.o", f"-I{INCLUDE}", source)
+
+
+@pytest.mark.parametrize("standard", ["c99", "c11", "c17"])
+@pytest.mark.parametrize("compiler", [os.environ["FOURFOLD_CC"], "clang"])
+def test_c(compiler: str, standard: str, tmp_path: Path) -> None:
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler} here")
+    source = tmp_path / "all.c"
+    source.write_text('#include "fourfold/fourfold.h"\n#include "fourfold/export.h"\nint main(void) { return 0; }\n')
+    run(compiler, f"-std={standard}", *WARNINGS, "-fsyntax-only", f"-I{INCLUDE}", source)

@@ -270,8 +270,8 @@ typedef struct fourfold_forward_args {
   uint16_t* y;                  ///< [T, H] bf16, written whole. Either this or y_f32
   float* y_f32;                 ///< the same as float32: partial sums that other ranks add to
   int64_t y_stride;             ///< elements from one row to the next; 0: H
-  int32_t* status;              ///< one number that is set to bits as above; may be null
-  void* stream;                 ///< cudaStream_t; null: the default stream. CPUs take null alone
+  int32_t* status;  ///< one number to which bits as above are added, never taken away; may be null
+  void* stream;     ///< cudaStream_t; null: the default stream. CPUs take null alone
 } fourfold_forward_args;
 
 /// y[t] = sum over k of topk_weights[t,k] * expert(topk_ids[t,k])(x[t]), and the shared expert's output. On a

@@ -1,5 +1,6 @@
 // Layers, workspaces and forward passes through the C interface.
 #include <algorithm>
+#include <functional>
 
 #include "c_api/guard.h"
 #include "c_api/handles.h"
@@ -26,7 +27,11 @@ std::vector<int64_t> experts_in(const fourfold_layer_options& options) {
   if (options.experts == nullptr && options.expert_count == 0) return {};
   c_api::require_array(options.experts, options.expert_count, "experts");
   if (options.expert_count == 0) reject("experts", "at least one, or null for all", "none");
-  return {options.experts, options.experts + options.expert_count};
+  std::vector<int64_t> experts(options.experts, options.experts + options.expert_count);
+  if (std::adjacent_find(experts.begin(), experts.end(), std::greater_equal<>()) != experts.end()) {
+    reject("experts", "ascending numbers", fmt::format("{}", fmt::join(experts, ", ")));
+  }
+  return experts;
 }
 
 ScalePolicy policy_in(const char* text, const char* what, ScalePolicy otherwise) {

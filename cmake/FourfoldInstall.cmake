@@ -14,7 +14,7 @@ install(FILES LICENSE README.md CHANGELOG.md DESTINATION ${CMAKE_INSTALL_DOCDIR}
 set(package_folder ${CMAKE_INSTALL_LIBDIR}/cmake/fourfold)
 install(EXPORT fourfold NAMESPACE fourfold:: FILE fourfoldTargets.cmake DESTINATION ${package_folder})
 configure_package_config_file(cmake/fourfoldConfig.cmake.in ${PROJECT_BINARY_DIR}/fourfoldConfig.cmake
-  INSTALL_DESTINATION ${package_folder} NO_SET_AND_CHECK_MACRO)
+  INSTALL_DESTINATION ${package_folder} NO_SET_AND_CHECK_MACRO NO_CHECK_REQUIRED_COMPONENTS_MACRO)
 # Before version 1 a new minor version may change the interface.
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/fourfoldConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${PROJECT_BINARY_DIR}/fourfoldConfig.cmake ${PROJECT_BINARY_DIR}/fourfoldConfigVersion.cmake

@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from conftest import BUILD, ROOT, run
 
 EXAMPLE = ROOT / "examples" / "find_package"
 CXX, CC = os.environ["FOURFOLD_CXX"], os.environ["FOURFOLD_CC"]
+PKG_CONFIG = shutil.which("pkg-config") or "pkgconf"
 VERSION = re.search(r"project\(fourfold VERSION ([0-9.]+)", (ROOT / "CMakeLists.txt").read_text())[1]
 
 
@@ -66,12 +69,12 @@ def test_find_package(kind: str, prefix: Path, model: Path, tmp_path: Path) -> N
 
 def configure(folder: Path, prefix: Path, languages: str, package: str) -> tuple[int, str]:
     """Configures a project that only looks for the package; its exit code and messages."""
-    import subprocess
-
     folder.mkdir(exist_ok=True)
-    text = f"cmake_minimum_required(VERSION 3.22)\nproject(p LANGUAGES {languages})\nfind_package({package})\n"
-    (folder / "CMakeLists.txt").write_text(text + "add_library(x INTERFACE)\n"
-                                           "target_link_libraries(x INTERFACE fourfold::fourfold)\n")  # fmt: skip
+    (folder / "CMakeLists.txt").write_text(
+        f"cmake_minimum_required(VERSION 3.22)\nproject(p LANGUAGES {languages})\nfind_package({package})\n"
+        "add_library(x x.c)\ntarget_link_libraries(x fourfold::fourfold)\n"
+    )
+    (folder / "x.c").write_text("int x;\n")
     command = ["cmake", "-S", folder, "-B", folder / "b", f"-DCMAKE_PREFIX_PATH={prefix}"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
@@ -83,10 +86,11 @@ def configure(folder: Path, prefix: Path, languages: str, package: str) -> tuple
         ("C", "fourfold 0.1 REQUIRED", True),
         ("C", "fourfold REQUIRED COMPONENTS shared", True),
         ("C", "fourfold REQUIRED COMPONENTS static", "add CXX to the project's LANGUAGES"),
-        ("CXX", "fourfold REQUIRED COMPONENTS static", True),
+        ("C CXX", "fourfold REQUIRED COMPONENTS static", True),
+        ("C CXX", "fourfold REQUIRED COMPONENTS static shared", True),
         ("C", "fourfold 0.0 REQUIRED", 'compatible with requested version "0.0"'),
         ("C", "fourfold 0.2 REQUIRED", 'compatible with requested version "0.2"'),
-        ("C", "fourfold REQUIRED COMPONENTS python", "python"),
+        ("C", "fourfold REQUIRED COMPONENTS python", "not built with the component 'python'"),
     ],
 )
 def test_find_package_says_why_not(
@@ -100,8 +104,8 @@ def test_find_package_says_why_not(
 @pytest.mark.parametrize("package", ["fourfold", "fourfold-static"])
 def test_pkg_config(package: str, prefix: Path, libdir: Path, model: Path, tmp_path: Path) -> None:
     found = {"PKG_CONFIG_PATH": str(libdir / "pkgconfig")}
-    assert run("pkg-config", "--modversion", package, env=found).strip() == VERSION
-    flags = run("pkg-config", "--cflags", "--libs", package, env=found).split()
+    assert run(PKG_CONFIG, "--modversion", package, env=found).strip() == VERSION
+    flags = run(PKG_CONFIG, "--cflags", "--libs", package, env=found).split()
     run(CC, "-std=c99", EXAMPLE / "run_layer.c", "-o", tmp_path / "c", *flags)
     run(CXX, "-std=c++20", EXAMPLE / "run_layer.cpp", "-o", tmp_path / "cpp", *flags)
     loaded = {"LD_LIBRARY_PATH": str(libdir)} if package == "fourfold" else None

@@ -29,6 +29,7 @@ foreach(library ${OpenMP_CXX_LIB_NAMES} stdc++ m)
   string(APPEND FOURFOLD_STATIC_LIBS " -l${library}")
 endforeach()
 if(FOURFOLD_HAS_CUDA)
+  find_package(CUDAToolkit REQUIRED)
   string(APPEND FOURFOLD_STATIC_LIBS " -L${CUDAToolkit_LIBRARY_DIR} -lcudart_static -lrt -ldl -lpthread")
 endif()
 file(RELATIVE_PATH FOURFOLD_PREFIX_FROM_PC

@@ -1,3 +1,4 @@
+// What a failed call leaves behind, and structs whose size the caller says.
 #include "c_api/guard.h"
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 # What `cmake --install` puts where: command, both libraries, public headers, documents, and the files by which CMake
-# and pkg-config find them. Nothing that is installed names the folder it lies in, so a tree may be moved.
+# and pkg-config find them. With folders below the prefix nothing that is installed names it, so a tree may be moved.
 include(CMakePackageConfigHelpers)
 
 install(TARGETS ${FOURFOLD_LIBRARIES} EXPORT fourfold
@@ -32,8 +32,15 @@ if(FOURFOLD_HAS_CUDA)
   find_package(CUDAToolkit REQUIRED)
   string(APPEND FOURFOLD_STATIC_LIBS " -L${CUDAToolkit_LIBRARY_DIR} -lcudart_static -lrt -ldl -lpthread")
 endif()
-file(RELATIVE_PATH FOURFOLD_PREFIX_FROM_PC
-  ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
+file(RELATIVE_PATH prefix_from_pc ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
+set(FOURFOLD_PC_PREFIX "\${pcfiledir}/${prefix_from_pc}")
+if(IS_ABSOLUTE "${CMAKE_INSTALL_LIBDIR}")  # outside the prefix: such a tree can't be moved
+  set(FOURFOLD_PC_PREFIX ${CMAKE_INSTALL_PREFIX})
+endif()
+foreach(folder LIBDIR INCLUDEDIR)
+  set(FOURFOLD_PC_${folder} "\${prefix}")
+  cmake_path(APPEND FOURFOLD_PC_${folder} "${CMAKE_INSTALL_${folder}}")
+endforeach()
 foreach(package fourfold fourfold-static)
   if(package STREQUAL "fourfold" AND NOT FOURFOLD_SHARED)
     continue()

@@ -87,7 +87,7 @@ ArrayView make_view(const AnyArray& array, std::string name) {
 /// Elements from one row's start to the next.
 int64_t row_stride(const ArrayView& array) {
   const int64_t rows = array.shape[0], cols = array.shape[1];
-  if (cols > 1 && array.strides[1] != 1) reject_layout(array, "the elements of a row side by side");
+  if (rows > 0 && cols > 1 && array.strides[1] != 1) reject_layout(array, "the elements of a row side by side");
   if (rows <= 1) return cols;
   if (array.strides[0] < cols) reject_layout(array, "rows one after another");
   return array.strides[0];

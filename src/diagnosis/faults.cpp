@@ -154,7 +154,8 @@ class FaultTable {
 
   void add_tail_faults() {
     for (const int tile : {64, 128, 256}) {
-      const bool first = subject_.hidden() % tile != 0, second = subject_.intermediate() % tile != 0;
+      const auto cuts = [&](int64_t k) { return k > tile && k % tile != 0; };
+      const bool first = cuts(subject_.hidden()), second = cuts(subject_.intermediate());
       const std::string sentence =
           fmt::format("the last K % {} values of a row of {{}} are not multiplied", tile);
       const std::string remedy = "the loop over K, and whether its bound is rounded down to a tile";
@@ -169,7 +170,7 @@ class FaultTable {
       if (second)
         add_one(
             ".w2", [](Deviation& d, const Fault& f) { drop_tail(d.down, f); }, "w2");
-      if (first && tile == 128) {
+      if (subject_.hidden() % tile != 0 && tile == 128) {
         add(
             "k-tail-over-read.w13", FaultPlace::kWeights,
             [](Deviation& d, const Fault& f) {

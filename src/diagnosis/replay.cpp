@@ -26,6 +26,11 @@ std::vector<float> x_row(const Subject& subject, int64_t token) {
   return {row, row + subject.hidden()};
 }
 
+/// What another way to write the quantizer's arithmetic may do to a value.
+float nudge_of(Rounding rounding) {
+  return rounding == Rounding::kFused ? 1.0f + 0x1p-21f : 1.0f;
+}
+
 bool weight_on_input(WeightUse use, const LayerConfig& config) {
   return use == WeightUse::kOnInput ||
          (config.weight_on_input && (use == WeightUse::kRight || use == WeightUse::kTwice));
@@ -172,8 +177,12 @@ namespace {
 class XStaging {
  public:
   XStaging(const Subject& subject, const FirstDeviation& deviation, const Staging& staging,
-           const RoutedSlots& routed)
-      : subject_(subject), deviation_(deviation), staging_(staging), routed_(routed) {
+           const RoutedSlots& routed, Rounding rounding)
+      : subject_(subject),
+        deviation_(deviation),
+        staging_(staging),
+        routed_(routed),
+        nudge_(nudge_of(rounding)) {
     scales_ = x_input_scales(*subject.weights);
     largest_ = *std::max_element(scales_.begin(), scales_.end());
     const bool in_rows = deviation.scale_groups_unpadded || deviation.reading.tail == KTail::kOverRead;
@@ -195,7 +204,7 @@ class XStaging {
     }
     const RowScales scales = row_scales(staging_.policy, deviation_.input_scale, row,
                                         scales_[static_cast<size_t>(expert)], scales_[0], largest_);
-    return stage_row(staging_.format, row, scales);
+    return stage_row(staging_.format, row, scales, nudge_);
   }
 
   StagedRow stage_permuted(int64_t row) const {
@@ -247,6 +256,7 @@ class XStaging {
   const FirstDeviation& deviation_;
   const Staging& staging_;
   const RoutedSlots& routed_;
+  float nudge_;
   std::vector<float> scales_;
   float largest_ = 1.0f;
   Permutation permutation_;
@@ -264,7 +274,7 @@ Replay::FirstResult Replay::compute_first(const FirstDeviation& deviation, const
   FirstResult result{deviation, staging, rounding, {}, {}};
   const RoutedSlots routed = route_with(subject_, deviation.routing);
   result.slots = make_slots(deviation, routed);
-  const XStaging x(subject_, deviation, staging, routed);
+  const XStaging x(subject_, deviation, staging, routed, rounding);
   std::vector<StagedRow> rows;
   std::vector<int64_t> experts;
   for (const Slot& slot : result.slots) {
@@ -307,8 +317,8 @@ void Replay::activate(const FirstResult& before, const ActivationChange& change,
 }
 
 std::vector<float> Replay::second(const FirstResult& before, const Deviation& deviation,
-                                  const Staging& staging, const std::vector<float>& activation,
-                                  std::vector<float>& weights) {
+                                  const Staging& staging, Rounding rounding,
+                                  const std::vector<float>& activation, std::vector<float>& weights) {
   const std::vector<float> scales = intermediate_input_scales(*subject_.weights);
   const float largest = *std::max_element(scales.begin(), scales.end());
   const size_t count = before.slots.size(), inner = static_cast<size_t>(subject_.intermediate());
@@ -324,7 +334,7 @@ std::vector<float> Replay::second(const FirstResult& before, const Deviation& de
     const std::span row(activation.data() + r * inner, inner);
     const RowScales globals = row_scales(staging.policy, deviation.intermediate_scale, row,
                                          scales[static_cast<size_t>(slot.read)], scales[0], largest);
-    rows[r] = stage_row(staging.format, row, globals);
+    rows[r] = stage_row(staging.format, row, globals, nudge_of(rounding));
     experts[r] = slot.read;
     weights[r] = output_weight(deviation.first.weight, subject_.config, slot.weight);
     if (deviation.down_bias == DownBias::kUnweighted && weights[r] != 0.0f)
@@ -344,7 +354,7 @@ Stages Replay::run(const Deviation& deviation, const Staging& staging, Rounding 
   Stages stages;
   activate(before, deviation.activation, rounding, stages);
   std::vector<float> weights(before.slots.size());
-  std::vector<float> z = second(before, deviation, staging, stages.activation, weights);
+  std::vector<float> z = second(before, deviation, staging, rounding, stages.activation, weights);
   round_all(z, rounding);
 
   const auto hidden = static_cast<size_t>(subject_.hidden()), top_k = static_cast<size_t>(subject_.top_k);

@@ -53,7 +53,8 @@ class Replay {
                 Stages& stages) const;
   /// -> z [S*K, H], and what each row's output is multiplied by: 0 where it is missing.
   std::vector<float> second(const FirstResult& before, const Deviation& deviation, const Staging& staging,
-                            const std::vector<float>& activation, std::vector<float>& weights);
+                            Rounding rounding, const std::vector<float>& activation,
+                            std::vector<float>& weights);
   std::vector<Slot> make_slots(const FirstDeviation& deviation, const RoutedSlots& routed) const;
   int64_t read_expert(const FirstDeviation& deviation, const Permutation& permutation, int64_t slot,
                       int64_t expert) const;

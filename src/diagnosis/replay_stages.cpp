@@ -129,9 +129,14 @@ void decode_staged(StagedRow& row) {
   }
 }
 
-StagedRow stage_row(ActivationFormat format, std::span<const float> row, const RowScales& scales) {
+StagedRow stage_row(ActivationFormat format, std::span<const float> values, const RowScales& scales,
+                    float nudge) {
+  std::vector<float> row(values.begin(), values.end());
+  if (format != ActivationFormat::kBf16) {
+    for (float& value : row) value *= nudge;
+  }
   StagedRow staged;
-  staged.values.assign(row.begin(), row.end());
+  staged.values = row;
   if (format == ActivationFormat::kFp8) {
     std::vector<uint8_t> codes(row.size());
     staged.alpha = quantize_row_fp8(row, codes.data());

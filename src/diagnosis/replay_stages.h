@@ -28,7 +28,9 @@ struct RowScales {
 RowScales row_scales(ScalePolicy policy, InputScaleUse use, std::span<const float> row, float own,
                      float first, float largest);
 
-StagedRow stage_row(ActivationFormat format, std::span<const float> row, const RowScales& scales);
+/// `nudge`: a factor within float32's rounding, which decides ties as a quantizer with reciprocals may.
+StagedRow stage_row(ActivationFormat format, std::span<const float> row, const RowScales& scales,
+                    float nudge = 1.0f);
 /// Values of an NVFP4 row again, after its block scales were changed.
 void decode_staged(StagedRow& row);
 

@@ -43,9 +43,14 @@ WeightReader::WeightReader(const ExpertWeights& weights, const WeightReading& re
       reading_(reading),
       rows_(weights.hidden),
       cols_(weights.intermediate) {
+  std::array<float, 16> values{};
   for (uint8_t code = 0; code < 16; ++code) {
     const bool wrong = (code & 7) == reading.wrong_code;
-    code_values_[code] = !wrong ? decode_e2m1(code) : code & 8 ? -reading.wrong_value : reading.wrong_value;
+    values[code] = !wrong ? decode_e2m1(code) : code & 8 ? -reading.wrong_value : reading.wrong_value;
+  }
+  for (size_t pair = 0; pair < 256; ++pair) {
+    pair_values_[pair] = {values[pair & 15], values[pair >> 4]};
+    if (reading.swapped_nibbles) std::swap(pair_values_[pair][0], pair_values_[pair][1]);
   }
   for (int byte = 0; byte < 256; ++byte) {
     scale_values_[static_cast<size_t>(byte)] = scale_value(reading.scale_code, static_cast<uint8_t>(byte));
@@ -135,16 +140,16 @@ void WeightReader::read_row(int64_t expert, int64_t row, float* out) const {
   if (const auto* matrix = std::get_if<BlockScaledView>(at.matrix)) {
     const int64_t block = traits_of(matrix->format).block_size;
     const bool is_nvfp4 = matrix->format == QuantFormat::kNvfp4;
+    const bool in_place = reading_.scale_order == ScaleOrder::kRight;
     const uint8_t* codes = matrix->codes.row(at.row);
     for (int64_t first = 0; first < cols_; first += block) {
-      const uint8_t byte = found_scale(expert, source, first / block);
+      const uint8_t byte =
+          in_place ? matrix->scale_code(at.row, first / block) : found_scale(expert, source, first / block);
       const float scale = is_nvfp4 ? scale_values_[byte] : decode_e8m0(byte);
       for (int64_t k = first; k < first + block; k += 2) {
-        const uint8_t pair = codes[k / 2];
-        float even = code_values_[pair & 15] * scale, odd = code_values_[pair >> 4] * scale;
-        if (reading_.swapped_nibbles) std::swap(even, odd);
-        out[k] = even;
-        out[k + 1] = odd;
+        const auto& [even, odd] = pair_values_[codes[k / 2]];
+        out[k] = even * scale;
+        out[k + 1] = odd * scale;
       }
     }
   } else {

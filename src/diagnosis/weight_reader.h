@@ -47,8 +47,8 @@ class WeightReader {
   GateUpRows row_order_ = GateUpRows::kRight;
   GateUpGlobal global_rule_ = GateUpGlobal::kOwn;
   bool bias_missing_ = false;
-  int64_t rows_ = 0, cols_ = 0, half_ = 0;  // half_: rows of gate; 0 where there is none
-  std::array<float, 16> code_values_{};
+  int64_t rows_ = 0, cols_ = 0, half_ = 0;               // half_: rows of gate; 0 where there is none
+  std::array<std::array<float, 2>, 256> pair_values_{};  // of two codes in a byte
   std::array<float, 256> scale_values_{};  // of e4m3 as it is taken for; e8m0 scales are read right
 };
 

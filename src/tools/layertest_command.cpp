@@ -16,6 +16,7 @@
 #include "tools/input_routing.h"
 #include "tools/layertest.h"
 #include "tools/layertest_report.h"
+#include "tools/self_test.h"
 #include "tools/terminal.h"
 #include "tools/weight_comparison.h"
 
@@ -30,7 +31,8 @@ struct Arguments {
   uint64_t seed = 0;
   std::string activations = "nvfp4", activation_scale, gate_up = "exact", backend, accumulate = "f32", json;
   std::string activation, router, gate_up_order, scheme;
-  bool double_quantize = false, weight_on_input = false;
+  bool double_quantize = false, weight_on_input = false, self_test = false;
+  std::string candidate, activation_format;
 };
 
 constexpr int64_t kDefaultTokens = 64;
@@ -329,14 +331,38 @@ class Run {
   BackendChoice choice_;
 };
 
+int run_self_test_command(const Arguments& arguments) {
+  const Progress progress;
+  SelfTestRequest request;
+  request.seed = arguments.seed;
+  request.progress = [&](std::string_view what) { progress.show(what); };
+  const SelfTestReport report = run_self_test(request);
+  progress.clear();
+  fmt::print("{}", format_self_test(report));
+  if (!arguments.json.empty()) write_file(arguments.json, self_test_json(report));
+  return report.passes() ? kExitFine : kExitFinding;
+}
+
+int run_command(const Arguments& arguments) {
+  if (arguments.self_test) return run_self_test_command(arguments);
+  if (arguments.nvfp4.empty()) throw CLI::RequiredError("--nvfp4");
+  return Run(arguments).execute();
+}
+
+void add_diagnosis_options(CLI::App& command, Arguments& arguments) {
+  command.add_flag("--self-test", arguments.self_test,
+                   "plant every known fault and show that the diagnosis names it (docs/diagnosis.md)");
+}
+
 }  // namespace
 
 void add_layertest(CLI::App& app, int& exit_code) {
   auto arguments = std::make_shared<Arguments>();
   CLI::App* command = app.add_subcommand(
       "layertest", "Run one MoE layer stage by stage against a bf16 reference, and say what is at fault");
-  command->add_option("--nvfp4", arguments->nvfp4, "NVFP4 checkpoint: a model directory")
-      ->required()
+  command
+      ->add_option("--nvfp4", arguments->nvfp4,
+                   "NVFP4 checkpoint: a model directory (required, but for --self-test)")
       ->check(nonempty());
   command
       ->add_option(
@@ -407,7 +433,8 @@ void add_layertest(CLI::App& app, int& exit_code) {
   command->add_option("--json", arguments->json, "write the report as JSON too (docs/layertest.md)")
       ->check(nonempty());
   command->footer("Exit code: 0 fine, 1 error, 2 usage, 3 a finding.");
-  command->callback([arguments, &exit_code] { exit_code = Run(*arguments).execute(); });
+  add_diagnosis_options(*command, *arguments);
+  command->callback([arguments, &exit_code] { exit_code = run_command(*arguments); });
 }
 
 }  // namespace fourfold

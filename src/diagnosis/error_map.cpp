@@ -1,0 +1,137 @@
+#include "diagnosis/error_map.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace fourfold::diagnosis {
+namespace {
+
+constexpr size_t kShown = 12;
+/// Error of the worst phase of a period against the mean, above what chance does to flat errors.
+constexpr double kStandsOut = 3.0;
+
+/// Squared errors of columns, each token's error counted alike.
+std::vector<double> column_errors(const std::vector<float>& found, const std::vector<float>& due,
+                                  size_t hidden) {
+  std::vector<double> errors(hidden);
+  for (size_t first = 0; first < found.size(); first += hidden) {
+    std::vector<double> row(hidden);
+    for (size_t c = 0; c < hidden; ++c) {
+      const double difference = double{found[first + c]} - due[first + c];
+      if (std::isfinite(difference)) row[c] = difference * difference;
+    }
+    const double sum = std::accumulate(row.begin(), row.end(), 0.0);
+    for (size_t c = 0; c < hidden && sum > 0.0; ++c) errors[c] += row[c] / sum;
+  }
+  return errors;
+}
+
+/// The shortest run of columns that holds nine tenths of the error, where that is half of them or fewer.
+void find_range(const std::vector<double>& errors, double total, ErrorMap& map) {
+  size_t first = 0, best_first = 0, best_length = errors.size() + 1;
+  double sum = 0.0;
+  for (size_t last = 0; last < errors.size(); ++last) {
+    sum += errors[last];
+    while (sum - errors[first] >= 0.9 * total && first < last) sum -= errors[first++];
+    if (sum >= 0.9 * total && last - first + 1 < best_length) {
+      best_length = last - first + 1;
+      best_first = first;
+    }
+  }
+  if (best_length > errors.size() / 2) return;
+  map.first_bad_column = static_cast<int64_t>(best_first);
+  map.last_bad_column = static_cast<int64_t>(best_first + best_length - 1);
+}
+
+int64_t find_period(const std::vector<double>& errors, double total) {
+  for (const size_t period : {2u, 4u, 8u, 16u, 32u, 64u, 128u}) {
+    if (errors.size() < 4 * period) break;
+    std::vector<double> phases(period);
+    for (size_t c = 0; c < errors.size(); ++c) phases[c % period] += errors[c];
+    const double worst = *std::max_element(phases.begin(), phases.end()),
+                 mean = total / static_cast<double>(period);
+    const bool all_in_one_half = period == 2 && worst > 0.95 * total;
+    if (all_in_one_half || (period > 2 && worst > kStandsOut * mean)) return static_cast<int64_t>(period);
+  }
+  return 0;
+}
+
+std::string list(const std::vector<int64_t>& numbers) {
+  const std::vector<int64_t> shown(
+      numbers.begin(), numbers.begin() + static_cast<std::ptrdiff_t>(std::min(kShown, numbers.size())));
+  return fmt::format("{}{}", fmt::join(shown, ", "), numbers.size() > kShown ? ", ..." : "");
+}
+
+void find_rows(const Subject& subject, const std::vector<int64_t>& tokens, const std::vector<float>& found,
+               const std::vector<float>& due, double limit, ErrorMap& map) {
+  const auto hidden = static_cast<size_t>(subject.hidden());
+  std::vector<int64_t> good(static_cast<size_t>(subject.experts())), bad(good.size());
+  for (size_t s = 0; s < tokens.size(); ++s) {
+    double difference = 0.0, norm = 0.0;
+    bool is_finite = true;
+    for (size_t i = s * hidden; i < (s + 1) * hidden; ++i) {
+      map.not_finite += !std::isfinite(found[i]);
+      is_finite = is_finite && std::isfinite(found[i]);
+      difference += (double{found[i]} - due[i]) * (double{found[i]} - due[i]);
+      norm += double{found[i]} * found[i];
+    }
+    if (!is_finite) map.not_finite_tokens.push_back(tokens[s]);
+    const bool is_bad = !(difference <= limit * limit * norm);
+    if (is_bad) map.bad_tokens.push_back(tokens[s]);
+    for (int64_t k = 0; k < subject.top_k; ++k) {
+      const int32_t id = subject.topk_ids[static_cast<size_t>(tokens[s] * subject.top_k + k)];
+      if (id >= 0) ++(is_bad ? bad : good)[static_cast<size_t>(id)];
+    }
+  }
+  if (map.bad_tokens.size() == tokens.size()) return;
+  for (size_t e = 0; e < good.size(); ++e) {
+    if (bad[e] > 0 && good[e] == 0) map.bad_experts.push_back(static_cast<int64_t>(e));
+  }
+}
+
+}  // namespace
+
+ErrorMap map_errors(const Subject& subject, const std::vector<int64_t>& tokens,
+                    const std::vector<float>& found, const std::vector<float>& due, double limit) {
+  ErrorMap map;
+  map.elements = static_cast<int64_t>(found.size());
+  find_rows(subject, tokens, found, due, limit, map);
+  const std::vector<double> errors = column_errors(found, due, static_cast<size_t>(subject.hidden()));
+  const double total = std::accumulate(errors.begin(), errors.end(), 0.0);
+  if (total == 0.0) return map;
+  std::vector<double> sorted = errors;
+  std::sort(sorted.rbegin(), sorted.rend());
+  const auto tenth = static_cast<std::ptrdiff_t>((sorted.size() + 9) / 10);
+  map.share_of_worst_columns = std::accumulate(sorted.begin(), sorted.begin() + tenth, 0.0) / total;
+  find_range(errors, total, map);
+  map.period = find_period(errors, total);
+  return map;
+}
+
+std::vector<std::string> describe(const ErrorMap& map, int64_t tokens) {
+  std::vector<std::string> lines;
+  if (map.not_finite > 0) {
+    lines.push_back(fmt::format("{} of {} elements are NaN or infinite, in tokens {}", map.not_finite,
+                                map.elements, list(map.not_finite_tokens)));
+  }
+  lines.push_back(fmt::format("{} of {} tokens are off{}", map.bad_tokens.size(), tokens,
+                              map.bad_tokens.empty() ? "" : fmt::format(": {}", list(map.bad_tokens))));
+  if (!map.bad_experts.empty()) {
+    lines.push_back(
+        fmt::format("every token that goes to expert {} is off, others are not", list(map.bad_experts)));
+  }
+  lines.push_back(fmt::format("the worst tenth of the columns holds {:.0f}% of the squared error",
+                              100.0 * map.share_of_worst_columns));
+  if (map.first_bad_column >= 0)
+    lines.push_back(
+        fmt::format("nine tenths of it lie in columns {} to {}", map.first_bad_column, map.last_bad_column));
+  if (map.period > 0)
+    lines.push_back(fmt::format("it repeats along columns with a period of {}", map.period));
+  return lines;
+}
+
+}  // namespace fourfold::diagnosis

@@ -110,6 +110,17 @@ make_checkpoint() {
   "$fourfold" synthesize "$scratch/checkpoint" --shape 12,416,336,3 --original bf16 --tokens 96 --seed 4 >/dev/null 2>&1
 }
 
+# Few tokens, many experts, H and I multiples of 64: both GEMMs in one kernel.
+make_fused_checkpoint() {
+  [ -d "$scratch/fused" ] && return
+  "$fourfold" synthesize "$scratch/fused" --shape 48,320,192,4 --original bf16 --tokens 400 --seed 6 >/dev/null 2>&1
+}
+
+fused_layertest() {
+  printf '%s\n' "$fourfold" layertest --backend "$backend" --original "$scratch/fused/original" \
+    --nvfp4 "$scratch/fused/nvfp4" --input "$scratch/fused/inputs.safetensors" --tokens 12 "$@"
+}
+
 layertest() {
   printf '%s\n' "$fourfold" layertest --backend "$backend" --original "$scratch/checkpoint/original" \
     --nvfp4 "$scratch/checkpoint/nvfp4" --input "$scratch/checkpoint/inputs.safetensors" "$@"
@@ -121,6 +132,11 @@ run_layertest() {
   for format in "${formats[@]}"; do
     mapfile -t command < <(layertest --activations "$format")
     attempt "layertest $format" 60 "${command[@]}"
+  done
+  make_fused_checkpoint
+  for format in nvfp4 bf16; do
+    mapfile -t command < <(fused_layertest --activations "$format")
+    attempt "layertest fused $format" 60 "${command[@]}"
   done
   mapfile -t command < <(layertest --activations nvfp4 --activation-scale dynamic-token)
   attempt 'layertest nvfp4 dynamic-token' 60 "${command[@]}"
@@ -157,18 +173,23 @@ run_control() {
 }
 
 run_sanitizer() {
-  local sanitizer tool command
+  local sanitizer tool command format
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
   if [ -z "$sanitizer" ]; then
     note 'not run' compute-sanitizer 0 'it is not on the PATH nor in /usr/local/cuda/bin'
     return
   fi
   make_checkpoint
+  make_fused_checkpoint
   for tool in memcheck racecheck initcheck synccheck; do
     mapfile -t command < <(layertest --activations nvfp4 --tokens 24)
     attempt "$tool layertest nvfp4" 60 "$sanitizer" --tool "$tool" --error-exitcode 99 "${command[@]}"
     mapfile -t command < <(layertest --activations bf16 --tokens 24)
     attempt "$tool layertest bf16" 60 "$sanitizer" --tool "$tool" --error-exitcode 99 "${command[@]}"
+    for format in nvfp4 bf16; do
+      mapfile -t command < <(fused_layertest --activations "$format")
+      attempt "$tool layertest fused $format" 60 "$sanitizer" --tool "$tool" --error-exitcode 99 "${command[@]}"
+    done
     attempt "$tool gemmtest" 60 "$sanitizer" --tool "$tool" --error-exitcode 99 \
       "$fourfold" gemmtest --backend "$backend" --shape 3,70,80,144
     # Every kernel of the table of shapes, which so few tokens do not reach through a layer.

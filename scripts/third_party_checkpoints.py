@@ -2,7 +2,7 @@
 """Has other people's quantizers make checkpoints, and holds fourfold's reading of them against their own.
 
     python3 -m venv build/third-party
-    build/third-party/bin/pip install torch transformers compressed-tensors nvidia-modelopt datasets pillow requests
+    build/third-party/bin/pip install torch transformers compressed-tensors nvidia-modelopt datasets pillow requests accelerate
     build/third-party/bin/pip install --no-deps llmcompressor auto-round     # its limits on versions lag behind
     cmake --preset release && cmake --build --preset release
     build/third-party/bin/python scripts/third_party_checkpoints.py [--build build/release] [--keep FOLDER] [CASE ...]
@@ -17,7 +17,13 @@ checkpoint as for anybody. Then:
   numbers. In bf16, in which the tools return it, the second rounding shows where it crosses the middle
   between two bf16 numbers: elements that differ are counted, and may by one unit in the last place alone.
 - `fourfold inspect` must find nothing wrong with it.
-- `fourfold layertest` runs on those in NVFP4, and must have no note to make: config and tensors agree.
+- `fourfold layertest` runs on those in NVFP4, and on the NVFP4 that `fourfold convert` makes of MXFP4 beside it; it
+  must have no note to make: config and tensors agree.
+- what `fourfold convert` makes is read by the tools. NVFP4 in the other tool's scheme dequantizes there to the same
+  values, but for the last place of the global scale; MXFP4 in the other's scheme, and its exact cast to NVFP4, to the
+  same bits. As bf16, transformers loads it, and its experts hold our dequantization bit for bit. What
+  convert quantizes itself, from bf16, the tool and fourfold read as the same numbers; as compressed-tensors,
+  transformers loads and runs it.
 - `fourfold gemmtest` runs in the layer's shape.
 
 --keep FOLDER writes what CI reads (tests/data/third_party): the checkpoints as the tools wrote them, with
@@ -36,6 +42,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,20 +286,158 @@ def run_fourfold(build: Path, *arguments: str | Path) -> subprocess.CompletedPro
     return subprocess.run([str(build / "fourfold"), *map(str, arguments)], capture_output=True, text=True)
 
 
-def run_commands(judge: Judge, case: Case, model: Path, source: Path, build: Path) -> None:
+def run_commands(judge: Judge, case: Case, model: Path, source: Path, build: Path, scratch: Path) -> None:
     result = run_fourfold(build, "inspect", model)
     judge.say(result.returncode == 0, f"inspect: exit code {result.returncode}{result.stderr}")
+    nvfp4, original = model, source
     if case.scheme == "mxfp4":
-        print("  --    layertest: MXFP4 is an original; it needs the NVFP4 of the same model beside it")
-        return
+        nvfp4, original = scratch / "cast", model
+        if not convert(judge, build, model, nvfp4, "nvfp4"):
+            return
     # The calibration saw this model's hidden states, layertest makes up others: scales by token fit both.
-    result = run_fourfold(build, "layertest", "--nvfp4", model, "--activation-scale", "dynamic-token")
+    result = run_fourfold(build, "layertest", "--nvfp4", nvfp4, "--activation-scale", "dynamic-token")
     notes = [line for line in result.stdout.splitlines() if line.startswith("note")]
     text = f"layertest: exit code {result.returncode}, {len(notes)} notes {notes}{result.stderr}"
     judge.say(result.returncode == 0 and not notes, text)
-    result = run_fourfold(build, "layertest", "--nvfp4", model, "--original", source)
+    result = run_fourfold(build, "layertest", "--nvfp4", nvfp4, "--original", original)
     text = f"layertest --original: exit code {result.returncode} {result.stdout.splitlines()[-1:]}{result.stderr}"
     judge.say(result.returncode in (0, 3), text)
+
+
+# ---- what convert writes ----
+
+
+def convert(judge: Judge, build: Path, source: Path, target: Path, to: str, *options: str) -> bool:
+    result = run_fourfold(build, "convert", source, target, "--to", to, *options)
+    text = " ".join(("convert --to", to, *options))
+    judge.say(result.returncode == 0, f"{text}: exit code {result.returncode}{result.stderr}")
+    return result.returncode == 0
+
+
+def tool_of(scheme: str) -> Callable:
+    return by_compressed_tensors if scheme == "compressed-tensors" else by_modelopt
+
+
+def other_than(scheme: str) -> str:
+    return "modelopt" if scheme == "compressed-tensors" else "compressed-tensors"
+
+
+def largest_difference(case: Case, model: Path, converted: Path, scheme: str) -> float:
+    """Relative, between what the tool makes of its own file and what the one of `scheme` makes of ours."""
+    tensors, others = load_file(model / "model.safetensors"), load_file(converted / "model.safetensors")
+    worst = 0.0
+    for expert in range(EXPERTS):
+        for half in HALVES:
+            a = tool_of(case.tool)(of_linear(tensors, expert, half), torch.float32)
+            b = tool_of(scheme)(of_linear(others, expert, half), torch.float32)
+            worst = max(worst, ((a - b).abs() / a.abs().clamp(min=1e-30)).max().item())
+    return worst
+
+
+def load_by_transformers(judge: Judge, converted: Path, what: str) -> Tensors | None:
+    """In a process of its own, since the tools change how transformers loads; returns its experts' matrices."""
+    experts = converted.with_name(f"{converted.name}-experts.safetensors")
+    command = [sys.executable, __file__, "--load", converted, experts]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    reason = result.stderr.strip().splitlines()[-1:] if result.returncode != 0 else ""
+    judge.say(result.returncode == 0, f"transformers loads and runs {what}{reason}")
+    return load_file(experts) if result.returncode == 0 else None
+
+
+def load_and_save_experts(converted: Path, experts: Path) -> int:
+    """What that process does: an error where a tensor is missing or of no use, input scales excepted, which its
+    fused experts do not have.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, info = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.bfloat16, output_loading_info=True)
+    wrong = [key for found in info.values() for key in found if not str(key).endswith("input_global_scale")]
+    if wrong:
+        sys.exit(f"error: expected every tensor to be loaded, found {wrong[:4]}")
+    if not model(torch.arange(VOCABULARY).reshape(2, -1)).logits.isfinite().all():
+        sys.exit("error: expected finite logits, found NaN or infinity")
+    save_file({name: value.contiguous() for name, value in experts_of(model).items()}, experts)
+    return 0
+
+
+def experts_of(model: torch.nn.Module) -> Tensors:
+    """bf16 matrices of a loaded model whose experts are fused, by expert and half."""
+    gate_up, down = (
+        next(value for name, value in model.state_dict().items() if name.endswith(f"experts.{half}"))
+        for half in ("gate_up_proj", "down_proj")
+    )
+    inner = down.shape[2]
+    found = {}
+    for expert in range(EXPERTS):
+        found[f"{expert}.gate"], found[f"{expert}.up"] = gate_up[expert, :inner], gate_up[expert, inner:]
+        found[f"{expert}.down"] = down[expert]
+    return found
+
+
+def convert_and_load(judge: Judge, case: Case, model: Path, source: Path, build: Path, scratch: Path) -> None:
+    """The other direction: what fourfold converts is read by the tools and by transformers."""
+    other = other_than(case.tool)
+    if convert(judge, build, model, scratch / "other", case.scheme, "--scheme", other):
+        # The reciprocal is off by half a place, dividing or multiplying by it rounds twice more on either side.
+        allowed = 5 * 2.0**-24 if case.scheme == "nvfp4" else 0.0
+        worst = largest_difference(case, model, scratch / "other", other)
+        judge.say(worst <= allowed, f"read by {other}: the largest relative difference is {worst:.2e}")
+    if case.scheme == "mxfp4":
+        worst = largest_difference(case, model, scratch / "cast", case.tool)
+        judge.say(worst == 0.0, f"the cast, read by {case.tool}: the largest relative difference is {worst:.2e}")
+    # Names that transformers does not know: llm-compressor's for Mixtral.
+    if (case.tool, case.family) != ("compressed-tensors", "mixtral"):
+        check_bf16(judge, model, build, scratch)
+    check_own_nvfp4(judge, source, build, scratch, case.tool)
+
+
+def check_bf16(judge: Judge, model: Path, build: Path, scratch: Path) -> None:
+    if not convert(judge, build, model, scratch / "bf16", "bf16"):
+        return
+    theirs = load_by_transformers(judge, scratch / "bf16", "the bf16")
+    if theirs is None:
+        return
+    ours = read_by_fourfold(build, model)
+    same = sum(torch.equal(ours[name].to(torch.bfloat16), value) for name, value in theirs.items())
+    judge.say(same == len(theirs), f"its experts are our dequantization: {same} of {len(theirs)} matrices bit for bit")
+
+
+def check_own_nvfp4(judge: Judge, source: Path, build: Path, scratch: Path, scheme: str) -> None:
+    """bf16 that convert quantized, in the tool's scheme."""
+    own = scratch / "own"
+    if not convert(judge, build, source, own, "nvfp4", "--scheme", scheme):
+        return
+    ours, tensors = read_by_fourfold(build, own), load_file(own / "model.safetensors")
+    same = 0
+    for name, value in ours.items():
+        expert, half = name.split(".")
+        linear = of_linear(tensors, int(expert), half)
+        theirs = in_order(linear, True)
+        same += same_bits(theirs, tool_of(scheme)(linear, torch.float32)) and same_bits(in_order(linear, False), value)
+    judge.say(same == len(ours), f"read by {scheme} and by us: the same numbers in {same} of {len(ours)} matrices")
+    if scheme == "modelopt":
+        return
+    loaded = load_by_transformers(judge, own, "it through compressed-tensors")
+    if loaded is not None:
+        compare_loaded(judge, loaded, ours, tensors)
+
+
+def compare_loaded(judge: Judge, loaded: Tensors, ours: Tensors, tensors: Tensors) -> None:
+    """transformers 5.24 with compressed-tensors 0.20 leaves the global scales of fused experts out, of llm-compressor's
+    own files too: then what it holds must be e2m1 x scale.
+    """
+    apart = [int(ulps_apart(ours[name].to(torch.bfloat16), value).max()) for name, value in loaded.items()]
+    if max(apart) <= 1:
+        judge.say(True, f"its experts are ours, but for at most {max(apart)} bf16 ulp")
+        return
+    same = 0
+    for name, value in loaded.items():
+        expert, half = name.split(".")
+        linear = of_linear(tensors, int(expert), half)
+        scaled = in_order({key: part for key, part in linear.items() if "global" not in key}, False)
+        same += torch.equal(scaled.to(torch.bfloat16), value)
+    text = "its experts are ours without their global scales, which this transformers leaves out"
+    judge.say(same == len(loaded), f"{text}: {same} of {len(loaded)} matrices bit for bit")
 
 
 def keep(folder: Path, name: str, model: Path, hashes: dict) -> None:
@@ -309,12 +454,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--build", type=Path, default=Path(__file__).parents[1] / "build/release")
+    parser.add_argument("--load", type=Path, nargs=2, metavar=("MODEL", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write the checkpoints there")
     arguments = parser.parse_args()
     unknown = set(arguments.cases) - set(CASES)
     if unknown:
         parser.error(f"expected cases of {', '.join(CASES)}, found {', '.join(sorted(unknown))}")
     transformers.logging.set_verbosity_error()
+    if arguments.load:
+        return load_and_save_experts(*arguments.load)
     print(", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES))
     judge = Judge()
     for name in arguments.cases or CASES:
@@ -327,7 +475,8 @@ def main() -> int:
             quantize = quantize_by_modelopt if case.tool == "modelopt" else quantize_by_llm_compressor
             quantize(source, case.scheme, model)
             hashes = compare_weights(judge, case, model, arguments.build)
-            run_commands(judge, case, model, source, arguments.build)
+            run_commands(judge, case, model, source, arguments.build, scratch)
+            convert_and_load(judge, case, model, source, arguments.build, scratch)
             if arguments.keep:
                 keep(arguments.keep, name, model, hashes)
     shape = f"{EXPERTS},{4 * TOP_K * EXPERTS},{2 * INNER},{HIDDEN}"

@@ -34,12 +34,18 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-import transformers
-from safetensors.torch import load_file, save_file
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM
+PIP_INSTALL = "python3 -m pip install torch transformers safetensors"
+
+try:
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+    from torch.nn import functional
+    from torch.overrides import TorchFunctionMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+except ImportError as error:
+    print(f"error: {error}; install what is missing: {PIP_INSTALL}", file=sys.stderr)
+    sys.exit(2)
 
 HIDDEN, INNER, EXPERTS, TOP_K, TOKENS, VOCABULARY = 128, 96, 8, 2, 256, 64
 DEFAULT_DRIVER = Path(__file__).parents[1] / "build/release/tests/oracle_driver"

@@ -147,5 +147,50 @@ TEST(CastMxfp4, RefusesNanScales) {
   EXPECT_THROW(cast_mxfp4_to_nvfp4(mxfp4), Error);
 }
 
+/// 4 and 3 in turn, global scale 1: amax / 6 is 0.6875 in e4m3, by which they become 4.125 and 2.75; amax / 4
+/// is 1, by which they are exact. Twice that is exact too, and comes later.
+TEST(ScaleRules, TakeTheScaleWithTheSmallerError) {
+  std::array<float, 16> x;
+  for (size_t i = 0; i < x.size(); ++i) x[i] = i % 2 == 0 ? 4.0f : 3.0f;
+  for (const ScaleRule rule : {ScaleRule::kAmax, ScaleRule::kFourOverSix, ScaleRule::kMse}) {
+    std::array<uint8_t, 8> codes = {};
+    uint8_t scale = 0;
+    quantize_weight_row_nvfp4(x, 1.0f, rule, codes.data(), &scale);
+    const bool searches = rule != ScaleRule::kAmax;
+    EXPECT_EQ(scale, searches ? 0x38 : 0x33) << to_string(rule);
+    EXPECT_EQ(codes[0], searches ? 0x56 : 0x67) << to_string(rule);
+  }
+}
+
+TEST(ScaleRules, LeaveBlocksOfZerosAsModelOptWritesThem) {
+  const std::array<float, 16> zeros = {};
+  for (const ScaleRule rule : {ScaleRule::kFourOverSix, ScaleRule::kMse}) {
+    std::array<uint8_t, 8> codes;
+    codes.fill(0xFF);
+    uint8_t scale = 0;
+    quantize_weight_row_nvfp4(zeros, 1.0f, rule, codes.data(), &scale);
+    EXPECT_EQ(scale, 0x38);
+    EXPECT_EQ(codes, (std::array<uint8_t, 8>{}));
+  }
+}
+
+/// One block 18 octaves below the largest: of odd codes, which halving rounds, and of 2s, which it does not.
+TEST(Cast, CountsBeforehandWhatItWillRound) {
+  for (const uint8_t pair : {uint8_t{0x11}, uint8_t{0x44}, uint8_t{0x00}}) {
+    std::vector<uint8_t> codes(32, 0x22);
+    std::fill(codes.begin() + 16, codes.end(), pair);
+    const std::vector<uint8_t> scales = {127, 127 - 18};
+    const BlockScaledView view{QuantFormat::kMxfp4, 1, 64, {codes.data(), 1, 32}, scales.data(), 2, {}, {}};
+    CastReport done;
+    cast_mxfp4_to_nvfp4(view, &done);
+    const CastReport counted = count_cast(view, largest_mxfp4_exponent(view));
+    EXPECT_EQ(counted.blocks, done.blocks);
+    EXPECT_EQ(counted.recoded, done.recoded);
+    EXPECT_EQ(counted.inexact, done.inexact);
+    EXPECT_EQ(counted.recoded, pair != 0x00);
+    EXPECT_EQ(counted.inexact, pair == 0x11);
+  }
+}
+
 }  // namespace
 }  // namespace fourfold

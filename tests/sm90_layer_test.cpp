@@ -8,6 +8,7 @@
 #include "fourfold/error.h"
 #include "fourfold/reference.h"
 #include "random_layer.h"
+#include "sm90/fused_layer.h"
 #include "sm90/sm90_layer.h"
 #include "tools/gemmtest.h"
 #include "tools/layer_trace.h"
@@ -108,6 +109,37 @@ TEST(Sm90Layer, IsSoundForShapesOfEverySize) {
   }
 }
 
+/// Few tokens and many experts: the kernel that has both GEMMs and combine (sm90/fused_layer.h), with x
+/// staged in it or before it, more rows than a tile has, and K that no number of parts divides.
+TEST(Sm90Layer, IsSoundInOneKernel) {
+  const RandomLayerShape shapes[] = {
+      {1, 64, 64, 3, 1},     {1, 2048, 768, 9, 8}, {2, 7168, 128, 12, 3}, {3, 320, 2880, 16, 4},
+      {4, 256, 128, 64, 8},  {9, 320, 192, 60, 7}, {12, 512, 64, 80, 8},  {40, 64, 448, 128, 4},
+      {30, 64, 320, 300, 8}, {1, 16384, 64, 4, 4},
+  };
+  uint64_t salt = 250;
+  for (RandomLayerShape shape : shapes) {
+    for (const Assignment assignment :
+         {Assignment::kUniform, Assignment::kOneExpert, Assignment::kRepeated}) {
+      shape.assignment = assignment;
+      shape.biases = salt % 3 == 0 ? Biases::kAll : Biases::kNone;
+      if (salt % 4 == 0) shape.activation = {ActivationKind::kSwiglu, 1.702f, 1.0f, 3.0f};
+      for (const LayerOptions& options :
+           {options_for(ActivationFormat::kNvfp4), options_for(ActivationFormat::kBf16),
+            options_for(ActivationFormat::kNvfp4, ScalePolicy::kDynamicToken,
+                        ScalePolicy::kMaxOverExperts)}) {
+        LayerConfig config;
+        config.experts = shape.experts;
+        config.hidden = shape.hidden;
+        config.intermediate = shape.intermediate;
+        config.top_k = shape.top_k;
+        ASSERT_TRUE(sm90::can_fuse(config, options, shape.tokens * shape.top_k));
+        expect_sound(shape, options, ++salt);
+      }
+    }
+  }
+}
+
 TEST(Sm90Layer, IsSoundForEveryRouting) {
   uint64_t salt = 300;
   for (const Assignment assignment :
@@ -173,9 +205,8 @@ TEST(Sm90Layer, IsSoundForRandomCombinations) {
 }
 
 TEST(Sm90Layer, WithoutAnyRowGivesZeros) {
-  for (const int64_t tokens : {0, 5}) {
-    RandomLayerShape shape;
-    shape.tokens = tokens;
+  for (const RandomLayerShape& shape :
+       {RandomLayerShape{0}, RandomLayerShape{5}, RandomLayerShape{2, 192, 128, 40, 3}}) {
     RandomLayer layer(shape, test_seed());
     std::fill(layer.inputs.topk_ids.begin(), layer.inputs.topk_ids.end(), -1);
     const auto moe = sm90_backend().make_layer(layer.weights, layer.config, {});

@@ -75,6 +75,8 @@ class Checkpoint {
   const std::map<std::string, const Tensor*, std::less<>>& tensors() const { return tensors_; }
   /// Throws Error where one of the files was truncated, or could not be read, while mapped.
   void require_intact() const;
+  /// Gives the pages that were read back to the system, for those who go through a model layer by layer.
+  void drop_pages() const;
 
  private:
   Checkpoint() = default;
@@ -167,5 +169,13 @@ std::optional<CheckpointRouter> load_router(const Checkpoint& checkpoint, int64_
 
 /// Layers that hold experts, ascending.
 std::vector<int64_t> layers_with_experts(const Checkpoint& checkpoint);
+
+/// A model's layers, ascending, by its tensors' names: those that the index promises count, also where the
+/// file that should hold them can't be read.
+struct CheckpointLayers {
+  std::vector<int64_t> with_experts;
+  std::vector<int64_t> dense;
+};
+CheckpointLayers list_layers(const Checkpoint& checkpoint);
 
 }  // namespace fourfold

@@ -51,6 +51,9 @@ struct ExpertWeights {
 /// Throws Error, naming expert and tensor, when a shape disagrees with `hidden` and `intermediate`.
 void validate(const ExpertWeights& weights);
 
+/// Whether all matrices of the shared expert are stored as the routed experts' are. `weights` must have one.
+bool shared_is_stored_as_routed(const ExpertWeights& weights);
+
 /// The shared expert as a layer of one expert, which every token goes to. `weights` must have one.
 ExpertWeights shared_as_layer(const ExpertWeights& weights);
 

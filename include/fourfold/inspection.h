@@ -101,16 +101,16 @@ struct LayerInspection {
   std::optional<ExpertLayer> loaded;  ///< where the loader takes it; of transposed tensors expert 0 alone
 };
 
-struct InspectOptions {
-  std::vector<int64_t> layers;  ///< ascending; empty: all that hold experts
-  /// Reads every code, where otherwise a sixteenth of the codes of large models is read.
-  bool all_codes = false;
-  std::function<void(std::string_view)> progress = [](std::string_view) {};
-};
-
-/// Inspections of more code bytes than this sample them.
+/// Where the layers that are inspected hold more, kSampledOneIn of their codes is read.
 inline constexpr int64_t kMostUnsampledBytes = int64_t{4} << 30;
 inline constexpr int64_t kSampledOneIn = 16;
+
+struct InspectOptions {
+  std::vector<int64_t> layers;  ///< ascending; empty: all that hold experts
+  int64_t most_unsampled_bytes = kMostUnsampledBytes;
+  std::optional<WeightScheme> scheme;  ///< of codes of four bits, whatever names and dtypes say
+  std::function<void(std::string_view)> progress = [](std::string_view) {};
+};
 
 struct ModelInspection {
   std::vector<Finding> findings;  ///< of the model first, then by layer and kind
@@ -118,6 +118,7 @@ struct ModelInspection {
   std::vector<int64_t> expert_layers;  ///< all layers that hold experts
   std::string family;                  ///< empty: not known
   int64_t tensors = 0, bytes = 0, files = 0;
+  std::optional<WeightScheme> forced_scheme;  ///< of the options
   int64_t codes_one_in = 1;  ///< of codes and plain values, one run of rows in so many was read
   ModelConfig config;
 };

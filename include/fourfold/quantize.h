@@ -6,7 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "fourfold/block_scaled.h"
@@ -54,6 +56,23 @@ struct BlockScaledMatrix {
 /// Quantizes one row of NVFP4: `x` [cols] -> `codes` [cols/2], `scales` [cols/16]. cols % 16 == 0.
 void quantize_row_nvfp4(std::span<const float> x, float global, ScaleFloor floor, uint8_t* codes,
                         uint8_t* scales);
+
+/// How a weight's block scale is chosen, beside a given global scale g. docs/formats.md, section 1.
+enum class ScaleRule : uint8_t {
+  kAmax,         ///< s = e4m3(amax / 6 / g), as ModelOpt
+  kFourOverSix,  ///< that or e4m3(amax / 4 / g), whichever leaves the smaller squared error
+  kMse,          ///< of the e4m3 numbers up to an octave around the first, the one with the smallest
+};
+
+std::string_view to_string(ScaleRule rule);  ///< "amax", "four-over-six" or "mse"
+/// nullopt for an unknown name.
+std::optional<ScaleRule> parse_scale_rule(std::string_view name);
+
+/// Quantizes one row of weights, with ScaleFloor::kModelOpt. Shapes as quantize_row_nvfp4. Errors are sums of
+/// (x - (e2m1 * s) * g)^2 over ascending k in double, of values rounded to float32; the first candidate wins
+/// a tie.
+void quantize_weight_row_nvfp4(std::span<const float> x, float global, ScaleRule rule, uint8_t* codes,
+                               uint8_t* scales);
 
 /// `nvfp4x2`: a second term quantizes what the first one left, x - q1, with the same global scale.
 void quantize_row_nvfp4x2(std::span<const float> x, float global, uint8_t* codes, uint8_t* scales,
@@ -109,6 +128,9 @@ int largest_mxfp4_exponent(const BlockScaledView& mxfp4);
 /// and counted. `kmax` may be given to make several tensors (gate and up) share a global scale.
 BlockScaledMatrix cast_mxfp4_to_nvfp4(const BlockScaledView& mxfp4, CastReport* report = nullptr);
 BlockScaledMatrix cast_mxfp4_to_nvfp4(const BlockScaledView& mxfp4, int kmax, CastReport* report);
+
+/// What cast_mxfp4_to_nvfp4 with this kmax would count; reads codes only where scales are that small.
+CastReport count_cast(const BlockScaledView& mxfp4, int kmax);
 
 /// What a sound converter writes: MXFP4 by the lossless cast, bf16, f16 and f32 by ModelOpt's rule with
 /// amax/2688 as global scale. Throws Error for weights that are NVFP4 already.

@@ -1,6 +1,7 @@
 // safetensors files: a reader that maps the file and trusts nothing in it, and a writer.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -73,6 +74,8 @@ class SafetensorsFile {
   const Tensor* find(std::string_view name) const;
   /// Throws Error where the file was truncated, or could not be read, while mapped (docs/checkpoints.md).
   void require_intact() const;
+  /// Gives the pages that were read back to the system: for those who go through files larger than memory.
+  void drop_pages() const;
 
  private:
   explicit SafetensorsFile(const std::filesystem::path& path);
@@ -96,22 +99,28 @@ struct TensorSpec {
 /// name at finish(), whole; without it nothing is left behind. Throws Error when the system refuses to write.
 class SafetensorsWriter {
  public:
-  SafetensorsWriter(std::filesystem::path path, std::vector<TensorSpec> tensors);
+  /// `metadata`: the header's "__metadata__"; loaders for PyTorch want {"format": "pt"}.
+  SafetensorsWriter(std::filesystem::path path, std::vector<TensorSpec> tensors,
+                    const std::map<std::string, std::string>& metadata = {});
   ~SafetensorsWriter();
   SafetensorsWriter(const SafetensorsWriter&) = delete;
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
 
   /// `data` must have exactly the declared size.
   void write(std::string_view name, std::span<const std::byte> data);
-  /// Throws Error naming a tensor that was declared and not written.
+  /// A part of a tensor, from byte `offset` on. Parts may come in any order, each once.
+  void write_part(std::string_view name, int64_t offset, std::span<const std::byte> data);
+  /// Throws Error naming a tensor that was declared and not written, or in part.
   void finish();
 
  private:
   struct Slot {
     int64_t offset = 0;
     int64_t bytes = 0;
-    bool written = false;
+    std::atomic<int64_t> written = 0;
   };
+  Slot& slot_of(std::string_view name);
+
   std::filesystem::path path_;
   std::unique_ptr<PartialFile> file_;
   std::map<std::string, Slot, std::less<>> slots_;

@@ -109,6 +109,10 @@ PartialFile::~PartialFile() {
 }
 
 void PartialFile::write_at(std::span<const std::byte> data, int64_t offset) {
+  // Large files start on their way to the disk at once, not when memory is full of them or at the end.
+  constexpr size_t kLargePart = size_t{64} << 10;
+  const int64_t begin = offset;
+  const size_t size = data.size();
   while (!data.empty()) {
     const ssize_t written = pwrite(descriptor_, data.data(), data.size(), offset);
     if (written < 0 && errno == EINTR) continue;
@@ -120,6 +124,8 @@ void PartialFile::write_at(std::span<const std::byte> data, int64_t offset) {
     data = data.subspan(static_cast<size_t>(written));
     offset += written;
   }
+  if (size >= kLargePart)
+    sync_file_range(descriptor_, begin, static_cast<int64_t>(size), SYNC_FILE_RANGE_WRITE);
 }
 
 void PartialFile::commit() {

@@ -34,7 +34,7 @@ std::mutex registry_mutex;                   // of all but what the handler read
 std::atomic<void*> registrations = nullptr;  // the list's head, a MappedFile::Registration
 std::string* first_damage = nullptr;         // of mappings that are gone
 struct sigaction previous_action = {};
-uintptr_t page_size = 4096;
+const auto page_size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
 
 [[noreturn]] void fail_io(const std::filesystem::path& path, const char* action) {
   fail(ErrorCode::kIo, "{}: can't {} it: {}", path.string(), action, std::strerror(errno));
@@ -58,6 +58,18 @@ std::string damage_of(const std::string& path, int descriptor, size_t size, bool
 }
 
 }  // namespace
+
+/// Advice on the whole pages that `bytes` touch, where they belong to a mapped file: what is advised here
+/// would destroy other memory.
+void advise_mapped(std::span<const std::byte> bytes, int advice) {
+  const auto begin = reinterpret_cast<uintptr_t>(bytes.data()), end = begin + bytes.size();
+  const std::lock_guard lock(registry_mutex);
+  auto* entry = static_cast<MappedFile::Registration*>(registrations.load());
+  while (entry != nullptr && !(entry->begin <= begin && end <= entry->end)) entry = entry->next;
+  if (entry == nullptr || bytes.empty()) return;
+  const uintptr_t first = begin / page_size * page_size;
+  madvise(reinterpret_cast<void*>(first), end - first, advice);  // advice may fail
+}
 
 MappedFile::MappedFile(std::filesystem::path path) : path_(std::move(path)) {
   require_regular_file(path_);  // a pipe would block open()
@@ -119,6 +131,10 @@ void MappedFile::read_at(std::span<std::byte> out, int64_t offset) const {
   }
 }
 
+void MappedFile::drop_pages() const {
+  if (size_ > 0) madvise(data_, size_, MADV_DONTNEED);  // refused, they stay: no harm
+}
+
 void MappedFile::require_intact() const {
   if (registration_ == nullptr) return;
   const std::string damage =
@@ -127,7 +143,6 @@ void MappedFile::require_intact() const {
 }
 
 void guard_mapped_files() {
-  page_size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   struct sigaction action = {};
   action.sa_flags = SA_SIGINFO;
   // Calls what may be called at any time: loads, stores and one system call.
@@ -150,6 +165,14 @@ void guard_mapped_files() {
     sigaction(SIGBUS, &previous_action, nullptr);  // the same access faults again, for them
   };
   sigaction(SIGBUS, &action, &previous_action);
+}
+
+void prefetch_mapped(std::span<const std::byte> bytes) {
+  advise_mapped(bytes, MADV_WILLNEED);
+}
+
+void release_mapped(std::span<const std::byte> bytes) {
+  advise_mapped(bytes, MADV_DONTNEED);
 }
 
 void require_mapped_files_intact() {

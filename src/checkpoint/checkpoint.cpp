@@ -9,6 +9,7 @@
 
 #include "base/fail.h"
 #include "base/files.h"
+#include "checkpoint/model_directory.h"
 #include "checkpoint/quantization_claim.h"
 #include "checkpoint/strict_json.h"
 
@@ -17,8 +18,6 @@ namespace {
 
 constexpr int64_t kMaxJsonBytes = 100'000'000;
 constexpr size_t kMaxNameBytes = 255;  // of a file, on every file system that matters
-constexpr const char* kIndexName = "model.safetensors.index.json";
-constexpr const char* kSingleName = "model.safetensors";
 
 /// Whether something of that name is there, be it a link to nowhere: what can't be looked at is an error, not
 /// absence.
@@ -33,25 +32,6 @@ bool file_exists(const std::filesystem::path& path) {
 bool lies_in(const std::filesystem::path& file, const std::filesystem::path& folder) {
   const auto [rest, end] = std::mismatch(folder.begin(), folder.end(), file.begin(), file.end());
   return rest == folder.end();
-}
-
-/// Refuses a shard that is a symbolic link out of `directory`: whoever wrote a downloaded folder decides what
-/// is opened otherwise. The cache of Hugging Face, snapshots/REVISION/ beside blobs/, is made of such links.
-void require_no_way_out(const std::filesystem::path& directory, const std::string& shard,
-                        const std::string& index) {
-  std::error_code error;
-  if (!std::filesystem::is_symlink(directory / shard, error)) return;
-  const auto target = std::filesystem::canonical(directory / shard, error);
-  if (error) return;  // a link to nothing, or to itself: what opens it says so
-  const auto folder = std::filesystem::canonical(directory, error);
-  if (!error && lies_in(target, folder)) return;
-  const bool is_snapshot = folder.parent_path().filename() == "snapshots";
-  if (is_snapshot && lies_in(target, folder.parent_path().parent_path() / "blobs")) return;
-  fail(
-      ErrorCode::kBadFile,
-      "{}: shard '{}': expected a file in this directory, found a symbolic link to {}; copy it here, or open "
-      "the directory that it is in",
-      index, shard, target.string());
 }
 
 nlohmann::json read_json_object(const std::filesystem::path& path) {
@@ -94,6 +74,32 @@ std::string string_in(const nlohmann::json& object, const char* key) {
 }
 
 }  // namespace
+
+void require_no_way_out(const std::filesystem::path& directory, const std::string& shard,
+                        const std::string& index) {
+  std::error_code error;
+  if (!std::filesystem::is_symlink(directory / shard, error)) return;
+  const auto target = std::filesystem::canonical(directory / shard, error);
+  if (error) return;  // a link to nothing, or to itself: what opens it says so
+  const auto folder = std::filesystem::canonical(directory, error);
+  if (!error && lies_in(target, folder)) return;
+  const bool is_snapshot = folder.parent_path().filename() == "snapshots";
+  if (is_snapshot && lies_in(target, folder.parent_path().parent_path() / "blobs")) return;
+  fail(
+      ErrorCode::kBadFile,
+      "{}: shard '{}': expected a file in this directory, found a symbolic link to {}; copy it here, or open "
+      "the directory that it is in",
+      index, shard, target.string());
+}
+
+void require_apart(const std::filesystem::path& source, const std::filesystem::path& target,
+                   const std::string& name) {
+  std::error_code error;
+  auto from = std::filesystem::weakly_canonical(source, error);
+  if (!from.has_filename()) from = from.parent_path();  // "a/" is "a"
+  if (lies_in(std::filesystem::weakly_canonical(target, error), from))
+    reject("DST", "a directory outside of " + name, target.string());
+}
 
 std::shared_ptr<const Checkpoint> Checkpoint::open(const std::filesystem::path& path) {
   return open_any(path, nullptr);
@@ -266,6 +272,10 @@ void Checkpoint::read_config() {
 
 void Checkpoint::require_intact() const {
   for (const auto& file : files_) file->require_intact();
+}
+
+void Checkpoint::drop_pages() const {
+  for (const auto& file : files_) file->drop_pages();
 }
 
 const Tensor* Checkpoint::find(std::string_view name) const {

@@ -14,7 +14,8 @@ constexpr int64_t kMaxExperts = 65536;
 /// Values of a block of gpt-oss's MXFP4, and the bytes that hold them.
 constexpr int64_t kMxfp4Block = 32, kMxfp4BlockBytes = 16;
 
-/// `source` [rows, cols] of elements of `size` bytes -> [cols, rows], in tiles that stay in the cache.
+}  // namespace
+
 void transpose(const std::byte* source, int64_t rows, int64_t cols, int64_t size, std::byte* out) {
   constexpr int64_t kTile = 64;
 #pragma omp parallel for schedule(static)
@@ -29,8 +30,6 @@ void transpose(const std::byte* source, int64_t rows, int64_t cols, int64_t size
     }
   }
 }
-
-}  // namespace
 
 FusedReader::FusedReader(const Checkpoint& checkpoint, std::string name, std::optional<WeightScheme> scheme)
     : checkpoint_(checkpoint), name_(std::move(name)), scheme_(scheme) {

@@ -174,7 +174,7 @@ class ModelInspector {
     std::vector<Finding> of_layers;
     for (size_t i = 0; i < layers_.size(); ++i) {
       options_.progress(fmt::format("layer {}: {} of {}", layers_[i], i + 1, layers_.size()));
-      const LayerSurvey survey = survey_layer(*checkpoint_, layers_[i]);
+      const LayerSurvey survey = survey_layer(*checkpoint_, layers_[i], options_.scheme);
       if (!config_is_damaged_) config_rules.compare(survey, scheme_of(survey, false));
       inspect_layer(survey, of_layers);
     }
@@ -204,6 +204,7 @@ class ModelInspector {
 
   void describe_model() {
     result_.config = checkpoint_->config();
+    result_.forced_scheme = options_.scheme;
     result_.family = family_name(checkpoint_->config());
     result_.tensors = static_cast<int64_t>(checkpoint_->tensors().size());
     std::set<std::string_view> files;
@@ -235,7 +236,7 @@ class ModelInspector {
         bytes += tensor->bytes;
       }
     }
-    result_.codes_one_in = options_.all_codes || bytes <= kMostUnsampledBytes ? 1 : kSampledOneIn;
+    result_.codes_one_in = bytes <= options_.most_unsampled_bytes ? 1 : kSampledOneIn;
   }
 
   void find_rules() {
@@ -380,7 +381,14 @@ class ModelInspector {
       // Of transposed tensors the loader makes copies: one expert tells as much.
       const std::vector<int64_t> experts =
           survey.is_transposed ? std::vector<int64_t>{0} : std::vector<int64_t>{};
-      ExpertLayer loaded = load_experts(checkpoint_, survey.layer, experts);
+      // Layers of no four-bit codes have no use for a scheme, and the loader refuses it.
+      const bool has_codes =
+          std::any_of(survey.matrices.begin(), survey.matrices.end(), [](const SurveyedMatrix& matrix) {
+            return !matrix.slices.empty() &&
+                   std::holds_alternative<BlockScaledView>(matrix.slices.front().weight);
+          });
+      ExpertLayer loaded = load_experts(checkpoint_, survey.layer, experts, {},
+                                        has_codes ? options_.scheme : std::optional<WeightScheme>());
       if (rules_) layer_config(loaded, *rules_);
       layer.loaded = std::move(loaded);
     } catch (const Error& error) {

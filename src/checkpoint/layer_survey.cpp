@@ -37,7 +37,8 @@ int64_t most_frequent(const std::map<int64_t, int64_t>& votes) {
 
 class LayerSurveyor {
  public:
-  LayerSurveyor(const Checkpoint& checkpoint, int64_t layer) : checkpoint_(checkpoint) {
+  LayerSurveyor(const Checkpoint& checkpoint, int64_t layer, std::optional<WeightScheme> scheme)
+      : checkpoint_(checkpoint), scheme_(scheme) {
     survey_.layer = layer;
     survey_.block = find_block(checkpoint, layer);
   }
@@ -171,7 +172,7 @@ class LayerSurveyor {
 
   void read_linear(SurveyedMatrix& matrix) {
     if (lost_under(matrix.name + ".") > 0) return;  // the damaged file is a finding of its own
-    const LinearReader reader(checkpoint_, matrix.name);
+    const LinearReader reader(checkpoint_, matrix.name, scheme_);
     if (!reader.exists()) {
       add(FindingKind::kMissingTensor, matrix.name + ".weight", "none, and its sibling matrices are there",
           "is a shard missing? download or convert again");
@@ -252,7 +253,7 @@ class LayerSurveyor {
     } catch (const Error& error) {
       if (survey_.findings.size() > before) return;
       Finding finding = finding_of(error, checkpoint_, survey_.layer, kind);
-      const std::string missing = missing_tensor(matrix);
+      const std::string missing = missing_tensor(matrix, scheme_);
       if (!missing.empty()) {
         finding.kind = FindingKind::kMissingTensor;
         finding.tensor = missing;
@@ -266,11 +267,12 @@ class LayerSurveyor {
   }
 
   /// The tensor that a 4-bit matrix lacks; empty where it is something else that its reader refuses.
-  static std::string missing_tensor(const SurveyedMatrix& matrix) {
+  static std::string missing_tensor(const SurveyedMatrix& matrix, std::optional<WeightScheme> scheme) {
     if (matrix.weight == nullptr) return matrix.name + ".weight";
     const bool is_fp4 = matrix.weight->dtype == DType::kU8 || matrix.weight->dtype == DType::kI8;
     if (is_fp4 && matrix.scales == nullptr) return matrix.name + ".weight_scale";
-    const bool is_nvfp4 = is_fp4 && matrix.scales->dtype == DType::kF8E4m3;
+    const bool has_nvfp4_scales = is_fp4 && matrix.scales->dtype == DType::kF8E4m3;
+    const bool is_nvfp4 = is_fp4 && scheme ? scheme != WeightScheme::kMxfp4 : has_nvfp4_scales;
     return is_nvfp4 && matrix.global == nullptr ? matrix.name + ".weight_scale_2" : "";
   }
 
@@ -331,7 +333,7 @@ class LayerSurveyor {
   std::optional<FusedReader> open_fused(const std::string& name) {
     if (lost_under(name) > 0) return std::nullopt;
     try {
-      return FusedReader(checkpoint_, name);
+      return FusedReader(checkpoint_, name, scheme_);
     } catch (const Error& error) {
       Finding finding = finding_of(error, checkpoint_, survey_.layer, FindingKind::kBadTensor);
       if (finding.tensor.empty()) {
@@ -364,7 +366,7 @@ class LayerSurveyor {
       add_4bit_slices(matrix, is_mxfp4 ? QuantFormat::kMxfp4 : QuantFormat::kNvfp4);
     }
     if (matrix.input_scale != nullptr && is_one_or_each(*matrix.input_scale))
-      matrix.input_scales = floats_of(*matrix.input_scale);
+      matrix.input_scales = multipliers_of(*matrix.input_scale);
     survey_.matrices.push_back(std::move(matrix));
   }
 
@@ -385,7 +387,8 @@ class LayerSurveyor {
     const std::vector<int64_t> expected =
         transposed ? std::vector{weight.shape[0], weight.shape[1] / 8, weight.shape[2]}
                    : std::vector{weight.shape[0], weight.shape[1], weight.shape[2] / 8};
-    if (matrix.scales->dtype != DType::kF8E4m3 || matrix.scales->shape != expected || matrix.cols % 16 != 0) {
+    if (!is_scale_type(matrix.scales->dtype, ScaleType::kE4m3, scheme_.has_value()) ||
+        matrix.scales->shape != expected || matrix.cols % 16 != 0) {
       add(FindingKind::kBadTensor, matrix.scales->name,
           fmt::format("{}, expected F8_E4M3 [{}]", matrix.scales->describe(), fmt::join(expected, ", ")),
           kConvertAgain);
@@ -398,8 +401,17 @@ class LayerSurveyor {
     }
     if (!is_one_or_each(*matrix.global)) return false;
     check_scales(*matrix.global, "global scale");
-    matrix.globals = floats_of(*matrix.global);
+    matrix.globals = multipliers_of(*matrix.global);
     return true;
+  }
+
+  /// Scalars of fused tensors multiply, unless the caller says otherwise.
+  std::vector<float> multipliers_of(const Tensor& tensor) const {
+    std::vector<float> values = floats_of(tensor);
+    if (scheme_ == WeightScheme::kCompressedTensors) {
+      for (float& value : values) value = 1.0f / value;
+    }
+    return values;
   }
 
   bool is_one_or_each(const Tensor& tensor) {
@@ -459,13 +471,23 @@ class LayerSurveyor {
   }
 
   const Checkpoint& checkpoint_;
+  std::optional<WeightScheme> scheme_;
   LayerSurvey survey_;
 };
 
 }  // namespace
 
-LayerSurvey survey_layer(const Checkpoint& checkpoint, int64_t layer) {
-  return LayerSurveyor(checkpoint, layer).run();
+bool stays_fused(const Checkpoint& checkpoint, const LayerSurvey& survey) {
+  const std::string prefix = survey.block.prefix + std::string(kExperts);
+  return survey.is_fused &&
+         (survey.is_transposed || checkpoint.find(prefix + "gate_up_proj_bias") != nullptr ||
+          checkpoint.find(prefix + "down_proj_bias") != nullptr ||
+          checkpoint.find(prefix + "gate_up_proj_blocks") != nullptr ||
+          fused_gate_up_order(checkpoint.config()) == GateUpOrder::kInterleaved);
+}
+
+LayerSurvey survey_layer(const Checkpoint& checkpoint, int64_t layer, std::optional<WeightScheme> scheme) {
+  return LayerSurveyor(checkpoint, layer, scheme).run();
 }
 
 }  // namespace fourfold

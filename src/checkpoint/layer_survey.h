@@ -53,8 +53,12 @@ struct LayerSurvey {
   std::vector<Finding> findings;
 };
 
-/// Looks at names, types, shapes and scalars of `layer`; reads no codes. Throws Error where it has no
-/// experts.
-LayerSurvey survey_layer(const Checkpoint& checkpoint, int64_t layer);
+/// Looks at names, types, shapes and scalars of `layer`; reads no codes. `scheme`: how to read codes of four
+/// bits, instead of what names and dtypes say. Throws Error where it has no experts.
+LayerSurvey survey_layer(const Checkpoint& checkpoint, int64_t layer, std::optional<WeightScheme> scheme);
+
+/// Whether the experts of `survey` have no names one by one in NVFP4: what is stored transposed, interleaved
+/// or with biases in one tensor goes on as one.
+bool stays_fused(const Checkpoint& checkpoint, const LayerSurvey& survey);
 
 }  // namespace fourfold

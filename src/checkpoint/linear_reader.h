@@ -122,6 +122,9 @@ class FusedReader {
   const Tensor* scales_ = nullptr;  // likewise
 };
 
+/// `source` [rows, cols] of elements of `size` bytes -> `out` [cols, rows], in tiles that stay in the cache.
+void transpose(const std::byte* source, int64_t rows, int64_t cols, int64_t size, std::byte* out);
+
 /// Rows first, first + step, ... of `weight`, `count` of them; a view of the same memory.
 WeightView take_rows(const WeightView& weight, int64_t first, int64_t count, int64_t step);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <map>
 #include <set>
 
 #include "base/fail.h"
@@ -65,23 +66,52 @@ MoeBlock find_block(const Checkpoint& checkpoint, int64_t layer) {
                       : fmt::format("experts in layers {}", fmt::join(others, ", ")));
 }
 
+namespace {
+
+struct LayerOfTensor {
+  int64_t layer = 0;
+  bool is_of_expert = false;
+};
+
+/// nullopt for tensors outside of layers.
+std::optional<LayerOfTensor> layer_of(std::string_view name) {
+  for (const std::string_view before : kBeforeLayer) {
+    if (!name.starts_with(before)) continue;
+    const std::string_view rest = name.substr(before.size());
+    const auto layer = leading_number(rest, '.');
+    if (!layer) continue;
+    const std::string_view in_layer = rest.substr(rest.find('.'));
+    const bool is_of_expert =
+        std::any_of(kBlockNames.begin(), kBlockNames.end(), [&](const BlockNames& names) {
+          return in_layer.starts_with(names.block) &&
+                 in_layer.substr(names.block.size()).starts_with(kExperts);
+        });
+    return LayerOfTensor{*layer, is_of_expert};
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
 std::vector<int64_t> layers_with_experts(const Checkpoint& checkpoint) {
   std::set<int64_t> layers;
   for (const auto& [name, tensor] : checkpoint.tensors()) {
-    for (const std::string_view before : kBeforeLayer) {
-      if (!name.starts_with(before)) continue;
-      const std::string_view rest = std::string_view(name).substr(before.size());
-      const auto layer = leading_number(rest, '.');
-      if (!layer) continue;
-      for (const BlockNames& names : kBlockNames) {
-        const std::string_view in_layer = rest.substr(rest.find('.'));
-        if (in_layer.starts_with(names.block) && in_layer.substr(names.block.size()).starts_with(kExperts)) {
-          layers.insert(*layer);
-        }
-      }
-    }
+    const auto of = layer_of(name);
+    if (of && of->is_of_expert) layers.insert(of->layer);
   }
   return {layers.begin(), layers.end()};
+}
+
+CheckpointLayers list_layers(const Checkpoint& checkpoint) {
+  std::map<int64_t, bool> has_experts;
+  const auto add = [&](std::string_view name) {
+    if (const auto of = layer_of(name)) has_experts[of->layer] |= of->is_of_expert;
+  };
+  for (const auto& [name, tensor] : checkpoint.tensors()) add(name);
+  for (const std::string& name : checkpoint.lost()) add(name);
+  CheckpointLayers layers;
+  for (const auto& [layer, with] : has_experts) (with ? layers.with_experts : layers.dense).push_back(layer);
+  return layers;
 }
 
 }  // namespace fourfold

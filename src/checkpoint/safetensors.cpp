@@ -239,6 +239,10 @@ void SafetensorsFile::require_intact() const {
   file_->require_intact();
 }
 
+void SafetensorsFile::drop_pages() const {
+  file_->drop_pages();
+}
+
 const Tensor* SafetensorsFile::find(std::string_view name) const {
   const auto it = tensors_.find(name);
   return it == tensors_.end() ? nullptr : &it->second;
@@ -268,9 +272,11 @@ int64_t TensorSpec::bytes() const {
   return bits / 8;
 }
 
-SafetensorsWriter::SafetensorsWriter(std::filesystem::path path, std::vector<TensorSpec> tensors)
+SafetensorsWriter::SafetensorsWriter(std::filesystem::path path, std::vector<TensorSpec> tensors,
+                                     const std::map<std::string, std::string>& metadata)
     : path_(std::move(path)) {
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
+  if (!metadata.empty()) header["__metadata__"] = metadata;
   int64_t offset = 0;
   for (const TensorSpec& tensor : tensors) {
     const int64_t bytes = tensor.bytes();
@@ -281,9 +287,12 @@ SafetensorsWriter::SafetensorsWriter(std::filesystem::path path, std::vector<Ten
     }
     header[tensor.name] = {
         {"dtype", to_string(tensor.dtype)}, {"shape", tensor.shape}, {"data_offsets", {begin, offset}}};
-    if (!slots_.emplace(tensor.name, Slot{begin, bytes, false}).second) {
+    const auto [slot, is_new] = slots_.try_emplace(tensor.name);
+    if (!is_new) {
       fail(ErrorCode::kInvalidArgument, "{}: tensor '{}' is declared twice", path_.string(), tensor.name);
     }
+    slot->second.offset = begin;
+    slot->second.bytes = bytes;
   }
   std::string text = header.dump();
   text.resize((text.size() + 7) / 8 * 8, ' ');  // data starts at a multiple of 8
@@ -297,24 +306,38 @@ SafetensorsWriter::SafetensorsWriter(std::filesystem::path path, std::vector<Ten
 
 SafetensorsWriter::~SafetensorsWriter() = default;
 
-void SafetensorsWriter::write(std::string_view name, std::span<const std::byte> data) {
+SafetensorsWriter::Slot& SafetensorsWriter::slot_of(std::string_view name) {
   const auto it = slots_.find(name);
-  if (it == slots_.end()) {
-    fail(ErrorCode::kInvalidArgument, "{}: tensor '{}' was not declared", path_.string(), name);
-  }
-  Slot& slot = it->second;
+  if (it != slots_.end()) return it->second;
+  fail(ErrorCode::kInvalidArgument, "{}: tensor '{}' was not declared", path_.string(), name);
+}
+
+void SafetensorsWriter::write(std::string_view name, std::span<const std::byte> data) {
+  Slot& slot = slot_of(name);
   if (static_cast<int64_t>(data.size()) != slot.bytes) {
     fail(ErrorCode::kInvalidArgument, "{}: tensor '{}': expected {} bytes, found {}", path_.string(), name,
          slot.bytes, data.size());
   }
   file_->write_at(data, slot.offset);
-  slot.written = true;
+  slot.written = slot.bytes;
+}
+
+void SafetensorsWriter::write_part(std::string_view name, int64_t offset, std::span<const std::byte> data) {
+  Slot& slot = slot_of(name);
+  const auto bytes = static_cast<int64_t>(data.size());
+  if (offset < 0 || bytes > slot.bytes || offset > slot.bytes - bytes) {
+    fail(ErrorCode::kInvalidArgument, "{}: tensor '{}': expected a part of {} bytes, found {} from {} on",
+         path_.string(), name, slot.bytes, bytes, offset);
+  }
+  file_->write_at(data, slot.offset + offset);
+  slot.written += bytes;
 }
 
 void SafetensorsWriter::finish() {
   for (const auto& [name, slot] : slots_) {
-    if (!slot.written && slot.bytes > 0) {
-      fail(ErrorCode::kInvalidArgument, "{}: tensor '{}' was declared and not written", path_.string(), name);
+    if (slot.written != slot.bytes) {
+      fail(ErrorCode::kInvalidArgument, "{}: tensor '{}' was declared and not written{}", path_.string(),
+           name, slot.written > 0 ? ", but in part" : "");
     }
   }
   file_->commit();

@@ -3,79 +3,23 @@
 #include <string>
 
 #include "cuda/combine.h"
+#include "cuda/combine_row.cuh"
 #include "cuda/launch.cuh"
 
 namespace fourfold::cuda {
 namespace {
 
-constexpr int kColumns = 8;  // a 16-byte load of bf16
 constexpr int kThreads = 128;
-constexpr int kSlotsAtOnce = 8;                  // loads in flight; sums still run over k in order
 constexpr unsigned kMostTokenBlocks = 1u << 20;  // more tokens are taken in turn
 
 struct Params {
-  const Bf16* z;
-  int64_t z_stride;
-  const int32_t* row_of_slot;
-  const float* weights;  // null: all 1
-  int64_t weight_stride;
+  SlotRows slots;
   const Bf16* shared_z;  // null: no shared expert
   int64_t shared_stride;
   const float* shared_weights;  // null: all 1
-  int32_t top_k, columns;       // columns in eights
+  int32_t columns;              // in eights
   int64_t tokens;
 };
-
-__device__ void store_row(float* y, const float (&sums)[kColumns]) {
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) y[i] = sums[i];
-}
-
-__device__ void store_row(Bf16* y, const float (&sums)[kColumns]) {
-  if (reinterpret_cast<uintptr_t>(y) % 16 != 0) {
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) y[i] = encode_bf16(sums[i]);
-    return;
-  }
-  uint32_t words[kColumns / 2];
-#pragma unroll
-  for (int i = 0; i < kColumns / 2; ++i) {
-    words[i] = encode_bf16(sums[2 * i]).bits | uint32_t{encode_bf16(sums[2 * i + 1]).bits} << 16;
-  }
-  *reinterpret_cast<uint4*>(y) = make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-__device__ uint4 load_eight(const Bf16* row, int32_t column) {
-  return *reinterpret_cast<const uint4*>(row + int64_t{column} * kColumns);
-}
-
-__device__ void add_weighted(const uint4& words, float weight, float (&sums)[kColumns]) {
-  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int pair = 0; pair < 4; ++pair) {
-    const float low = float_from_bits(word[pair] << 16), high = float_from_bits(word[pair] & 0xFFFF0000u);
-    sums[2 * pair] = __fadd_rn(sums[2 * pair], __fmul_rn(weight, low));
-    sums[2 * pair + 1] = __fadd_rn(sums[2 * pair + 1], __fmul_rn(weight, high));
-  }
-}
-
-/// Slots [first, first + kSlotsAtOnce) of a token, as far as there are.
-__device__ void add_slots(const Params& p, int64_t token, int32_t first, int32_t column,
-                          float (&sums)[kColumns]) {
-  uint4 words[kSlotsAtOnce];
-  int32_t rows[kSlotsAtOnce];
-#pragma unroll
-  for (int i = 0; i < kSlotsAtOnce; ++i) {
-    rows[i] = first + i < p.top_k ? p.row_of_slot[token * p.top_k + first + i] : -1;
-    if (rows[i] >= 0) words[i] = load_eight(p.z + rows[i] * p.z_stride, column);
-  }
-#pragma unroll
-  for (int i = 0; i < kSlotsAtOnce; ++i) {
-    if (rows[i] < 0) continue;
-    add_weighted(words[i], p.weights != nullptr ? p.weights[token * p.weight_stride + first + i] : 1.0f,
-                 sums);
-  }
-}
 
 template <class Out>
 __global__ void __launch_bounds__(kThreads)
@@ -85,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
   if (column >= p.columns) return;
   for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
     float sums[kColumns] = {};
-    for (int32_t first = 0; first < p.top_k; first += kSlotsAtOnce) add_slots(p, token, first, column, sums);
+    add_slots<8>(p.slots, token, column, sums);
     if (p.shared_z != nullptr) {
       const float weight = p.shared_weights != nullptr ? p.shared_weights[token] : 1.0f;
       add_weighted(load_eight(p.shared_z + token * p.shared_stride, column), weight, sums);
@@ -130,17 +74,14 @@ void combine(const CombineArgs& args, void* stream) {
         "combine: z: expected H and stride in multiples of 8 and a 16-byte aligned address, found H " +
             std::to_string(hidden) + ", stride " + std::to_string(args.z.stride));
   }
-  const Params params{args.z.data,
-                      args.z.stride,
-                      args.row_of_slot,
-                      args.weight_on_input ? nullptr : args.topk_weights.data,
-                      args.topk_weights.stride,
-                      args.shared_z.data,
-                      args.shared_z.stride,
-                      args.shared_weights,
-                      static_cast<int32_t>(args.topk_weights.cols),
-                      static_cast<int32_t>(hidden / kColumns),
-                      tokens};
+  const Params params{
+      {args.z.data, args.z.stride, args.row_of_slot, args.weight_on_input ? nullptr : args.topk_weights.data,
+       args.topk_weights.stride, static_cast<int32_t>(args.topk_weights.cols)},
+      args.shared_z.data,
+      args.shared_z.stride,
+      args.shared_weights,
+      static_cast<int32_t>(hidden / kColumns),
+      tokens};
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tokens, kMostTokenBlocks)),
                   static_cast<unsigned>((params.columns + kThreads - 1) / kThreads));
   std::visit(

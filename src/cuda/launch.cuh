@@ -2,7 +2,8 @@
 //
 // Rule of this room: a kernel launched here calls start_after_previous() before it reads or writes anything,
 // in every thread. It then sees all that earlier kernels of the stream wrote, however long their chain; what
-// it saves is the time of its launch.
+// it saves is the time of its launch. The one
+// exception, sm90/fused_layer.cu, says what it reads before.
 #pragma once
 
 #include <cuda_runtime.h>

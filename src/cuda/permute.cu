@@ -4,6 +4,7 @@
 // the same expert find each other by match.any, so that a slot's rank is the number of equal slots before it
 // in the chunk, which no schedule can change. Ranks become rows by adding, for every (chunk, expert), the
 // rows of earlier experts and of earlier chunks:
+//   a handful    one block of which a warp has a slot a lane, and no table
 //   few slots    one block; the table of (chunk, expert) counts is in shared memory
 //   many slots   count_slots fills the table in global memory, sum_chunks turns its columns into prefix sums,
 //                place_slots writes rows
@@ -50,7 +51,17 @@ struct Outputs {
   int32_t* slot_of_row;
   int32_t* row_of_slot;
   int32_t* status;
+  int32_t* cleared;
+  int32_t cleared_words;
 };
+
+/// By one block.
+__device__ void clear_words(const Outputs& out) {
+  for (auto i = static_cast<int32_t>(threadIdx.x); i < out.cleared_words;
+       i += static_cast<int32_t>(blockDim.x)) {
+    out.cleared[i] = 0;
+  }
+}
 
 __device__ int lane_id() {
   return static_cast<int>(threadIdx.x % 32);
@@ -116,6 +127,7 @@ __global__ void __launch_bounds__(kFewThreads)
   int32_t* offsets = shared + chunks * ids.experts;
   const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
   for (int32_t i = thread; i < chunks * ids.experts; i += kFewThreads) counts[i] = 0;
+  clear_words(out);
   __syncthreads();
 
   const int32_t first = warp * chunk_slots, end = min(first + chunk_slots, ids.slots);
@@ -128,6 +140,39 @@ __global__ void __launch_bounds__(kFewThreads)
   block_exclusive_offsets(offsets + 1, ids.experts, offsets);
   for (int32_t i = thread; i <= ids.experts; i += kFewThreads) out.group_offsets[i] = offsets[i];
   if (warp < chunks) place_chunk(ids, first, end, offsets, counts + warp * ids.experts, out);
+}
+
+/// One block, for no more slots than a warp has lanes: whoever wants to know how many slots have an expert
+/// below his counts them, so that there is no scan.
+template <class Id>
+__global__ void __launch_bounds__(kFewThreads) permute_handful(Ids<Id> ids, Outputs out) {
+  __shared__ int32_t experts[kSlotsAtOnce];
+  start_after_previous();
+  clear_words(out);
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  int32_t expert = -1;
+  if (thread < kSlotsAtOnce) {
+    bool bad = false;
+    if (thread < ids.slots) expert = ids.expert_of(thread, bad);
+    experts[thread] = expert >= 0 ? expert : ids.experts;  // behind all others
+    if (__any_sync(~0u, bad) && out.status != nullptr && thread == 0) {
+      atomicOr(out.status, kStatusExpertOutOfRange);
+    }
+  }
+  __syncthreads();
+  const auto slots_below = [&](int32_t limit) {
+    int32_t below = 0;
+#pragma unroll
+    for (const int32_t other : experts) below += other < limit ? 1 : 0;
+    return below;
+  };
+  for (int32_t e = thread; e <= ids.experts; e += kFewThreads) out.group_offsets[e] = slots_below(e);
+  if (thread >= kSlotsAtOnce) return;
+  const unsigned peers = __match_any_sync(~0u, expert);
+  if (thread >= ids.slots) return;
+  const int32_t row = expert < 0 ? -1 : slots_below(expert) + __popc(peers & ((1u << thread) - 1u));
+  out.row_of_slot[thread] = row;
+  if (row >= 0) out.slot_of_row[row] = thread;
 }
 
 template <class Id>
@@ -180,6 +225,7 @@ __global__ void place_slots(Ids<Id> ids, int32_t chunk_slots, int32_t chunks, in
   start_after_previous();
   block_exclusive_offsets(totals, ids.experts, offsets);
   if (blockIdx.x == 0) {
+    clear_words(out);
     for (auto i = static_cast<int32_t>(threadIdx.x); i <= ids.experts; i += kWarpsPerBlock * 32) {
       out.group_offsets[i] = offsets[i];
     }
@@ -217,6 +263,9 @@ bool fits_one_block(int64_t slots, int64_t experts) {
 
 template <class Id>
 void launch(const Ids<Id>& ids, const Outputs& out, std::span<std::byte> scratch, cudaStream_t stream) {
+  if (ids.slots <= kSlotsAtOnce) {
+    return launch_after_previous("permute_handful", permute_handful<Id>, 1, kFewThreads, 0, stream, ids, out);
+  }
   if (fits_one_block(ids.slots, ids.experts)) {
     const Chunks chunks = cut(ids.slots, kFewThreads / 32);
     return launch_after_previous("permute_few", permute_few<Id>, 1, kFewThreads,
@@ -266,8 +315,9 @@ void permute(const PermuteArgs& args, void* stream) {
            static_cast<int64_t>(args.scratch.size()));
   }
   const std::span<const int32_t> local = args.routing.local_experts;
-  const Outputs out{args.out.group_offsets.data(), args.out.slot_of_row.data(), args.out.row_of_slot.data(),
-                    args.status};
+  const Outputs out{args.out.group_offsets.data(), args.out.slot_of_row.data(),
+                    args.out.row_of_slot.data(),   args.status,
+                    args.cleared.data(),           static_cast<int32_t>(args.cleared.size())};
   std::visit(
       [&](const auto& ids) {
         using Id = std::remove_const_t<std::remove_pointer_t<decltype(ids.data)>>;

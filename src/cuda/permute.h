@@ -18,6 +18,8 @@ struct PermuteArgs {
   PermutationView out;                ///< [E+1], room for [T*K] and [T*K]
   int32_t* status = nullptr;          ///< bits are or-ed in; may be null
   std::span<std::byte> scratch = {};  ///< permute_scratch_bytes()
+  /// Set to zero beside: counters of the kernels that follow.
+  std::span<int32_t> cleared = {};
 };
 
 /// Scratch for `slots` slots or fewer.

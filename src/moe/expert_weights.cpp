@@ -130,6 +130,13 @@ void validate(const ExpertWeights& weights) {
   }
 }
 
+bool shared_is_stored_as_routed(const ExpertWeights& weights) {
+  const Expert& shared = weights.shared->expert;
+  const std::string_view routed = format_name(weights.experts.front().up);
+  return format_name(shared.up) == routed && format_name(shared.down) == routed &&
+         (!shared.has_gate() || format_name(shared.gate) == routed);
+}
+
 ExpertWeights shared_as_layer(const ExpertWeights& weights) {
   const SharedExpert& shared = weights.shared.value();
   return {weights.hidden, shared.intermediate, {shared.expert}, std::nullopt, weights.storage};

@@ -268,6 +268,26 @@ BlockScaledMatrix cast_mxfp4_to_nvfp4(const BlockScaledView& mxfp4, int kmax, Ca
   return nvfp4;
 }
 
+CastReport count_cast(const BlockScaledView& mxfp4, int kmax) {
+  require_mxfp4(mxfp4);
+  CastReport counts;
+  counts.blocks = mxfp4.rows * mxfp4.blocks_per_row();
+  if (kmax == kNoExponent) return counts;
+  constexpr int kMostExact = 17;  // 2^8 to 2^-9
+  std::array<uint8_t, kMxfp4Block / 2> recoded;
+  for (int64_t row = 0; row < mxfp4.rows; ++row) {
+    for (int64_t block = 0; block < mxfp4.blocks_per_row(); ++block) {
+      const int distance = kmax - (mxfp4.scale_code(row, block) - kE8m0Bias);
+      if (distance <= kMostExact) continue;
+      const uint8_t* codes = mxfp4.codes.row(row) + block * kMxfp4Block / 2;
+      if (!holds_nonzero_code(codes, kMxfp4Block / 2)) continue;
+      ++counts.recoded;
+      counts.inexact += recode_block(codes, distance - kMostExact, recoded.data());
+    }
+  }
+  return counts;
+}
+
 BlockScaledMatrix convert_to_nvfp4(const WeightView& weight, CastReport* report) {
   if (const auto* blocks = std::get_if<BlockScaledView>(&weight)) return cast_mxfp4_to_nvfp4(*blocks, report);
   const std::vector<float> values = dequantize(weight);

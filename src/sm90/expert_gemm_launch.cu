@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/check.cuh"
+#include "cuda/device.h"
 #include "sm90/activate_rows.h"
 #include "sm90/expert_gemm.h"
 #include "sm90/expert_gemm_checks.h"
@@ -54,14 +55,6 @@ CUtensorMap token_map(MatrixView<const Bf16> tokens, int box_rows, int box_units
                                         std::to_string(static_cast<int>(result)));
   }
   return map;
-}
-
-int multiprocessors() {
-  int device = 0, count = 0;
-  cuda::check(cudaGetDevice(&device), "cudaGetDevice");
-  cuda::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-              "cudaDeviceGetAttribute");
-  return count;
 }
 
 GemmKernelArgs kernel_args(const ExpertGemm& args) {
@@ -115,7 +108,7 @@ void launch_expert_gemm(const ExpertGemm& args, void* stream) {
   launch.terms = args.tokens[1].empty() ? 1 : 2;
   launch.paired = args.weights.order == RowOrder::kGateUpPaired;
   launch.overlap_previous = args.overlap_previous;
-  launch.multiprocessors = multiprocessors();
+  launch.multiprocessors = cuda::multiprocessor_count();
   launch.stream = static_cast<cudaStream_t>(stream);
   launch.maps.stage_in_a_box = shape.depth_parts > 1 && args.weights.depth % kUnitDepth == 0;
   for (int term = 0; term < launch.terms; ++term) {
@@ -141,9 +134,7 @@ void launch_expert_gemm(const ExpertGemm& args, void* stream) {
     launch.args.requantize_scales = args.requantize.expert_scales;
     launch.args.residual = args.requantize.residual.data;
     launch.args.d_row_scales = args.requantize.row_scales;
-    launch.args.activation_alpha = args.activation->alpha;
-    launch.args.activation_beta = args.activation->beta == 0.0f ? -0.0f : args.activation->beta;
-    launch.args.activation_limit = args.activation->limit;
+    launch.args.swiglu = swiglu_args(*args.activation);
   } else if (d != nullptr) {
     write_bf16(launch.args, *d);
   } else {

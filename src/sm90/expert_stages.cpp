@@ -4,6 +4,7 @@
 
 #include "base/fail.h"
 #include "cuda/device.h"
+#include "sm90/fused_layer.h"
 
 namespace fourfold::sm90 {
 namespace {
@@ -75,8 +76,8 @@ void ExpertStages::clear_amaxes(const ExpertSpace& space, void* stream) const {
   cuda::fill_async(space.amaxes.data(), 0, space.amaxes.size_bytes(), stream);
 }
 
-void ExpertStages::run(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,
-                       const ExpertTaps& taps, MatrixView<Bf16> z, const Step& step) const {
+cuda::StageArgs ExpertStages::stage_x(const cuda::RowSource& source, const ExpertRows& rows,
+                                      const ExpertSpace& space) const {
   cuda::StageArgs stage;
   stage.format = options_.activations;
   stage.policy = options_.x_scale;
@@ -85,6 +86,32 @@ void ExpertStages::run(const ExpertSpace& space, const cuda::RowSource& source, 
   stage.max_rows = rows.rows;
   stage.expert_scales = weights_.x_scales();
   stage.tensor_amax = &space.amaxes[0];
+  return stage;
+}
+
+cuda::StageArgs ExpertStages::stage_intermediate(const ExpertRows& rows, const ExpertSpace& space) const {
+  cuda::StageArgs stage;
+  stage.format = options_.activations;
+  stage.policy = options_.intermediate_scale;
+  stage.source.rows = space.activation;
+  stage.group_offsets = rows.group_offsets;
+  stage.max_rows = rows.rows;
+  stage.expert_scales = weights_.intermediate_scales();
+  stage.tensor_amax = &space.amaxes[1];
+  return stage;
+}
+
+void ExpertStages::copy_activation(const ExpertRows& rows, const ExpertSpace& space, MatrixView<Bf16> to,
+                                   void* stream) const {
+  cuda::StageArgs copy = stage_intermediate(rows, space);
+  copy.format = ActivationFormat::kBf16;
+  copy.staged.values = to;
+  cuda::stage(copy, stream);
+}
+
+void ExpertStages::run(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,
+                       const ExpertTaps& taps, MatrixView<Bf16> z, const Step& step) const {
+  cuda::StageArgs stage = stage_x(source, rows, space);
   stage.decoded = {space.x[0], space.x[1], space.x_row_scales.data()};
   if (taps.staged_x) stage.staged = *taps.staged_x;
   if (is_dynamic_tensor(options_.x_scale) && (step.whole || step.walk == Walk::kFindXAmax)) {
@@ -115,10 +142,7 @@ bool ExpertStages::restages_in_epilogue(const ExpertGemm& gate_up, const ExpertT
 
 bool ExpertStages::restage(const ExpertSpace& space, const ExpertRows& rows, const ExpertTaps& taps,
                            const Step& step) const {
-  cuda::StageArgs stage;
-  stage.source.rows = space.activation;
-  stage.group_offsets = rows.group_offsets;
-  stage.max_rows = rows.rows;
+  cuda::StageArgs stage = stage_intermediate(rows, space);
   if (is_dynamic_tensor(options_.intermediate_scale) &&
       (step.whole || step.walk == Walk::kFindIntermediateAmax)) {
     cuda::find_amax(stage.source, rows.group_offsets, rows.rows, &space.amaxes[1], step.stream);
@@ -126,13 +150,8 @@ bool ExpertStages::restage(const ExpertSpace& space, const ExpertRows& rows, con
   if (step.walk == Walk::kFindIntermediateAmax) return false;
   if (!taps.activation.empty()) {
     // A copy: the second GEMM reads as many rows as were planned for, and a tap may have fewer.
-    stage.staged.values = taps.activation;
-    cuda::stage(stage, step.stream);
+    copy_activation(rows, space, taps.activation, step.stream);
   }
-  stage.format = options_.activations;
-  stage.policy = options_.intermediate_scale;
-  stage.expert_scales = weights_.intermediate_scales();
-  stage.tensor_amax = &space.amaxes[1];
   stage.decoded = {space.intermediate[0], space.intermediate[1], space.intermediate_row_scales.data()};
   stage.staged = taps.staged_intermediate ? *taps.staged_intermediate : StagedActivations{};
   if (restages() || taps.staged_intermediate) cuda::stage(stage, step.stream);
@@ -173,6 +192,74 @@ void ExpertStages::run_decoded(const ExpertSpace& space, const float* row_scales
   down.overlap_previous = true;  // after the first GEMM or a staging kernel
   launch_expert_gemm(down, step.stream);
   step.finish("gemm2");
+}
+
+bool ExpertStages::fuses(int64_t slots) const {
+  return can_fuse(config_, options_, slots);
+}
+
+void ExpertStages::carve_fused(WorkspaceCarver& carver, int64_t slots, ExpertSpace& space) const {
+  space.fused_x = carver.take<Bf16>(slots, config_.hidden);
+  space.fused_counters = carver.take<int32_t>(fused_counters(slots, config_.hidden));
+}
+
+void ExpertStages::stage_fused_x(const ExpertSpace& space, const cuda::RowSource& source,
+                                 const ExpertRows& rows, const ExpertTaps& taps, FusedLayer& layer,
+                                 const Step& step) const {
+  cuda::StageArgs stage = stage_x(source, rows, space);
+  if (taps.staged_x) stage.staged = *taps.staged_x;
+  layer.x = source.rows;
+  layer.slot_of_row = source.slot_of_row;
+  if (restages() || !can_fuse_input(source.rows)) {
+    stage.decoded = {space.fused_x, {}, space.x_row_scales.data()};
+    layer.x = space.fused_x;
+    layer.x_row_scales = restages() ? space.x_row_scales.data() : nullptr;
+    layer.slot_of_row = nullptr;
+    layer.weights_ahead = true;
+  } else if (!taps.staged_x) {
+    return;
+  }
+  if (is_dynamic_tensor(options_.x_scale)) {
+    cuda::find_amax(source, rows.group_offsets, rows.rows, &space.amaxes[0], step.stream);
+  }
+  cuda::stage(stage, step.stream);
+  step.finish("stage");
+}
+
+void ExpertStages::run_fused(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,
+                             const ForwardArgs& args, const ExpertTaps& taps, MatrixView<Bf16> z,
+                             const Step& step) const {
+  FusedLayer layer;
+  stage_fused_x(space, source, rows, taps, layer, step);
+  layer.experts = config_.experts;
+  layer.tokens = args.routing.tokens();
+  layer.top_k = config_.top_k;
+  layer.group_offsets = rows.group_offsets.data();
+  layer.row_of_slot = source.row_of_slot;
+  const auto matrix = [](const PreparedMatrix& prepared) {
+    return FusedMatrix{prepared.shape, prepared.packed.data(), prepared.global_scales(), prepared.biases()};
+  };
+  layer.gate_up = matrix(weights_.gate_up());
+  layer.down = matrix(weights_.down());
+  layer.activation = config_.activation;
+  layer.h = taps.h;
+  layer.intermediate = space.activation;
+  if (restages()) {
+    layer.intermediate_scales = weights_.intermediate_scales();
+    layer.intermediate = space.intermediate[0];
+    if (!taps.activation.empty() || taps.staged_intermediate) layer.activated = space.activation;
+  }
+  layer.z = z;
+  layer.topk_weights = args.routing.topk_weights;
+  layer.y = args.y;
+  layer.counters = space.fused_counters;
+  launch_fused_layer(layer, step.stream);
+  step.finish("experts+combine");
+  if (!taps.activation.empty()) copy_activation(rows, space, taps.activation, step.stream);
+  if (!taps.staged_intermediate) return;
+  cuda::StageArgs stage = stage_intermediate(rows, space);
+  stage.staged = *taps.staged_intermediate;
+  cuda::stage(stage, step.stream);
 }
 
 }  // namespace fourfold::sm90

@@ -9,6 +9,7 @@
 #include "fourfold/moe_layer.h"
 #include "moe/workspace.h"
 #include "sm90/expert_gemm.h"
+#include "sm90/fused_layer.h"
 #include "sm90/prepared_weights.h"
 
 namespace fourfold::sm90 {
@@ -23,6 +24,8 @@ struct ExpertSpace {
   MatrixView<Bf16> z;       ///< in the memory of x[0], which is read for the last time before z is written
   std::span<float> amaxes;  ///< of x, of the intermediate: dynamic-tensor
   std::span<std::byte> gemm;
+  MatrixView<Bf16> fused_x;  ///< staged and decoded, apart from z: the fused kernel writes z meanwhile
+  std::span<int32_t> fused_counters;  ///< empty: the layer does not fuse
 };
 
 /// Which of the layer's steps a walk over all parts of its rows takes. A scale over the whole tensor has to
@@ -70,6 +73,15 @@ class ExpertStages {
   /// To be called before the first walk.
   void clear_amaxes(const ExpertSpace& space, void* stream) const;
 
+  /// Whether so many slots go through run_fused().
+  bool fuses(int64_t slots) const;
+  /// What carve() does, for run_fused().
+  void carve_fused(WorkspaceCarver& carver, int64_t slots, ExpertSpace& space) const;
+  /// All stages and combine, for as many slots as the space was carved for or fewer. The kernel that permuted
+  /// has set space.fused_counters to zero.
+  void run_fused(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,
+                 const ForwardArgs& args, const ExpertTaps& taps, MatrixView<Bf16> z, const Step& step) const;
+
   /// All stages of bf16 rows -> z. The result is not there before the walk kCompute.
   void run(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,
            const ExpertTaps& taps, MatrixView<Bf16> z, const Step& step) const;
@@ -91,6 +103,16 @@ class ExpertStages {
   }
   bool has_two_terms() const { return options_.activations == ActivationFormat::kNvfp4x2; }
   bool restages() const { return options_.activations != ActivationFormat::kBf16; }
+
+  /// Says where the fused kernel finds x, and brings it there.
+  void stage_fused_x(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,
+                     const ExpertTaps& taps, FusedLayer& layer, const Step& step) const;
+  /// What staging a stage's bf16 rows takes, but for where the result goes.
+  cuda::StageArgs stage_x(const cuda::RowSource& source, const ExpertRows& rows,
+                          const ExpertSpace& space) const;
+  cuda::StageArgs stage_intermediate(const ExpertRows& rows, const ExpertSpace& space) const;
+  void copy_activation(const ExpertRows& rows, const ExpertSpace& space, MatrixView<Bf16> to,
+                       void* stream) const;
 
   ExpertGemm gate_up_gemm(int64_t max_rows) const;
   ExpertGemm down_gemm(int64_t max_rows) const;

@@ -7,67 +7,13 @@
 
 #include <cstdint>
 
-#include "cuda/round_block.cuh"
-#include "numeric/block_quantizer.h"
+#include "sm90/block_part.cuh"
 #include "sm90/gemm_kernel_args.cuh"
 #include "sm90/ptx.cuh"
+#include "sm90/swiglu.cuh"
 #include "sm90/tile_schedule.h"
 
 namespace fourfold::sm90 {
-
-/// min(g, limit) * sigmoid(alpha * that) * (clamp(u) + beta), in float32. NaN goes through the clamps. A beta
-/// of zero comes as -0, which changes no sum.
-__device__ __forceinline__ float swiglu(const GemmKernelArgs& args, float gate, float up) {
-  constexpr float kLog2E = 1.44269504f;
-  const float g = ptx::min_nan(gate, args.activation_limit);
-  const float u = ptx::max_nan(ptx::min_nan(up, args.activation_limit), -args.activation_limit);
-  const float z = args.activation_alpha * g;
-  const float sigmoid = ptx::rcp_approx(1.0f + ptx::ex2_approx(-kLog2E * z));
-  return g * sigmoid * __fadd_rn(u, args.activation_beta);
-}
-
-__device__ __forceinline__ float low_bf16(uint32_t pair) {
-  return __uint_as_float(pair << 16);
-}
-__device__ __forceinline__ float high_bf16(uint32_t pair) {
-  return __uint_as_float(pair & 0xFFFF0000u);
-}
-
-/// Eight of a block of sixteen values; lanes 2i and 2i + 1 hold one block together.
-struct HalfBlock {
-  float of[8];
-
-  /// What the NVFP4 codes and block scale of these values hold, without the global scale.
-  __device__ __forceinline__ HalfBlock rounded(float global) const {
-    float amax = 0.0f;
-#pragma unroll
-    for (const float value : of) amax = max_magnitude(amax, value);
-    // The neighbour is here whenever this lane is: they write the same row, and channels come in sixteens.
-    const uint32_t both = 3u << (threadIdx.x % 32 & 30u);
-    amax = max_magnitude(amax, __shfl_xor_sync(both, amax, 1));
-    const uint8_t code = nvfp4_block_scale(amax, global, false);
-    const float reciprocal = nvfp4_reciprocal(code, global), scale = decode_e4m3(code);
-    HalfBlock result;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      result.of[i] = __fmul_rn(cuda::round_to_e2m1(__fmul_rn(of[i], reciprocal)), scale);
-    }
-    return result;
-  }
-
-  __device__ __forceinline__ void subtract(const HalfBlock& decoded, float global) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) of[i] = __fsub_rn(of[i], __fmul_rn(decoded.of[i], global));
-  }
-
-  /// As bf16, which must hold them exactly.
-  __device__ __forceinline__ uint4 packed() const {
-    const auto pair = [](float low, float high) {
-      return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
-    };
-    return {pair(of[0], of[1]), pair(of[2], of[3]), pair(of[4], of[5]), pair(of[6], of[7])};
-  }
-};
 
 /// A thread's accumulators. of[b][4 c + 2 u + i] is row 8 u + g of the warp's 16-row slab in row block b
 /// (lane 4 g + t), token 8 c + 2 t + i.
@@ -75,6 +21,9 @@ template <class Traits>
 struct Sums {
   float of[Traits::kRowBlocks][Traits::kTokens / 2];
 };
+
+/// Lanes 2i and 2i + 1 write the same row, and channels come in sixteens: both are there or neither.
+using HalfBlock = BlockPart<2>;
 
 template <class Traits>
 class Epilogue {
@@ -323,21 +272,25 @@ class Epilogue {
   /// Half a block of sixteen channels; the neighbouring lane has the other.
   __device__ __forceinline__ void write_quantized(const uint4& activated, uint16_t* d, int64_t row,
                                                   int channel) const {
-    HalfBlock values = {{low_bf16(activated.x), high_bf16(activated.x), low_bf16(activated.y),
-                         high_bf16(activated.y), low_bf16(activated.z), high_bf16(activated.z),
-                         low_bf16(activated.w), high_bf16(activated.w)}};
-    HalfBlock decoded = values.rounded(requantize_scale_);
-    *reinterpret_cast<uint4*>(d) = decoded.packed();
+    const uint32_t words[4] = {activated.x, activated.y, activated.z, activated.w};
+    HalfBlock values = HalfBlock::unpack(words);
+    const HalfBlock decoded = values.rounded(requantize_scale_);
+    store(decoded, d);
     if (channel == 0) args_.d_row_scales[row] = requantize_scale_;
     if (args_.residual == nullptr) return;
     values.subtract(decoded, requantize_scale_);
-    *reinterpret_cast<uint4*>(args_.residual + row * args_.d_stride + channel) =
-        values.rounded(requantize_scale_).packed();
+    store(values.rounded(requantize_scale_), args_.residual + row * args_.d_stride + channel);
+  }
+
+  static __device__ __forceinline__ void store(const HalfBlock& values, void* to) {
+    uint32_t words[4];
+    values.pack(words);
+    *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
   }
 
   __device__ __forceinline__ uint32_t activate(uint32_t gates, uint32_t ups) const {
-    return ptx::cvt_rn_bf16x2(swiglu(args_, high_bf16(gates), high_bf16(ups)),
-                              swiglu(args_, low_bf16(gates), low_bf16(ups)));
+    return ptx::cvt_rn_bf16x2(swiglu(args_.swiglu, high_bf16(gates), high_bf16(ups)),
+                              swiglu(args_.swiglu, low_bf16(gates), low_bf16(ups)));
   }
 
   const GemmKernelArgs& args_;

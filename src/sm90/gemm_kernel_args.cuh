@@ -7,6 +7,7 @@
 
 #include "fourfold/number_formats.h"
 #include "sm90/packed_decode.h"
+#include "sm90/swiglu.cuh"
 
 namespace fourfold::sm90 {
 
@@ -39,7 +40,7 @@ struct GemmKernelArgs {
   const float* requantize_scales;  ///< [experts]; null: d is SwiGLU's output itself
   Bf16* residual;                  ///< null: one term; strides are d's
   float* d_row_scales;
-  float activation_alpha, activation_beta, activation_limit;
+  SwigluArgs swiglu;
   bool d_is_float32;
   DecodeMasks masks;
 };

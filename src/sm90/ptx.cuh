@@ -69,6 +69,15 @@ __device__ __forceinline__ void cp_async_bulk(uint32_t to, const void* from, uin
       : "memory");
 }
 
+/// 16 bytes through L2, by this thread.
+__device__ __forceinline__ void cp_async_cg_16(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+/// Arrives when all earlier cp.async of this thread are done; the barrier counts the thread.
+__device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 /// The box of a three-dimensional tensor map that starts at (x, y, z), x counted along the contiguous axis.
 __device__ __forceinline__ void cp_async_bulk_tensor_3d(uint32_t to, const CUtensorMap* map, int32_t x,
                                                         int32_t y, int32_t z, uint32_t barrier) {
@@ -101,6 +110,24 @@ __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// Counters in global memory, between CTAs.
+
+__device__ __forceinline__ int32_t ld_acquire_gpu(const int32_t* address) {
+  int32_t v;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+  return v;
+}
+/// Adds 1; what this thread has seen of other threads' writes is visible to whoever acquires the sum.
+__device__ __forceinline__ void red_release_gpu_inc(int32_t* address) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(address) : "memory");
+}
+/// The same, and acquires; returns the value before.
+__device__ __forceinline__ int32_t atom_acq_rel_gpu_inc(int32_t* address) {
+  int32_t v;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(v) : "l"(address) : "memory");
+  return v;
+}
+
 // Shared memory, arithmetic.
 
 __device__ __forceinline__ uint4 ld_shared_v4(uint32_t address) {
@@ -122,6 +149,9 @@ __device__ __forceinline__ void st_shared_v4(uint32_t address, uint32_t a, uint3
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
 }
+__device__ __forceinline__ void st_shared_v2(uint32_t address, uint32_t a, uint32_t b) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
 __device__ __forceinline__ void st_shared_f32(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
@@ -134,6 +164,15 @@ __device__ __forceinline__ float2 ld_shared_v2_f32(uint32_t address) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
   return v;
+}
+
+/// Four 8x8 matrices of 16-bit elements: lane i of each eighth of the warp names row i of that matrix, and
+/// lane 4g+t gets elements 2t, 2t+1 of row g of each.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t address, uint32_t (&m)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(address)
+               : "memory");
 }
 
 /// Four 8x8 matrices of 16-bit elements, transposed on the way: lane i of each eighth of the warp names the
@@ -196,6 +235,16 @@ struct PtxOps {
     return r;
   }
 };
+
+// Matrix multiplication by a warp: d [16, 8] += a [16, 16] . b [8, 16]^T, bf16 operands.
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 // Warpgroup matrix multiplication.
 

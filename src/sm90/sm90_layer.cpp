@@ -13,6 +13,7 @@
 #include "cuda/permute.h"
 #include "moe/workspace.h"
 #include "sm90/expert_stages.h"
+#include "sm90/fused_layer.h"
 
 namespace fourfold::sm90 {
 namespace {
@@ -87,7 +88,7 @@ class Sm90Layer final : public MoeLayer {
     WorkspaceCarver counter;
     carve(counter, max_tokens);
     const int64_t tokens = tokens_at_once(max_tokens), rows = tokens * config_.top_k;
-    std::string kernels = routed_.describe_kernels(rows);
+    std::string kernels = fuses(rows) ? describe_fused_layer() : routed_.describe_kernels(rows);
     if (shared_) kernels += "; shared expert: " + shared_->describe_kernels(tokens);
     return {max_tokens, counter.used(), std::move(kernels), fmt::format("for up to {} rows at once", rows),
             nullptr};
@@ -147,6 +148,9 @@ class Sm90Layer final : public MoeLayer {
     return std::min(max_tokens, std::max<int64_t>(kMostRowsAtOnce / config_.top_k, 1));
   }
 
+  /// Whether forward() of a plan for so many slots is one kernel after the permutation.
+  bool fuses(int64_t slots) const { return !shared_ && routed_.fuses(slots); }
+
   Space carve(WorkspaceCarver& carver, int64_t max_tokens) const {
     const int64_t tokens = tokens_at_once(max_tokens), rows = tokens * config_.top_k;
     Space space;
@@ -155,6 +159,7 @@ class Sm90Layer final : public MoeLayer {
     space.permute_scratch =
         carver.take<std::byte>(static_cast<int64_t>(cuda::permute_scratch_bytes(rows, config_.experts)));
     space.routed = routed_.carve(carver, rows);
+    if (fuses(rows)) routed_.carve_fused(carver, rows, space.routed);
     if (shared_) {
       space.shared = shared_->carve(carver, tokens);
       space.shared_offsets = carver.take<int32_t>(2);
@@ -204,17 +209,19 @@ class Sm90Layer final : public MoeLayer {
     const PermutationView permutation{offsets.first(static_cast<size_t>(config_.experts + 1)),
                                       tap_or(taps.slot_of_row, space.permutation.slot_of_row),
                                       tap_or(taps.row_of_slot, space.permutation.row_of_slot)};
-    cuda::permute({args.routing, permutation, args.status, space.permute_scratch}, step.stream);
+    const std::span<int32_t> counters = space.routed.fused_counters;
+    cuda::permute({args.routing, permutation, args.status, space.permute_scratch, counters}, step.stream);
     step.finish("permute");
     const int64_t tokens = args.routing.tokens();
     if (tokens == 0) return;
-
     cuda::RowSource source{
         args.x, permutation.slot_of_row.data(), config_.top_k, permutation.row_of_slot.data(), {}};
     if (config_.weight_on_input) source.weights = args.routing.topk_weights;
     const MatrixView<Bf16> z = tap_or(taps.z, space.routed.z);
-    routed_.run(space.routed, source, {permutation.group_offsets, tokens * config_.top_k}, expert_taps(taps),
-                z, step);
+    const ExpertRows rows{permutation.group_offsets, tokens * config_.top_k};
+    if (!counters.empty())
+      return routed_.run_fused(space.routed, source, rows, args, expert_taps(taps), z, step);
+    routed_.run(space.routed, source, rows, expert_taps(taps), z, step);
     cuda::CombineArgs combine{z, permutation.row_of_slot.data(), args.routing.topk_weights,
                               config_.weight_on_input, args.y};
     if (shared_) run_shared(space, args, step, combine);

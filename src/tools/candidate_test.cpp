@@ -66,10 +66,17 @@ class CandidateTest {
   void fact(const std::string& label, const std::string& text) { report_.facts.emplace_back(label, text); }
 
   void read_files() {
-    tensors_ = read_dumped_tensors(request_.candidate);
-    std::vector<std::string> names;
-    for (const auto& [name, tensor] : tensors_) names.push_back(name);
-    fact("candidate", fmt::format("{}: {}", request_.candidate, fmt::join(names, ", ")));
+    for (const std::string& file : request_.candidate) {
+      std::vector<std::string> names;
+      for (auto& [name, tensor] : read_dumped_tensors(file)) {
+        names.push_back(name);
+        if (!tensors_.try_emplace(name, std::move(tensor)).second) {
+          fail(ErrorCode::kBadFile,
+               "{}: expected tensors that the files before it have not, found '{}' again", file, name);
+        }
+      }
+      fact("candidate", fmt::format("{}: {}", file, fmt::join(names, ", ")));
+    }
     if (!request_.input.empty()) {
       for (auto& [name, tensor] : read_dumped_tensors(request_.input))
         tensors_.try_emplace(name, std::move(tensor));
@@ -91,7 +98,8 @@ class CandidateTest {
 
   const DumpedTensor& need(const std::string& name, const std::string& why) const {
     if (const DumpedTensor* tensor = find(name)) return *tensor;
-    fail(ErrorCode::kNotFound, "{}: expected a tensor '{}' ({}), found none{}", request_.candidate, name, why,
+    fail(ErrorCode::kNotFound, "{}: expected a tensor '{}' ({}), found none{}",
+         fmt::join(request_.candidate, ", "), name, why,
          name == "x" && request_.input.empty() ? "; give --input if it lies in another file" : "");
   }
 
@@ -124,7 +132,7 @@ class CandidateTest {
     if (!ids && !weights) return;
     if (!ids || !weights) {
       fail(ErrorCode::kBadFile, "{}: expected topk_ids and topk_weights together, found {} alone",
-           request_.candidate, ids ? "topk_ids" : "topk_weights");
+           fmt::join(request_.candidate, ", "), ids ? "topk_ids" : "topk_weights");
     }
     const std::string shape = fmt::format("[{}, K]", inputs.tokens);
     if (ids->shape.size() < 2 || ids->shape.back() < 1) bad_tensor(*ids, "topk_ids", shape);

@@ -14,8 +14,9 @@
 namespace fourfold {
 
 struct CandidateRequest {
-  std::string candidate;  ///< safetensors, .npz or .npy
-  std::string input;      ///< where x is, and perhaps the routing, if not in the candidate; may be empty
+  /// safetensors, .npz or .npy; of several, each gives tensors that the others have not
+  std::vector<std::string> candidate;
+  std::string input;  ///< where x is, and perhaps the routing, if not in the candidate; may be empty
   SubjectSource source;
   std::string activation_format;  ///< "auto", or one of kActivationFormats
   std::function<void(std::string_view)> progress = [](std::string_view) {};

@@ -67,6 +67,8 @@ void add_synthesize(CLI::App& app, int& exit_code);
 void add_layertest(CLI::App& app, int& exit_code);
 void add_gemmtest(CLI::App& app, int& exit_code);
 void add_bench(CLI::App& app, int& exit_code);
+void add_calibrate(CLI::App& app, int& exit_code);
+void add_convert(CLI::App& app, int& exit_code);
 void add_inspect(CLI::App& app, int& exit_code);
 void add_doctor(CLI::App& app, int& exit_code);
 

@@ -96,6 +96,13 @@ class CpuTestbed final : public Testbed {
     return samples;
   }
 
+  void run_side_by_side(std::span<const LayerCall> calls, int times) const override {
+    run_on_threads(calls.size(), [&](size_t i) {
+      for (int time = 0; time < times; ++time) calls[i](nullptr, nullptr);
+    });
+  }
+  std::function<void()> capture(const LayerCall&) const override { return {}; }
+
   std::vector<StageTime> time_stages(std::span<const LayerCall> rotation) const override {
     StageSums sums;
     HostStageClock clock(sums);

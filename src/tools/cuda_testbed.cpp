@@ -52,6 +52,18 @@ class CudaTestbed final : public Testbed {
     return timer.time([&](int samples, double seconds) { return is_enough(limits, samples, seconds); });
   }
 
+  void run_side_by_side(std::span<const LayerCall> calls, int times) const override {
+    run_on_threads(calls.size(), [&](size_t i) {
+      const cuda::DeviceScope device(memory_.device().index);
+      cuda::ReplayTimer timer(calls.subspan(i, 1));  // a graph, on a stream of its own
+      timer.time([&](int samples, double) { return samples >= times; });
+    });
+  }
+  std::function<void()> capture(const LayerCall& call) const override {
+    const auto timer = std::make_shared<cuda::ReplayTimer>(std::span(&call, 1));
+    return [timer] { timer->time([](int samples, double) { return samples >= 1; }); };
+  }
+
   std::vector<StageTime> time_stages(std::span<const LayerCall> rotation) const override {
     StageSums sums;
     for (const auto& [stage, seconds] : cuda::time_stages(rotation)) sums.add(stage, seconds);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -35,6 +36,37 @@ using Facts = std::vector<std::pair<std::string, std::string>>;
 
 /// CPU, its instruction sets, memory, GPU and driver, backends compiled in, what forces a choice.
 Facts describe_machine();
+
+/// Which backend takes a task, or why none does.
+struct DoctorChoice {
+  std::string task;  ///< activation format; empty: any
+  std::string backend, reason, kernel;
+  std::string trouble;  ///< then the others are empty
+};
+
+/// A layer of a checkpoint, as this machine would run it.
+struct DoctorLayer {
+  std::string model;
+  int64_t layer = 0;
+  std::string trouble;  ///< why it can't be run at all; then what follows is empty
+  std::string scheme;
+  LayerConfig config;
+  std::vector<DoctorChoice> choices;
+};
+
+struct DoctorReport {
+  Facts machine;
+  DoctorChoice chosen;      ///< for operations of no layer
+  std::string isa_trouble;  ///< of a forced instruction set; empty where it can run
+  std::optional<DoctorLayer> layer;
+  std::vector<SelfTest> self_tests;
+};
+
+/// Nothing is in trouble.
+bool is_fine(const DoctorReport& report);
+
+/// docs/inspect.md is its schema.
+std::string format_doctor_json(const DoctorReport& report);
 
 /// The version that a loaded NVIDIA driver reports to the system; empty where there is none.
 std::string nvidia_driver_version();

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "base/fail.h"
+#include "base/files.h"
 #include "cpu/isa.h"
 #include "fourfold/checkpoint.h"
 #include "fourfold/model_family.h"
@@ -18,7 +19,7 @@ namespace fourfold {
 namespace {
 
 struct Arguments {
-  std::string model;
+  std::string model, json;
   std::optional<int64_t> layer;
 };
 
@@ -30,16 +31,25 @@ void print_trouble(const std::string& label, const std::string& text) {
   fmt::print("{:<12} {}\n", label, red(printable(text)));
 }
 
-/// What would run, and why none of the faster ones; false, with the reason printed, where nothing would.
-bool print_choice(const std::string& label, const std::function<BackendChoice()>& choose) {
+/// What would run, and why none of the faster ones; or why nothing would.
+DoctorChoice choice_of(const std::string& task,
+                       const std::function<BackendChoice(std::string& kernel)>& choose) {
+  DoctorChoice choice;
+  choice.task = task;
   try {
-    const BackendChoice choice = choose();
-    print_fact(label, fmt::format("{} ({})", choice.backend->name(), choice.reason));
-    return true;
+    const BackendChoice chosen = choose(choice.kernel);
+    choice.backend = chosen.backend->name();
+    choice.reason = chosen.reason;
   } catch (const Error& error) {
-    print_trouble(label, error.what());
-    return false;
+    choice.trouble = error.what();
   }
+  return choice;
+}
+
+void print_choice(const std::string& label, const DoctorChoice& choice) {
+  if (!choice.trouble.empty()) return print_trouble(label, choice.trouble);
+  print_fact(label, fmt::format("{} ({}{})", choice.backend, choice.reason,
+                                choice.kernel.empty() ? "" : "; kernel: " + choice.kernel));
 }
 
 /// The kernel that `backend` would take for a plan of a few tokens.
@@ -51,7 +61,7 @@ std::string kernel_text(const BackendChoice& choice, const ExpertWeights& weight
   LayerConfig small = config;
   small.experts = small.top_k = 1;
   const LayerPlan plan = choice.backend->make_layer(one, small, options)->plan(1);
-  return fmt::format("; kernel: {} ({})", plan.kernel, plan.reason);
+  return fmt::format("{} ({})", plan.kernel, plan.reason);
 }
 
 /// The layer of a checkpoint that is asked about.
@@ -78,70 +88,83 @@ Subject load_subject(const Arguments& arguments) {
   return subject;
 }
 
-/// Which backend would run it, for each form of activations. False where none would.
-bool print_subject(const Arguments& arguments, const Subject& subject) {
-  if (!subject.trouble.empty()) {
-    print_trouble("layer", subject.trouble);
-    print_fact("", fmt::format("fourfold inspect {} lists everything that is wrong", arguments.model));
-    return false;
-  }
+/// Which backend would run it, for each form of activations.
+DoctorLayer judge(const Arguments& arguments, const Subject& subject) {
+  DoctorLayer judged;
+  judged.model = arguments.model;
+  judged.layer = subject.number;
+  judged.trouble = subject.trouble;
+  if (!subject.trouble.empty()) return judged;
   const ExpertWeights& weights = subject.layer.weights;
-  print_fact("layer", fmt::format("{}, layer {}: {} experts, {}, hidden {}, intermediate {}", arguments.model,
-                                  subject.number, subject.config.experts, subject.layer.scheme,
-                                  subject.config.hidden, subject.config.intermediate));
-  bool fine = true;
+  judged.scheme = subject.layer.scheme;
+  judged.config = subject.config;
   for (const ActivationFormat format : {ActivationFormat::kNvfp4, ActivationFormat::kBf16}) {
-    fine &= print_choice(fmt::format("  {}", to_string(format)), [&] {
+    judged.choices.push_back(choice_of(std::string(to_string(format)), [&](std::string& kernel) {
       LayerOptions options;
       options.activations = format;
       const DefaultPolicies policies = default_scale_policies(weights, format);
       options.x_scale = policies.x;
       options.intermediate_scale = policies.intermediate;
-      BackendChoice choice = choose_backend("", weights, subject.config, options);
-      choice.reason += kernel_text(choice, weights, subject.config, options);
+      const BackendChoice choice = choose_backend("", weights, subject.config, options);
+      kernel = kernel_text(choice, weights, subject.config, options);
       return choice;
-    });
+    }));
   }
-  return fine;
+  return judged;
 }
 
-/// False, with the reason printed, where FOURFOLD_ISA or --isa asks for what can't run: every layer on the
-/// CPU would be refused.
-bool print_forced_isa() {
+void print_layer(const DoctorLayer& layer) {
+  if (!layer.trouble.empty()) {
+    print_trouble("layer", layer.trouble);
+    print_fact("", fmt::format("fourfold inspect {} lists everything that is wrong", layer.model));
+    return;
+  }
+  print_fact("layer",
+             fmt::format("{}, layer {}: {} experts, {}, hidden {}, intermediate {}", layer.model, layer.layer,
+                         layer.config.experts, layer.scheme, layer.config.hidden, layer.config.intermediate));
+  for (const DoctorChoice& choice : layer.choices) print_choice("  " + choice.task, choice);
+}
+
+/// Why FOURFOLD_ISA or --isa asks for what can't run: every layer on the CPU would be refused. Empty where it
+/// can.
+std::string forced_isa_trouble() {
   try {
     cpu::choose_isa();
-    return true;
+    return "";
   } catch (const Error& error) {
-    print_trouble("cpu", error.what());
-    return false;
+    return error.what();
   }
 }
 
-bool print_self_tests() {
-  const Progress progress;
-  const std::vector<SelfTest> tests = run_self_tests([&](std::string_view what) { progress.show(what); });
-  progress.clear();
-  bool fine = true;
+void print_self_tests(const std::vector<SelfTest>& tests) {
   for (const SelfTest& test : tests) {
-    fine &= test.is_fine;
     const auto print = test.is_fine ? print_fact : print_trouble;
     print(
         &test == &tests.front() ? "self-test" : "",
         fmt::format("{:<13} {:<6} {} in {:.2f} s{}", test.backend, to_string(test.activations),
                     test.is_fine ? "right" : "WRONG", test.seconds, test.is_fine ? "" : ": " + test.trouble));
   }
-  return fine;
 }
 
 int execute(const Arguments& arguments) {
-  std::optional<Subject> subject;
-  if (!arguments.model.empty()) subject = load_subject(arguments);
-  for (const auto& [label, text] : describe_machine()) print_fact(label, text);
-  bool fine = print_choice("chosen", [] { return choose_backend(""); });
-  fine &= print_forced_isa();
-  if (subject) fine &= print_subject(arguments, *subject);
-  fine &= print_self_tests();
+  if (!arguments.json.empty()) require_creatable(arguments.json);
+  DoctorReport report;
+  if (!arguments.model.empty()) report.layer = judge(arguments, load_subject(arguments));
+  report.machine = describe_machine();
+  report.chosen = choice_of("", [](std::string&) { return choose_backend(""); });
+  report.isa_trouble = forced_isa_trouble();
+  const Progress progress;
+  report.self_tests = run_self_tests([&](std::string_view what) { progress.show(what); });
+  progress.clear();
+
+  for (const auto& [label, text] : report.machine) print_fact(label, text);
+  print_choice("chosen", report.chosen);
+  if (!report.isa_trouble.empty()) print_trouble("cpu", report.isa_trouble);
+  if (report.layer) print_layer(*report.layer);
+  print_self_tests(report.self_tests);
+  const bool fine = is_fine(report);
   fmt::print("\n{}\n", fine ? green("this machine is fine") : red("something is wrong: see above"));
+  if (!arguments.json.empty()) write_file(arguments.json, format_doctor_json(report));
   return fine ? kExitFine : kExitFinding;
 }
 
@@ -156,6 +179,8 @@ void add_doctor(CLI::App& app, int& exit_code) {
   command->add_option("--layer", arguments->layer, "layer number (default: the first that has experts)")
       ->check(whole_number<int64_t>());
   add_isa_option(*command);
+  command->add_option("--json", arguments->json, "write everything as JSON too (docs/inspect.md)")
+      ->check(nonempty());
   command->footer("Exit code: 0 fine, 1 error, 2 usage, 3 something is wrong.");
   command->callback([arguments, command, &exit_code] {
     if (arguments->layer && arguments->model.empty()) {

@@ -94,6 +94,12 @@ class InputRouter {
   }
 
   void route_uniformly() {
+    if (!task_.may_be_random) {
+      reject(inputs_.x_origin,
+             "topk_ids and topk_weights beside x, or a router in the checkpoint, since experts see what the "
+             "router sends them",
+             why_no_router_);
+    }
     const int64_t top_k = task_.rules.router->top_k;
     if (top_k < 1) {
       const auto found = task_.checkpoint.config().top_k;

@@ -18,6 +18,8 @@ struct RoutingTask {
   const LayerRules& rules;
   bool router_given = false;  ///< on the command line: then there must be one
   uint64_t seed = 0;          ///< of random routings and made-up token ids
+  /// Whether a random routing will do where the input has none and the checkpoint has no router.
+  bool may_be_random = true;
 };
 
 /// Fills in what `inputs` lack of top_k, topk_ids, topk_weights and routing_origin, and makes ids positions

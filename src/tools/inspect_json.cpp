@@ -169,6 +169,7 @@ std::string format_inspection_json(const std::string& path, const ModelInspectio
   json["bytes"] = model.bytes;
   json["expert_layers"] = model.expert_layers;
   json["codes_one_in"] = model.codes_one_in;
+  json["forced_scheme"] = model.forced_scheme ? Json(to_string(*model.forced_scheme)) : Json(nullptr);
   json["layers"] = Json::array();
   for (const LayerInspection& layer : model.layers) json["layers"].push_back(layer_json(layer));
   return json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";

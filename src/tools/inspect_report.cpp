@@ -10,6 +10,7 @@
 #include "fourfold/parallel_degrees.h"
 #include "tools/inspect_layer_facts.h"
 #include "tools/memory_estimate.h"
+#include "tools/number_list.h"
 #include "tools/terminal.h"
 
 namespace fourfold {
@@ -23,19 +24,6 @@ std::string size_text(int64_t bytes) {
   return bytes >= 10'000'000'000 ? fmt::format("{:.1f} GB", value * 1e-9)
          : bytes >= 10'000'000   ? fmt::format("{:.1f} MB", value * 1e-6)
                                  : fmt::format("{:.1f} kB", value * 1e-3);
-}
-
-/// "0-2, 5".
-std::string ranges_text(const std::vector<int64_t>& numbers) {
-  std::string text;
-  for (size_t begin = 0; begin < numbers.size();) {
-    size_t end = begin;
-    while (end + 1 < numbers.size() && numbers[end + 1] == numbers[end] + 1) ++end;
-    text += (text.empty() ? "" : ", ") + (begin == end ? fmt::format("{}", numbers[begin])
-                                                       : fmt::format("{}-{}", numbers[begin], numbers[end]));
-    begin = end + 1;
-  }
-  return text.empty() ? "none" : text;
 }
 
 std::string percent(int64_t part, int64_t whole) {
@@ -98,8 +86,12 @@ std::string model_text(const std::string& path, const ModelInspection& model) {
   fact(text, "config",
        fmt::format("quantization: {}", config.quantization.empty() ? "none" : config.quantization));
   fact(text, "layers",
-       fmt::format("{} with experts: {}{}", model.expert_layers.size(), ranges_text(model.expert_layers),
+       fmt::format("{} with experts: {}{}", model.expert_layers.size(), format_list(model.expert_layers),
                    config.layers ? fmt::format("; {} in all", *config.layers) : ""));
+  if (model.forced_scheme) {
+    fact(text, "scheme",
+         fmt::format("{}, whatever names and types say (--scheme)", to_string(*model.forced_scheme)));
+  }
   if (model.codes_one_in > 1) {
     fact(text, "read",
          fmt::format("all block scales; of codes one run of rows in {} (--all-codes reads all)",
@@ -109,11 +101,11 @@ std::string model_text(const std::string& path, const ModelInspection& model) {
 }
 
 std::string degrees_text(const CutDegrees& degrees, int64_t block) {
-  std::string text = ranges_text(degrees.clean);
-  if (!degrees.padded.empty()) text += fmt::format(" (padded: {})", ranges_text(degrees.padded));
+  std::string text = format_list(degrees.clean);
+  if (!degrees.padded.empty()) text += fmt::format(" (padded: {})", format_list(degrees.padded));
   if (!degrees.cuts_block.empty())
-    text += fmt::format("; cut a block of {}: {}", block, ranges_text(degrees.cuts_block));
-  if (!degrees.uneven.empty()) text += fmt::format("; uneven: {}", ranges_text(degrees.uneven));
+    text += fmt::format("; cut a block of {}: {}", block, format_list(degrees.cuts_block));
+  if (!degrees.uneven.empty()) text += fmt::format("; uneven: {}", format_list(degrees.uneven));
   return text;
 }
 
@@ -161,7 +153,7 @@ std::string common_text(const ModelInspection& model) {
   std::string text;
   for (const auto& [shape, layers] : shapes) {
     text +=
-        bold(fmt::format("\nlayer{} {}", layers.size() == 1 ? "" : "s", ranges_text(layers))) + "\n" + shape;
+        bold(fmt::format("\nlayer{} {}", layers.size() == 1 ? "" : "s", format_list(layers))) + "\n" + shape;
   }
   return text;
 }

@@ -1,9 +1,11 @@
 #include "tools/layer_inputs.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <optional>
 
 #include "base/fail.h"
 #include "fourfold/safetensors.h"
@@ -32,21 +34,33 @@ void require_finite(const Tensor& tensor, int64_t token, float value) {
   }
 }
 
-void read_x(const Tensor& tensor, LayerInputs& inputs) {
+void require_x(const Tensor& x, int64_t hidden) {
+  if ((x.dtype != DType::kBf16 && x.dtype != DType::kF16 && x.dtype != DType::kF32) || x.shape.size() != 2 ||
+      x.shape[1] != hidden) {
+    bad_input(x, fmt::format("BF16, F16 or F32 [T, {}]", hidden));
+  }
+  if (x.shape[0] == 0) bad_input(x, "at least one token");
+}
+
+/// Tokens from `first` on, as many as `inputs` is to have.
+void read_x(const Tensor& tensor, int64_t first, LayerInputs& inputs) {
   ElementType type = ElementType::kBf16;
   if (tensor.dtype == DType::kF16) type = ElementType::kF16;
   if (tensor.dtype == DType::kF32) type = ElementType::kF32;
   const DenseView rows{
-      type, tensor.data, inputs.tokens, inputs.hidden, inputs.hidden * bits_of(tensor.dtype) / 8, {}};
+      type, tensor.data, tensor.shape[0], inputs.hidden, inputs.hidden * bits_of(tensor.dtype) / 8, {}};
+  inputs.x.resize(static_cast<size_t>(inputs.tokens * inputs.hidden));
   std::vector<float> row(static_cast<size_t>(inputs.hidden));
   for (int64_t token = 0; token < inputs.tokens; ++token) {
-    decode_row(rows, token, row.data());
-    for (const float value : row) require_finite(tensor, token, value);
+    decode_row(rows, first + token, row.data());
+    for (const float value : row) require_finite(tensor, first + token, value);
     std::transform(row.begin(), row.end(), inputs.x.begin() + token * inputs.hidden, encode_bf16);
   }
 }
 
-void read_routing(const Tensor& ids, const Tensor& weights, int64_t tokens_in_file, LayerInputs& inputs) {
+/// The same of ids and weights, which are as long as x.
+void read_routing(const Tensor& ids, const Tensor& weights, int64_t tokens_in_file, int64_t first,
+                  LayerInputs& inputs) {
   const bool wide = ids.dtype == DType::kI64;
   if ((!wide && ids.dtype != DType::kI32) || ids.shape.size() != 2 || ids.shape[0] != tokens_in_file ||
       ids.shape[1] < 1) {
@@ -56,11 +70,11 @@ void read_routing(const Tensor& ids, const Tensor& weights, int64_t tokens_in_fi
     bad_input(weights, fmt::format("F32 {}", shape_text(ids.shape[0], ids.shape[1])));
   }
   inputs.top_k = ids.shape[1];
-  for (int64_t slot = 0; slot < inputs.tokens * inputs.top_k; ++slot) {
+  for (int64_t slot = first * inputs.top_k; slot < (first + inputs.tokens) * inputs.top_k; ++slot) {
     const int64_t id = wide ? element<int64_t>(ids, slot) : element<int32_t>(ids, slot);
     if (id < kAbsentExpert || id > INT32_MAX) {
-      fail(ErrorCode::kBadFile, "{}: tensor 'topk_ids': expected expert numbers (or -1), found {}", ids.file,
-           id);
+      fail(ErrorCode::kBadFile, "{}: tensor '{}': expected expert numbers (or -1), found {}", ids.file,
+           ids.name, id);
     }
     inputs.topk_ids.push_back(static_cast<int32_t>(id));
     inputs.topk_weights.push_back(element<float>(weights, slot));
@@ -69,14 +83,26 @@ void read_routing(const Tensor& ids, const Tensor& weights, int64_t tokens_in_fi
   inputs.routing_origin = ids.file;
 }
 
-void read_token_ids(const Tensor& tensor, int64_t tokens_in_file, LayerInputs& inputs) {
+void read_token_ids(const Tensor& tensor, int64_t tokens_in_file, int64_t first, LayerInputs& inputs) {
   const bool wide = tensor.dtype == DType::kI64;
   if ((!wide && tensor.dtype != DType::kI32) || tensor.shape != std::vector{tokens_in_file}) {
     bad_input(tensor, fmt::format("I32 or I64 [{}]", tokens_in_file));
   }
-  for (int64_t token = 0; token < inputs.tokens; ++token) {
+  for (int64_t token = first; token < first + inputs.tokens; ++token) {
     inputs.token_ids.push_back(wide ? element<int64_t>(tensor, token) : element<int32_t>(tensor, token));
   }
+}
+
+/// "layers.3.x" -> 3.
+std::optional<int64_t> layer_of_x(std::string_view name) {
+  constexpr std::string_view kBefore = "layers.", kAfter = ".x";
+  if (!name.starts_with(kBefore)) return std::nullopt;
+  name.remove_prefix(kBefore.size());
+  int64_t layer = -1;
+  const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), layer);
+  const std::string_view rest = name.substr(static_cast<size_t>(end - name.data()));
+  if (error != std::errc() || layer < 0 || rest != kAfter) return std::nullopt;
+  return layer;
 }
 
 }  // namespace
@@ -131,29 +157,52 @@ void route_at_random(LayerInputs& inputs, int64_t experts, int64_t top_k, uint64
   }
 }
 
-LayerInputs read_inputs(const std::filesystem::path& path, int64_t hidden, int64_t max_tokens) {
-  const auto file = SafetensorsFile::open(path);
-  const Tensor& x = file->at("x");
-  if ((x.dtype != DType::kBf16 && x.dtype != DType::kF16 && x.dtype != DType::kF32) || x.shape.size() != 2 ||
-      x.shape[1] != hidden) {
-    bad_input(x, fmt::format("BF16, F16 or F32 [T, {}]", hidden));
+InputFile::InputFile(const std::filesystem::path& path) : file_(SafetensorsFile::open(path)) {
+  for (const auto& [name, tensor] : file_->tensors()) {
+    if (const auto layer = layer_of_x(name)) layers_.insert(*layer);
   }
+  if (layers_.empty() || file_->find("x") == nullptr) return;
+  fail(ErrorCode::kBadFile,
+       "{}: expected 'x' (one layer's inputs) or 'layers.L.x' (several layers'), found both", path.string());
+}
+
+std::string InputFile::prefix(int64_t layer) const {
+  return layers_.empty() ? "" : fmt::format("layers.{}.", layer);
+}
+
+int64_t InputFile::tokens(int64_t layer) const {
+  const Tensor& x = file_->at(prefix(layer) + "x");
+  if (x.shape.size() != 2) bad_input(x, "BF16, F16 or F32 [T, H]");
+  return x.shape[0];
+}
+
+LayerInputs InputFile::read(int64_t layer, int64_t hidden, int64_t first, int64_t count) const {
+  const std::string before = prefix(layer);
+  const Tensor& x = file_->at(before + "x");
+  require_x(x, hidden);
+  const int64_t tokens_in_file = x.shape[0];
   LayerInputs inputs;
-  inputs.tokens = max_tokens > 0 ? std::min(max_tokens, x.shape[0]) : x.shape[0];
+  inputs.tokens = std::clamp<int64_t>(tokens_in_file - first, 0, count);
   inputs.hidden = hidden;
-  inputs.x.resize(static_cast<size_t>(inputs.tokens * hidden));
-  inputs.x_origin = path.string();
-  read_x(x, inputs);
-  const Tensor* ids = file->find("topk_ids");
-  const Tensor* weights = file->find("topk_weights");
+  inputs.x_origin = path().string();
+  read_x(x, first, inputs);
+  const Tensor* ids = file_->find(before + "topk_ids");
+  const Tensor* weights = file_->find(before + "topk_weights");
   if ((ids == nullptr) != (weights == nullptr)) {
-    fail(ErrorCode::kBadFile, "{}: expected topk_ids and topk_weights together, found {} alone",
-         path.string(), ids ? "topk_ids" : "topk_weights");
+    fail(ErrorCode::kBadFile, "{}: expected {}topk_ids and {}topk_weights together, found {}{} alone",
+         path().string(), before, before, before, ids ? "topk_ids" : "topk_weights");
   }
-  if (ids) read_routing(*ids, *weights, x.shape[0], inputs);
-  if (const Tensor* token_ids = file->find("token_ids")) read_token_ids(*token_ids, x.shape[0], inputs);
-  if (inputs.tokens == 0) bad_input(x, "at least one token");
+  if (ids) read_routing(*ids, *weights, tokens_in_file, first, inputs);
+  const Tensor* token_ids = file_->find(before + "token_ids");
+  if (token_ids == nullptr) token_ids = file_->find("token_ids");
+  if (token_ids) read_token_ids(*token_ids, tokens_in_file, first, inputs);
   return inputs;
+}
+
+LayerInputs read_inputs(const std::filesystem::path& path, int64_t layer, int64_t hidden,
+                        int64_t max_tokens) {
+  const InputFile file(path);
+  return file.read(layer, hidden, 0, max_tokens > 0 ? max_tokens : file.tokens(layer));
 }
 
 LayerInputs read_routing(const std::filesystem::path& path) {
@@ -162,7 +211,7 @@ LayerInputs read_routing(const std::filesystem::path& path) {
   if (ids.shape.size() != 2 || ids.shape[0] < 1) bad_input(ids, "at least one token");
   LayerInputs inputs;
   inputs.tokens = ids.shape[0];
-  read_routing(ids, file->at("topk_weights"), inputs.tokens, inputs);
+  read_routing(ids, file->at("topk_weights"), inputs.tokens, 0, inputs);
   return inputs;
 }
 

@@ -3,10 +3,13 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "fourfold/routing.h"
+#include "fourfold/safetensors.h"
 #include "fourfold/tensor.h"
 
 namespace fourfold {
@@ -32,10 +35,31 @@ LayerInputs make_inputs(int64_t tokens, int64_t hidden, uint64_t seed, bool outl
 /// Each token to `top_k` different experts out of `experts`, uniformly, with positive weights that sum to 1.
 void route_at_random(LayerInputs& inputs, int64_t experts, int64_t top_k, uint64_t seed);
 
-/// Reads `x` [T, H] (bf16, f16 or f32: rounded to bf16), and `topk_ids` and `topk_weights` [T, K], and
-/// `token_ids` [T], where they are. At most `max_tokens` tokens (0: all). Throws Error naming file, tensor,
-/// expected and found.
-LayerInputs read_inputs(const std::filesystem::path& path, int64_t hidden, int64_t max_tokens);
+/// A file of inputs: `x` [T, H] (bf16, f16 or f32: rounded to bf16), and `topk_ids` and `topk_weights` [T,
+/// K], and `token_ids` [T], where they are. That is one layer's, or of any number of layers with names that
+/// say so: `layers.3.x`, `layers.3.topk_ids`, ...; `token_ids` alone then counts for every layer. Its
+/// functions throw Error naming file, tensor, expected and found.
+class InputFile {
+ public:
+  /// Refuses a file that holds inputs of both kinds.
+  explicit InputFile(const std::filesystem::path& path);
+
+  const std::filesystem::path& path() const { return file_->path(); }
+  /// Layers that the names say; empty: one layer's, and which one is for the caller to know.
+  const std::set<int64_t>& layers() const { return layers_; }
+  int64_t tokens(int64_t layer) const;
+  /// Tokens [first, first + count) of `layer`, as far as there are.
+  LayerInputs read(int64_t layer, int64_t hidden, int64_t first, int64_t count) const;
+
+ private:
+  std::string prefix(int64_t layer) const;
+
+  std::shared_ptr<const SafetensorsFile> file_;
+  std::set<int64_t> layers_;
+};
+
+/// The first `max_tokens` tokens (0: all) of `layer` in such a file.
+LayerInputs read_inputs(const std::filesystem::path& path, int64_t layer, int64_t hidden, int64_t max_tokens);
 
 /// The routing of such a file alone, `topk_ids` and `topk_weights`: x is left empty. Throws Error where the
 /// file has none.

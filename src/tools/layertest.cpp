@@ -22,7 +22,6 @@ namespace {
 // every element did, the error would be one ulp each: 2^-8 of the element at most, 2.8e-3 in the mean over
 // mantissas; in a sound kernel few do. A single token has few elements and may cancel: 2^-7 for the worst
 // one.
-constexpr double kKernelLimit = 3e-3;
 constexpr double kKernelWorstTokenLimit = 0x1p-7;
 
 // Staging with a scale of the checkpoint may have twice the error of staging by token on the same rows. Block
@@ -77,14 +76,33 @@ class Layertest {
     if (emulation_.rows == 0)
       reject("layertest", "at least one token that goes to an expert under test", "none");
     judge_scale_bytes();
+    report_.charts.block_scales = block_scale_histograms(*request_.nvfp4);
     compare_checkpoint(dequantized);
     compare_activations();
     compare_kernel();
+    if (!report_.charts.worst_token || first_culprit_ == "activations") {
+      chart_worst_token(dequantized_, "dequantized reference", emulation_,
+                        "emulation, quantized activations");
+    }
     report_.verdict = report_.findings.empty() ? "fine" : first_culprit_;
     return std::move(report_);
   }
 
  private:
+  /// Errors of `candidate` by expert and by token.
+  void chart(const std::string& comparison, const LayerTrace& reference, const LayerTrace& candidate) {
+    report_.charts.expert_errors.push_back(
+        expert_errors(comparison, reference, candidate, request_.expert_ids));
+    report_.charts.errors.push_back(token_errors(comparison, reference, candidate));
+  }
+
+  void chart_worst_token(const LayerTrace& reference, const std::string& reference_name,
+                         const LayerTrace& candidate, const std::string& candidate_name) {
+    TokenScatter& scatter = report_.charts.worst_token.emplace(worst_token(reference, candidate));
+    scatter.reference_name = reference_name;
+    scatter.candidate_name = candidate_name;
+  }
+
   LayerTrace run_reference(const std::string& what, const ExpertWeights& weights,
                            const LayerOptions& options) const {
     request_.progress(what);
@@ -134,6 +152,7 @@ class Layertest {
         run_reference("the reference in the original weights", *request_.original, dequantized);
     const std::vector<StageReport> stages = compare_traces(original, dequantized_, request_);
     judge("checkpoint", stages);
+    chart("checkpoint", original, dequantized_);
     checkpoint.stages.insert(checkpoint.stages.end(), stages.begin(), stages.end());
   }
 
@@ -215,6 +234,7 @@ class Layertest {
     ComparisonReport& activations = report_.activations;
     activations.stages = compare_traces(dequantized_, emulation_, request_);
     judge("activations", activations.stages);
+    chart("activations", dequantized_, emulation_);
     if (is_nvfp4(request_.options.activations)) judge_input_scales();
     if (emulation_.shared &&
         is_nvfp4(shared_options(*request_.nvfp4->shared, request_.options).activations)) {
@@ -286,6 +306,8 @@ class Layertest {
     kernel.limit_origin = "one bf16 ulp an element; each stage fed with the backend's own previous output";
     if (!judge_permutation(run)) return;
     report_.kernel_end_to_end = compare_traces(emulation_, run, request_);
+    chart_worst_token(emulation_, "reference (emulation)", run,
+                      fmt::format("backend {}", request_.backend->name()));
     request_.progress("the emulation, fed with the backend's stages");
     kernel.stages = teacher_forced(run);
     judge("kernel", kernel.stages);
@@ -309,6 +331,7 @@ class Layertest {
     settle_nonfinite(expected, run);
     std::vector<StageReport> stages = compare_traces(expected, run, request_);
     for (StageReport& stage : stages) stage.limit = kKernelLimit;
+    chart("kernel", expected, run);
     judge_worst_tokens(expected, run);
     return stages;
   }

@@ -17,9 +17,13 @@
 
 #include "fourfold/comparison.h"
 #include "fourfold/moe_layer.h"
+#include "tools/layer_charts.h"
 #include "tools/layer_inputs.h"
 
 namespace fourfold {
+
+/// Limit of the kernel comparison on relative L2; layertest.cpp derives it.
+inline constexpr double kKernelLimit = 3e-3;
 
 struct LayertestRequest {
   const ExpertWeights* original = nullptr;  ///< null: the checkpoint comparison is left out
@@ -81,12 +85,21 @@ struct InputScaleReport {
   double limit = 0.0;
 };
 
+/// What may be wrong with a candidate, and why it is thought so.
+struct ReportedExplanation {
+  std::string fault;      ///< in words
+  double distance = 0.0;  ///< of the candidate from what this explanation predicts; 0 fits to the last bit
+  std::string evidence;
+};
+
 struct LayertestReport {
   std::string verdict;  ///< "fine", or the first of "kernel", "checkpoint", "activations" with a finding
   std::vector<std::string> findings;
   std::string backend, kernel;
   ComparisonReport checkpoint, activations, kernel_stages;
   std::vector<StageReport> kernel_end_to_end;
+  std::vector<ReportedExplanation> explanations;  ///< best first; empty where none was looked for
+  LayerCharts charts;
   std::optional<ExactBlocks> exact_blocks;
   std::optional<StagingReport> staging;
   std::optional<InputScaleReport> x_scale, intermediate_scale;  ///< where a scale is not by token

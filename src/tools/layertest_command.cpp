@@ -2,83 +2,44 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <charconv>
 #include <filesystem>
 #include <memory>
-#include <set>
 
 #include "base/fail.h"
 #include "base/files.h"
-#include "base/mapped_file.h"
 #include "fourfold/checkpoint.h"
 #include "fourfold/model_family.h"
 #include "tools/commands.h"
+#include "tools/diagnosis_command.h"
 #include "tools/input_routing.h"
 #include "tools/layertest.h"
 #include "tools/layertest_report.h"
-#include "tools/self_test.h"
+#include "tools/model_test.h"
+#include "tools/number_list.h"
+#include "tools/report_page.h"
+#include "tools/rule_options.h"
+#include "tools/stress.h"
 #include "tools/terminal.h"
 #include "tools/weight_comparison.h"
 
 namespace fourfold {
 namespace {
 
-struct Arguments {
+struct Arguments : RuleArguments {
   std::string original, nvfp4;
   int64_t layer = 0;
   std::string experts, input;
   int64_t tokens = 0;
   uint64_t seed = 0;
   std::string activations = "nvfp4", activation_scale, gate_up = "exact", backend, accumulate = "f32", json;
-  std::string activation, router, gate_up_order, scheme;
-  bool double_quantize = false, weight_on_input = false, self_test = false;
-  std::string candidate, activation_format;
+  std::string layers, html;
+  bool double_quantize = false, all_layers = false, stress = false;
+  DiagnosisArguments diagnosis;
+
+  bool wants_many_layers() const { return all_layers || !layers.empty(); }
 };
 
 constexpr int64_t kDefaultTokens = 64;
-
-int64_t parse_index(std::string_view text, const std::string& option) {
-  int64_t value = -1;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < 0) {
-    throw CLI::ValidationError(option,
-                               fmt::format("expected numbers and ranges such as 0,3,8-11, found '{}'", text));
-  }
-  return value;
-}
-
-/// "0,3,8-11" -> ascending numbers, each once.
-std::vector<int64_t> parse_list(const std::string& text, const std::string& option) {
-  constexpr int64_t kMost = 1 << 20;
-  std::set<int64_t> numbers;
-  for (size_t begin = 0; begin < text.size();) {
-    const size_t end = std::min(text.find(',', begin), text.size());
-    const std::string_view part = std::string_view(text).substr(begin, end - begin);
-    const size_t dash = part.find('-');
-    const int64_t first = parse_index(part.substr(0, dash), option);
-    const int64_t last = dash == std::string_view::npos ? first : parse_index(part.substr(dash + 1), option);
-    if (last < first || last > kMost) {
-      throw CLI::ValidationError(option,
-                                 fmt::format("expected ascending ranges below {}, found '{}'", kMost, part));
-    }
-    for (int64_t number = first; number <= last; ++number) numbers.insert(number);
-    begin = end + 1;
-  }
-  return {numbers.begin(), numbers.end()};
-}
-
-/// What the command line says of the layer's rules.
-RuleOverrides overrides_in(const Arguments& arguments) {
-  RuleOverrides overrides;
-  overrides.weight_on_input = arguments.weight_on_input;
-  try {
-    if (!arguments.activation.empty()) overrides.activation = parse_activation(arguments.activation);
-    if (!arguments.router.empty()) overrides.router = parse_router(arguments.router);
-  } catch (const Error& error) {
-    throw CLI::ValidationError(error.what());
-  }
-  return overrides;
-}
 
 /// Policies for x and for the intermediate: given ("P" or "P,P"), or the default.
 DefaultPolicies policies_for(const Arguments& arguments, const ExpertWeights& weights,
@@ -93,18 +54,26 @@ DefaultPolicies policies_for(const Arguments& arguments, const ExpertWeights& we
   return parse_scale_policies(arguments.activation_scale);
 }
 
-/// One run of the command; members in the order in which they come to be known.
+/// The checkpoints of a run, opened.
+struct Opened {
+  std::shared_ptr<const Checkpoint> nvfp4, original;  ///< original: null where there is none
+
+  void drop_pages() const {
+    nvfp4->drop_pages();
+    if (original) original->drop_pages();
+  }
+};
+
+using ShowProgress = std::function<void(std::string_view)>;
+
+/// One layer's test; members in the order in which they come to be known.
 class Run {
  public:
-  explicit Run(const Arguments& arguments) : arguments_(arguments) {}
+  Run(const Arguments& arguments, const Opened& opened, int64_t layer)
+      : arguments_(arguments), opened_(opened), layer_(layer) {}
 
-  int execute() {
-    load_checkpoints();
-    apply_named_steps();
-    configure();
-    load_inputs();
-    choose();
-    const Progress progress;
+  LayerResult test(const ShowProgress& progress) {
+    prepare();
     LayertestRequest request;
     request.original = original_ ? &original_->weights : nullptr;
     request.nvfp4 = &weights_;
@@ -113,45 +82,56 @@ class Run {
     request.options = options_;
     request.backend = choice_.backend;
     request.inputs = &inputs_;
-    request.progress = [&](std::string_view what) { progress.show(what); };
-    const LayertestReport report = run_layertest(request);
-    progress.clear();
-    require_mapped_files_intact();
-
+    request.progress = progress;
+    LayertestReport report = run_layertest(request);
+    opened_.nvfp4->require_intact();
+    if (opened_.original) opened_.original->require_intact();
     fact("backend", fmt::format("{} ({}); kernel: {}", report.backend, choice_.reason, report.kernel));
-    fmt::print("{}", format_table(subject_, report));
-    if (!arguments_.json.empty()) write_file(arguments_.json, format_json(subject_, report));
-    return exit_code_of(report);
+    return {std::move(subject_), std::move(report)};
+  }
+
+  /// What --stress runs, and on which backend.
+  std::pair<StressSubject, const Backend*> stress_subject() {
+    prepare();
+    return {{fmt::format("layer {} of {}", layer_, arguments_.nvfp4), weights_, nvfp4_.expert_ids, config_,
+             options_, inputs_},
+            choice_.backend};
   }
 
  private:
+  void prepare() {
+    load_checkpoints();
+    apply_named_steps();
+    configure();
+    load_inputs();
+    choose();
+  }
+
   void fact(const std::string& label, const std::string& text) { subject_.facts.emplace_back(label, text); }
 
   void load_checkpoints() {
     const std::vector<int64_t> experts = parse_list(arguments_.experts, "--experts");
     const auto order = parse_gate_up_order(arguments_.gate_up_order);
-    checkpoint_ = Checkpoint::open(arguments_.nvfp4);
-    nvfp4_ =
-        load_experts(checkpoint_, arguments_.layer, experts, order, parse_weight_scheme(arguments_.scheme));
+    nvfp4_ = load_experts(opened_.nvfp4, layer_, experts, order, parse_weight_scheme(arguments_.scheme));
     if (nvfp4_.scheme.find("nvfp4") == std::string::npos) {
-      reject(fmt::format("--nvfp4 {}", arguments_.nvfp4), "NVFP4 experts",
-             fmt::format("{}; is it the original? pass it as --original", nvfp4_.scheme));
+      throw LayerIsNotNvfp4(fmt::format(
+          "--nvfp4 {}: expected NVFP4 experts, found {}; is it the original? pass it as --original",
+          arguments_.nvfp4, nvfp4_.scheme));
     }
     weights_ = nvfp4_.weights;
-    const ModelConfig& config = checkpoint_->config();
+    const ModelConfig& config = opened_.nvfp4->config();
     subject_.model = config.model_type.empty() ? "unknown" : config.model_type;
-    subject_.layer = arguments_.layer;
+    subject_.layer = layer_;
     subject_.notes = nvfp4_.notes;
     fact("model", fmt::format("{}, layer {}: {} of {} experts, hidden {}, intermediate {}", subject_.model,
-                              arguments_.layer, nvfp4_.weights.count(), nvfp4_.experts_in_checkpoint,
-                              weights_.hidden, weights_.intermediate));
+                              layer_, nvfp4_.weights.count(), nvfp4_.experts_in_checkpoint, weights_.hidden,
+                              weights_.intermediate));
     fact("nvfp4", fmt::format("{}: {}{}, {}", arguments_.nvfp4, nvfp4_.scheme,
                               arguments_.scheme.empty() ? "" : " (--scheme)", nvfp4_.naming));
     if (arguments_.original.empty()) return require_fused_for_order();
 
-    const auto original = Checkpoint::open(arguments_.original);
-    original_ = load_experts(original, arguments_.layer, experts, order);
-    original_config_ = original->config();
+    original_ = load_experts(opened_.original, layer_, experts, order);
+    original_config_ = opened_.original->config();
     require_fused_for_order();
     require_alike();
     fact("original", fmt::format("{}: {}, {}", arguments_.original, original_->scheme, original_->naming));
@@ -216,7 +196,7 @@ class Run {
 
   void configure() {
     const RuleOverrides overrides = overrides_in(arguments_);
-    rules_ = rules_of(checkpoint_->config(), overrides);
+    rules_ = rules_of(opened_.nvfp4->config(), overrides);
     config_ = config_of_layer();
     fact("family", rules_.family == "given" ? "unknown: the command line says how the layer is computed"
                                             : rules_.family);
@@ -282,7 +262,7 @@ class Run {
       return;
     }
     const ExpertWeights all =
-        load_experts(checkpoint_, arguments_.layer, {}, parse_gate_up_order(arguments_.gate_up_order),
+        load_experts(opened_.nvfp4, layer_, {}, parse_gate_up_order(arguments_.gate_up_order),
                      parse_weight_scheme(arguments_.scheme))
             .weights;
     const std::vector<float> x = x_input_scales(all), intermediate = intermediate_input_scales(all);
@@ -295,10 +275,10 @@ class Run {
     if (arguments_.input.empty()) require_run_memory(tokens > 0 ? tokens : kDefaultTokens);
     inputs_ = arguments_.input.empty()
                   ? make_inputs(tokens > 0 ? tokens : kDefaultTokens, config_.hidden, arguments_.seed, false)
-                  : read_inputs(arguments_.input, config_.hidden, tokens);
+                  : read_inputs(arguments_.input, layer_, config_.hidden, tokens);
     if (!arguments_.input.empty()) require_run_memory(inputs_.tokens);
-    const RoutingTask task{*checkpoint_, arguments_.layer,           nvfp4_,
-                           rules_,       !arguments_.router.empty(), arguments_.seed};
+    const RoutingTask task{*opened_.nvfp4, layer_, nvfp4_, rules_, !arguments_.router.empty(),
+                           arguments_.seed};
     for (std::string& note : route_inputs(task, inputs_)) subject_.notes.push_back(std::move(note));
     config_.top_k = inputs_.top_k;
     fact("input", fmt::format("{} tokens, x: {}; routing: {}", inputs_.tokens, inputs_.x_origin,
@@ -308,7 +288,7 @@ class Run {
   /// x, a workspace, and the stages of three runs at a time, at about 2 bytes a value and a half beside for
   /// staging.
   void require_run_memory(int64_t tokens) const {
-    const int64_t top_k = std::min(checkpoint_->config().top_k.value_or(1), config_.experts);
+    const int64_t top_k = std::min(opened_.nvfp4->config().top_k.value_or(1), config_.experts);
     const int64_t row_bytes = 3 * (2 * weights_.hidden + 4 * weights_.intermediate);
     int64_t bytes = 0;
     if (__builtin_mul_overflow(tokens * top_k, 4 * row_bytes, &bytes)) bytes = INT64_MAX;
@@ -318,8 +298,9 @@ class Run {
   void choose() { choice_ = choose_backend(arguments_.backend, weights_, config_, options_); }
 
   const Arguments& arguments_;
+  const Opened& opened_;
+  int64_t layer_;
   LayertestSubject subject_;
-  std::shared_ptr<const Checkpoint> checkpoint_;
   ExpertLayer nvfp4_;
   std::optional<ExpertLayer> original_;
   std::optional<ModelConfig> original_config_;
@@ -331,27 +312,88 @@ class Run {
   BackendChoice choice_;
 };
 
-int run_self_test_command(const Arguments& arguments) {
+/// `damage`: filled, and what can be read is tested; null: damage is an Error.
+Opened open_checkpoints(const Arguments& arguments, std::vector<std::string>* damage) {
+  const auto open = [&](const std::string& path) {
+    if (path.empty()) return std::shared_ptr<const Checkpoint>();
+    if (damage == nullptr) return Checkpoint::open(path);
+    std::vector<CheckpointDamage> found;
+    auto checkpoint = Checkpoint::open(path, found);
+    for (const CheckpointDamage& part : found) damage->push_back(part.message);
+    return checkpoint;
+  };
+  Opened opened;
+  opened.nvfp4 = open(arguments.nvfp4);
+  opened.original = open(arguments.original);
+  return opened;
+}
+
+int test_one_layer(const Arguments& arguments) {
+  const Opened opened = open_checkpoints(arguments, nullptr);
   const Progress progress;
-  SelfTestRequest request;
-  request.seed = arguments.seed;
-  request.progress = [&](std::string_view what) { progress.show(what); };
-  const SelfTestReport report = run_self_test(request);
+  const LayerResult result =
+      Run(arguments, opened, arguments.layer).test([&](std::string_view what) { progress.show(what); });
   progress.clear();
-  fmt::print("{}", format_self_test(report));
-  if (!arguments.json.empty()) write_file(arguments.json, self_test_json(report));
-  return report.passes() ? kExitFine : kExitFinding;
+  fmt::print("{}", format_table(result));
+  if (!arguments.json.empty()) write_file(arguments.json, format_json(result));
+  if (!arguments.html.empty()) write_file(arguments.html, format_html(result));
+  return exit_code_of(result.report);
 }
 
-int run_command(const Arguments& arguments) {
-  if (arguments.self_test) return run_self_test_command(arguments);
+int test_many_layers(const Arguments& arguments) {
+  ModelTask task;
+  if (!arguments.all_layers) task.layers = parse_list(arguments.layers, "--layers");
+  const Opened opened = open_checkpoints(arguments, &task.damage);
+  const Progress progress;
+  task.test_layer = [&](int64_t layer, const ShowProgress& show) {
+    return Run(arguments, opened, layer).test(show);
+  };
+  task.after_layer = [&] { opened.drop_pages(); };
+  task.progress = [&](std::string_view what) { progress.show(what); };
+  const ModelReport report = test_model(*opened.nvfp4, task);
+  progress.clear();
+  fmt::print("{}", format_model_table(report));
+  if (!arguments.json.empty()) write_file(arguments.json, format_model_json(report));
+  if (!arguments.html.empty()) write_file(arguments.html, format_model_html(report));
+  return exit_code_of(report);
+}
+
+/// Made-up layers, and the checkpoint's where there is one.
+int stress(const Arguments& arguments) {
+  StressRequest request;
+  request.subjects = stress_layers(*parse_activation_format(arguments.activations), arguments.seed);
+  const Progress progress;
+  request.progress = [&](std::string_view what) { progress.show(what); };
+  Opened opened;
+  if (arguments.nvfp4.empty()) {
+    const StressSubject& first = request.subjects.front();
+    request.backend = choose_backend(arguments.backend, first.weights, first.config, first.options).backend;
+  } else {
+    opened = open_checkpoints(arguments, nullptr);
+    auto [subject, backend] = Run(arguments, opened, arguments.layer).stress_subject();
+    request.subjects.push_back(std::move(subject));
+    request.backend = backend;
+  }
+  const StressReport report = run_stress(request);
+  progress.clear();
+  if (opened.nvfp4) opened.nvfp4->require_intact();
+  fmt::print("{}", format_stress_table(report));
+  if (!arguments.json.empty()) write_file(arguments.json, format_stress_json(report));
+  return exit_code_of(report);
+}
+
+int execute(const Arguments& arguments) {
+  // Before the work, of which whole models have much.
+  for (const std::string& file : {arguments.json, arguments.html}) {
+    if (!file.empty()) require_creatable(file);
+  }
+  if (arguments.stress) return stress(arguments);
+  const DiagnosisTask diagnosis{arguments.diagnosis, arguments,      arguments.nvfp4, arguments.input,
+                                arguments.json,      arguments.html, arguments.layer, arguments.seed};
+  if (arguments.diagnosis.self_test) return test_itself(diagnosis);
   if (arguments.nvfp4.empty()) throw CLI::RequiredError("--nvfp4");
-  return Run(arguments).execute();
-}
-
-void add_diagnosis_options(CLI::App& command, Arguments& arguments) {
-  command.add_flag("--self-test", arguments.self_test,
-                   "plant every known fault and show that the diagnosis names it (docs/diagnosis.md)");
+  if (!arguments.diagnosis.candidate.empty()) return diagnose_candidate(diagnosis);
+  return arguments.wants_many_layers() ? test_many_layers(arguments) : test_one_layer(arguments);
 }
 
 }  // namespace
@@ -360,18 +402,31 @@ void add_layertest(CLI::App& app, int& exit_code) {
   auto arguments = std::make_shared<Arguments>();
   CLI::App* command = app.add_subcommand(
       "layertest", "Run one MoE layer stage by stage against a bf16 reference, and say what is at fault");
-  command
-      ->add_option("--nvfp4", arguments->nvfp4,
-                   "NVFP4 checkpoint: a model directory (required, but for --self-test)")
-      ->check(nonempty());
+  command->add_option("--nvfp4", arguments->nvfp4, "NVFP4 checkpoint: a model directory")->check(nonempty());
   command
       ->add_option(
           "--original", arguments->original,
           "the checkpoint it was made from (MXFP4 or bf16); without it, what the checkpoint lost is not told")
       ->check(nonempty());
-  command->add_option("--layer", arguments->layer, "layer number")
-      ->capture_default_str()
-      ->check(whole_number<int64_t>());
+  CLI::Option* layer = command->add_option("--layer", arguments->layer, "layer number")
+                           ->capture_default_str()
+                           ->check(whole_number<int64_t>());
+  CLI::Option* layers =
+      command
+          ->add_option("--layers", arguments->layers,
+                       "several layers, e.g. 0-60,3, one at a time, and a table sorted by the worst")
+          ->check(nonempty("layers"))
+          ->excludes(layer);
+  command
+      ->add_flag(
+          "--stress", arguments->stress,
+          "lean on the backend's promises: NaN in padding and workspace, odd sizes, repeats, calls side "
+          "by side, splits over ranks; on made-up layers, and that of --nvfp4 where it is given")
+      ->excludes(layers);
+  command->add_flag("--all-layers", arguments->all_layers, "the same for every layer with NVFP4 experts")
+      ->excludes("--stress")
+      ->excludes(layer)
+      ->excludes(layers);
   command->add_option("--experts", arguments->experts, "experts to test, e.g. 0,3,8-11 (default: all)");
   command
       ->add_option("--tokens", arguments->tokens,
@@ -381,7 +436,8 @@ void add_layertest(CLI::App& app, int& exit_code) {
   command
       ->add_option(
           "--input", arguments->input,
-          "safetensors with x [T, H], and optionally topk_ids and topk_weights [T, K], or token_ids [T]")
+          "safetensors with x [T, H], and optionally topk_ids and topk_weights [T, K], or token_ids [T]; or "
+          "the same of several layers, named layers.L.x ...")
       ->check(nonempty());
   command->add_option("--seed", arguments->seed, "seed of generated inputs and routing")
       ->capture_default_str()
@@ -394,28 +450,7 @@ void add_layertest(CLI::App& app, int& exit_code) {
       "global scale of NVFP4 activations: static, max-over-experts, dynamic-tensor or dynamic-token; two, "
       "with a comma, for x and the intermediate (default: static where every expert has input_scale, "
       "dynamic-token where none has)");
-  command
-      ->add_option("--activation", arguments->activation,
-                   "the function between the GEMMs, instead of the config's: swiglu, swiglu-step, geglu, "
-                   "geglu-tanh, relu2, silu or gelu, with ,alpha=A ,beta=B ,limit=L, e.g. swiglu,limit=10")
-      ->check(nonempty("an activation"));
-  command
-      ->add_option("--router", arguments->router,
-                   "how the checkpoint's router is computed, instead of the config's: softmax, "
-                   "softmax-of-top-k, sigmoid or sqrt-softplus, with ,top-k=K ,renormalise=yes|no ,scale=F "
-                   ",groups=G ,top-groups=N")
-      ->check(nonempty("a router"));
-  command->add_flag("--weight-on-input", arguments->weight_on_input,
-                    "routing weights multiply an expert's input instead of its output (Llama-4)");
-  command
-      ->add_option("--gate-up-order", arguments->gate_up_order,
-                   "order of gate and up in fused tensors (default: the family's)")
-      ->check(CLI::IsMember({"gate-first", "up-first", "interleaved"}));
-  command
-      ->add_option("--scheme", arguments->scheme,
-                   "how to read the four-bit weights of --nvfp4, instead of what tensor names and types say: "
-                   "modelopt (global scales multiply), compressed-tensors (they divide) or mxfp4")
-      ->check(CLI::IsMember({"modelopt", "compressed-tensors", "mxfp4"}));
+  add_rule_options(*command, *arguments, "--nvfp4");
   command
       ->add_option("--gate-up", arguments->gate_up,
                    "global scales of gate and up: one each, or folded into one")
@@ -432,9 +467,17 @@ void add_layertest(CLI::App& app, int& exit_code) {
                     "dequantize to bf16 and quantize again, gate and up as one tensor, to see the loss");
   command->add_option("--json", arguments->json, "write the report as JSON too (docs/layertest.md)")
       ->check(nonempty());
-  command->footer("Exit code: 0 fine, 1 error, 2 usage, 3 a finding.");
-  add_diagnosis_options(*command, *arguments);
-  command->callback([arguments, &exit_code] { exit_code = run_command(*arguments); });
+  command
+      ->add_option("--html", arguments->html,
+                   "write the report as a page to look at: verdict, stages, charts; it loads nothing")
+      ->check(nonempty())
+      ->excludes("--stress");
+  add_diagnosis_options(*command, arguments->diagnosis);
+  command->footer(
+      "Exit code: 0 fine, 1 error, 2 usage, 3 a finding. Of several layers: 1 if one can't be read, else 3 "
+      "if one has "
+      "a finding.");
+  command->callback([arguments, &exit_code] { exit_code = execute(*arguments); });
 }
 
 }  // namespace fourfold

@@ -38,6 +38,50 @@ Json stages_json(const std::vector<StageReport>& stages) {
   return json;
 }
 
+Json histograms_json(const std::vector<Histogram>& histograms) {
+  Json json = Json::array();
+  for (const Histogram& one : histograms) {
+    json.push_back({{"name", one.name},
+                    {"base", one.base},
+                    {"first", one.first},
+                    {"step", one.step},
+                    {"counts", one.counts},
+                    {"zeros", one.zeros},
+                    {"not_finite", one.not_finite}});
+  }
+  return json;
+}
+
+template <class T>
+Json numbers_json(const std::vector<T>& values) {
+  Json json = Json::array();
+  for (const T value : values) json.push_back(json_number(static_cast<double>(value)));
+  return json;
+}
+
+Json charts_json(const LayerCharts& charts) {
+  Json json = {{"expert_errors", Json::array()},
+               {"block_scales", histograms_json(charts.block_scales)},
+               {"errors", histograms_json(charts.errors)}};
+  for (const ExpertErrors& errors : charts.expert_errors) {
+    json["expert_errors"].push_back({{"comparison", errors.comparison},
+                                     {"stages", errors.stages},
+                                     {"experts", errors.experts},
+                                     {"rows", errors.rows},
+                                     {"rel_l2", numbers_json(errors.rel_l2)}});
+  }
+  if (charts.worst_token) {
+    const TokenScatter& scatter = *charts.worst_token;
+    json["worst_token"] = {{"token", scatter.token},
+                           {"columns", scatter.columns},
+                           {"reference_name", scatter.reference_name},
+                           {"candidate_name", scatter.candidate_name},
+                           {"reference", numbers_json(scatter.reference)},
+                           {"candidate", numbers_json(scatter.candidate)}};
+  }
+  return json;
+}
+
 /// Enough digits to see how far from 1 a cosine is.
 std::string cosine_text(double cosine) {
   const double distance = std::abs(1.0 - cosine);
@@ -70,18 +114,6 @@ std::string comparison_rows(const std::string& name, const ComparisonReport& com
 std::string percentage(int64_t part, int64_t whole) {
   return whole == 0 ? "0%"
                     : fmt::format("{:.4g}%", 100.0 * static_cast<double>(part) / static_cast<double>(whole));
-}
-
-/// Those that were checked and have rows.
-std::vector<std::pair<std::string, InputScaleReport>> input_scales_of(const LayertestReport& report) {
-  std::vector<std::pair<std::string, InputScaleReport>> scales;
-  if (report.x_scale) scales.emplace_back("x", *report.x_scale);
-  if (report.intermediate_scale) scales.emplace_back("intermediate", *report.intermediate_scale);
-  std::erase_if(scales, [](const auto& scale) { return scale.second.worst_expert < 0; });
-  if (report.shared_x_scale) scales.emplace_back("shared_x", *report.shared_x_scale);
-  if (report.shared_intermediate_scale)
-    scales.emplace_back("shared_intermediate", *report.shared_intermediate_scale);
-  return scales;
 }
 
 std::string counts_text(const LayertestReport& report) {
@@ -125,7 +157,19 @@ std::string limits_text(const LayertestReport& report) {
 
 }  // namespace
 
-std::string format_table(const LayertestSubject& subject, const LayertestReport& report) {
+std::vector<std::pair<std::string, InputScaleReport>> input_scales_of(const LayertestReport& report) {
+  std::vector<std::pair<std::string, InputScaleReport>> scales;
+  if (report.x_scale) scales.emplace_back("x", *report.x_scale);
+  if (report.intermediate_scale) scales.emplace_back("intermediate", *report.intermediate_scale);
+  std::erase_if(scales, [](const auto& scale) { return scale.second.worst_expert < 0; });
+  if (report.shared_x_scale) scales.emplace_back("shared_x", *report.shared_x_scale);
+  if (report.shared_intermediate_scale)
+    scales.emplace_back("shared_intermediate", *report.shared_intermediate_scale);
+  return scales;
+}
+
+std::string format_table(const LayerResult& result) {
+  const auto& [subject, report] = result;
   std::string text;
   for (const auto& [label, fact] : subject.facts)
     text += fmt::format("{:<12} {}\n", label, printable(fact, kLineBytes));
@@ -147,7 +191,8 @@ std::string format_table(const LayertestSubject& subject, const LayertestReport&
   return text + bold(red("verdict: " + report.verdict)) + ": see the findings above\n";
 }
 
-std::string format_json(const LayertestSubject& subject, const LayertestReport& report) {
+Json layer_json(const LayerResult& result) {
+  const auto& [subject, report] = result;
   Json json = {
       {"verdict", report.verdict},
       {"backend", report.backend},
@@ -180,7 +225,16 @@ std::string format_json(const LayertestSubject& subject, const LayertestReport& 
           {"different", report.staging->intermediate_different}}}};
   }
   for (const auto& [label, fact] : subject.facts) json["facts"][label] = fact;
-  return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+  for (const ReportedExplanation& one : report.explanations) {
+    json["explanations"].push_back(
+        {{"fault", one.fault}, {"distance", json_number(one.distance)}, {"evidence", one.evidence}});
+  }
+  json["charts"] = charts_json(report.charts);
+  return json;
+}
+
+std::string format_json(const LayerResult& result) {
+  return layer_json(result).dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
 }
 
 }  // namespace fourfold

@@ -1,7 +1,9 @@
 // layertest's result as a table for people and as JSON for programs.
 #pragma once
 
+#include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tools/layertest.h"
@@ -16,8 +18,19 @@ struct LayertestSubject {
   std::vector<std::string> notes;
 };
 
-std::string format_table(const LayertestSubject& subject, const LayertestReport& report);
+/// A tested layer: all that is reported of it.
+struct LayerResult {
+  LayertestSubject subject;
+  LayertestReport report;
+};
+
+/// Input scales that were checked and have rows, each with what it scales: "x", "intermediate", "shared_x" or
+/// "shared_intermediate".
+std::vector<std::pair<std::string, InputScaleReport>> input_scales_of(const LayertestReport& report);
+
+std::string format_table(const LayerResult& result);
 /// The stable schema of docs/layertest.md.
-std::string format_json(const LayertestSubject& subject, const LayertestReport& report);
+nlohmann::ordered_json layer_json(const LayerResult& result);
+std::string format_json(const LayerResult& result);
 
 }  // namespace fourfold

@@ -61,7 +61,9 @@ int main(int argc, char** argv) {
     fourfold::add_synthesize(app, exit_code);
     fourfold::add_gemmtest(app, exit_code);
     fourfold::add_bench(app, exit_code);
+    fourfold::add_calibrate(app, exit_code);
     fourfold::add_inspect(app, exit_code);
+    fourfold::add_convert(app, exit_code);
     fourfold::add_doctor(app, exit_code);
     try {
       app.parse(argc, argv);

@@ -2,17 +2,21 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <optional>
+
 #include "bench/shapes.h"
 #include "tools/commands.h"
 
 namespace fourfold {
 namespace {
 
-[[noreturn]] void bad_shape(const std::string& text) {
-  throw CLI::ValidationError("--shape",
-                             fmt::format("expected E,H,I,K (experts, hidden, intermediate, top-k) or one of "
-                                         "{}; found '{}'",
-                                         shape_names(), text));
+[[noreturn]] void bad_shape(const std::string& expected, const std::string& found) {
+  throw CLI::ValidationError(
+      "--shape",
+      fmt::format("expected four numbers E,H,I,K (experts, hidden, intermediate, top-k) or {} of {}; "
+                  "found {}",
+                  expected, shape_names(), found));
 }
 
 bool parse_extents(const std::string& text, LayerShape& shape) {
@@ -21,10 +25,11 @@ bool parse_extents(const std::string& text, LayerShape& shape) {
   return parse_numbers(text, fields);
 }
 
-LayerShape named_shape(const std::string& name) {
+std::optional<LayerShape> named_shape(const std::string& name) {
   const ModelShape* const model = find_model_shape(name);
-  if (model == nullptr) bad_shape(name);
-  return {std::string(model->name), model->experts, model->hidden, model->intermediate, model->top_k};
+  if (model == nullptr) return std::nullopt;
+  return LayerShape{std::string(model->name), model->experts, model->hidden, model->intermediate,
+                    model->top_k};
 }
 
 }  // namespace
@@ -42,7 +47,10 @@ std::string shape_names() {
 
 LayerShape parse_shape(const std::string& text) {
   LayerShape shape;
-  return parse_extents(text, shape) ? shape : named_shape(text);
+  if (parse_extents(text, shape)) return shape;
+  const auto named = named_shape(text);
+  if (!named) bad_shape("one", fmt::format("'{}'", text));
+  return *named;
 }
 
 std::vector<LayerShape> parse_shapes(const std::string& text) {
@@ -51,7 +59,13 @@ std::vector<LayerShape> parse_shapes(const std::string& text) {
   std::vector<LayerShape> shapes;
   for (size_t begin = 0; begin <= text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
-    shapes.push_back(named_shape(text.substr(begin, end - begin)));
+    const std::string name = text.substr(begin, end - begin);
+    const auto named = named_shape(name);
+    if (!named) {
+      bad_shape("names, with commas,",
+                name == text ? fmt::format("'{}'", text) : fmt::format("'{}' in '{}'", name, text));
+    }
+    shapes.push_back(*named);
     begin = end + 1;
   }
   return shapes;

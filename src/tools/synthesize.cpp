@@ -8,12 +8,13 @@
 
 #include "base/fail.h"
 #include "base/files.h"
+#include "checkpoint/shard_writer.h"
 #include "fourfold/checkpoint.h"
 #include "fourfold/model_family.h"
+#include "tools/calibration.h"
 #include "tools/input_routing.h"
 #include "tools/layer_inputs.h"
 #include "tools/layer_trace.h"
-#include "tools/model_writer.h"
 #include "tools/partial_directory.h"
 #include "tools/random.h"
 #include "tools/synthetic_layout.h"
@@ -29,6 +30,13 @@ bool is_synthetic(const std::filesystem::path& directory) {
   } catch (const Error&) {
     return false;
   }
+}
+
+/// Two at least, so that the index is exercised at every size.
+constexpr ShardSizes kShards = {.bytes = int64_t{2} << 30, .fewest = 2};
+
+void write_json(const std::filesystem::path& path, const nlohmann::ordered_json& json) {
+  write_file(path, json.dump(2) + "\n");
 }
 
 std::vector<Bf16> to_bf16(const std::vector<float>& values) {
@@ -177,7 +185,7 @@ class Synthesizer {
 
   // ---- models ----
 
-  void write_routers(ModelWriter& writer, const SyntheticLayout& layout) const {
+  void write_routers(ShardWriter& writer, const SyntheticLayout& layout) const {
     for (int64_t layer = 0; layer < request_.layers; ++layer) {
       const std::string name = layout.router(layer);
       writer.write(name + ".weight", bytes_of(to_bf16(values_.router_weight(layer))));
@@ -196,7 +204,7 @@ class Synthesizer {
     }
   }
 
-  void write_matrix(ModelWriter& writer, const std::string& name, StoredAs stored,
+  void write_matrix(ShardWriter& writer, const std::string& name, StoredAs stored,
                     const DenseMatrix& weight) const {
     if (stored == StoredAs::kMxfp4) {
       const BlockScaledMatrix quantized = quantize_mxfp4(weight.view());
@@ -214,7 +222,7 @@ class Synthesizer {
 
   void write_original(const std::filesystem::path& directory) {
     const SyntheticLayout layout(request_, family_, stored_as(request_.original));
-    ModelWriter writer(directory, layout.specs());
+    ShardWriter writer(directory, layout.specs(), kShards);
     write_routers(writer, layout);
     for (int64_t layer = 0; layer < request_.layers; ++layer) {
       if (family_.is_fused) {
@@ -234,7 +242,7 @@ class Synthesizer {
                      values_.weight(layer, kSyntheticShared, matrix, layout.shared_intermediate()));
       }
     }
-    writer.write_json("config.json", layout.config());
+    write_json(directory / "config.json", layout.config());
     writer.finish();
     result_.original_bytes = writer.total_bytes();
   }
@@ -242,7 +250,7 @@ class Synthesizer {
   void write_nvfp4(const std::filesystem::path& original_directory, const std::filesystem::path& directory) {
     const auto original = Checkpoint::open(original_directory);
     const SyntheticLayout layout(request_, family_, StoredAs::kNvfp4);
-    ModelWriter writer(directory, layout.specs());
+    ShardWriter writer(directory, layout.specs(), kShards);
     write_routers(writer, layout);
     for (int64_t layer = 0; layer < request_.layers; ++layer) {
       const ExpertLayer experts = load_experts(original, layer);
@@ -263,8 +271,9 @@ class Synthesizer {
       }
       write_shared_nvfp4(writer, layout, layer, experts.weights, scales);
     }
-    writer.write_json("config.json", layout.config());
-    if (family_.name != "deepseek-v4") writer.write_json("hf_quant_config.json", layout.modelopt_config());
+    write_json(directory / "config.json", layout.config());
+    if (family_.name != "deepseek-v4")
+      write_json(directory / "hf_quant_config.json", layout.modelopt_config());
     writer.finish();
     result_.nvfp4_bytes = writer.total_bytes();
   }
@@ -273,7 +282,7 @@ class Synthesizer {
     return matrix == Matrix::kGate ? expert.gate : matrix == Matrix::kUp ? expert.up : expert.down;
   }
 
-  void write_converted(ModelWriter& writer, const std::string& name, const WeightView& original,
+  void write_converted(ShardWriter& writer, const std::string& name, const WeightView& original,
                        float input_scale) {
     const BlockScaledMatrix nvfp4 =
         convert_to_nvfp4(original, is_stored_as(original, QuantFormat::kMxfp4) ? &result_.cast : nullptr);
@@ -283,7 +292,7 @@ class Synthesizer {
     writer.write(name + ".input_scale", bytes_of(input_scale));
   }
 
-  void write_shared_nvfp4(ModelWriter& writer, const SyntheticLayout& layout, int64_t layer,
+  void write_shared_nvfp4(ShardWriter& writer, const SyntheticLayout& layout, int64_t layer,
                           const ExpertWeights& weights, const InputScales& scales) {
     if (!layout.has_shared()) return;
     for (const Matrix matrix : kMatrices) {
@@ -327,7 +336,7 @@ class Synthesizer {
     return biases;
   }
 
-  void write_fused_original(ModelWriter& writer, const SyntheticLayout& layout, int64_t layer) const {
+  void write_fused_original(ShardWriter& writer, const SyntheticLayout& layout, int64_t layer) const {
     for (const bool is_down : {false, true}) {
       const std::string name = layout.fused(layer, is_down);
       std::vector<uint8_t> blocks, scales;
@@ -356,7 +365,7 @@ class Synthesizer {
   }
 
   /// Stored transposed, one global scale and one input scale for all experts, as ModelOpt exports them.
-  void write_fused_nvfp4(ModelWriter& writer, const SyntheticLayout& layout, int64_t layer,
+  void write_fused_nvfp4(ShardWriter& writer, const SyntheticLayout& layout, int64_t layer,
                          const ExpertWeights& weights, const InputScales& scales) {
     for (const bool is_down : {false, true}) {
       const std::string name = layout.fused(layer, is_down);
@@ -449,18 +458,17 @@ class Synthesizer {
     const auto& shared = experts.weights.shared;
     const LayerTrace run = trace(*reference_backend().make_layer(experts.weights, config, options), inputs,
                                  shared ? &*shared : nullptr);
+    LayerAmax amax(request_.experts);
+    amax.add(run);
     std::vector<float> x_amax, inner_amax;
-    const MatrixView<const Bf16> x(run.staged_x.values.data(), run.rows, request_.hidden);
-    for (size_t expert = 0; expert < static_cast<size_t>(request_.experts); ++expert) {
-      const int32_t begin = run.permutation.group_offsets[expert],
-                    end = run.permutation.group_offsets[expert + 1];
-      x_amax.push_back(absolute_maximum(x.rows_from(begin, end - begin)));
-      inner_amax.push_back(absolute_maximum(run.activation_view().rows_from(begin, end - begin)));
+    for (const ExpertAmax& expert : amax.experts()) {
+      x_amax.push_back(expert.x);
+      inner_amax.push_back(expert.intermediate);
     }
     InputScales scales{scales_from(x_amax), scales_from(inner_amax)};
-    if (run.shared) {
-      scales.x.push_back(scales_from({absolute_maximum(inputs.x_view())}).front());
-      scales.intermediate.push_back(scales_from({absolute_maximum(run.shared_activation_view())}).front());
+    if (amax.shared()) {
+      scales.x.push_back(scales_from({amax.shared()->x}).front());
+      scales.intermediate.push_back(scales_from({amax.shared()->intermediate}).front());
     }
     return scales;
   }

@@ -1,6 +1,8 @@
 #include "tools/testbed.h"
 
 #include <algorithm>
+#include <exception>
+#include <thread>
 
 #include "base/fail.h"
 #if FOURFOLD_HAS_CUDA
@@ -17,6 +19,24 @@ std::unique_ptr<Testbed> make_testbed(const Backend& backend) {
   fail(ErrorCode::kUnsupported, "bench: backend '{}' computes on a GPU, and this build is without CUDA",
        backend.name());
 #endif
+}
+
+void run_on_threads(size_t count, const std::function<void(size_t)>& work) {
+  std::vector<std::exception_ptr> errors(count);
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < count; ++i) {
+    threads.emplace_back([&, i] {
+      try {
+        work(i);
+      } catch (...) {
+        errors[i] = std::current_exception();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const std::exception_ptr& error : errors) {
+    if (error) std::rethrow_exception(error);
+  }
 }
 
 void StageSums::add(std::string_view stage, double seconds) {

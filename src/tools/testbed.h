@@ -53,6 +53,11 @@ class Testbed {
   /// Seconds of a call, sample by sample, the calls of `rotation` taking turns; one turn before the clock
   /// starts.
   virtual std::vector<double> time(std::span<const LayerCall> rotation, const TimingLimits& limits) const = 0;
+  /// Runs every call `times` times, all calls at once: on threads, and where there are streams on streams, of
+  /// their own. Throws the first Error of a call.
+  virtual void run_side_by_side(std::span<const LayerCall> calls, int times) const = 0;
+  /// Captures a call into a graph; what comes back replays it and waits. Empty where there are no graphs.
+  virtual std::function<void()> capture(const LayerCall& call) const = 0;
   virtual std::vector<StageTime> time_stages(std::span<const LayerCall> rotation) const = 0;
 
   /// The GEMM of sampled rows in float64; reference/sampled_multiply.h is the contract.
@@ -70,6 +75,9 @@ std::unique_ptr<Testbed> make_cpu_testbed();
 
 /// The testbed of the memory in which `backend` computes. Throws Error when this build has none for it.
 std::unique_ptr<Testbed> make_testbed(const Backend& backend);
+
+/// Runs `work(i)` for i below `count` on as many threads; throws the first Error when all have ended.
+void run_on_threads(size_t count, const std::function<void(size_t)>& work);
 
 /// Adds up what an observer is told, call by call.
 class StageSums {

@@ -101,10 +101,12 @@ def valid_bytes(tensors: Mapping[str, Tensor], misalign: int = 0) -> bytes:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Header and data of a file, to damage it further."""
+    """Header, of tensors alone, and data of a file, to damage it further."""
     content = path.read_bytes()
     begin = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:begin]), content[begin:]
+    header = json.loads(content[8:begin])
+    header.pop("__metadata__", None)
+    return header, content[begin:]
 
 
 def write_json(path: Path, content: object) -> None:

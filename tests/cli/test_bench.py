@@ -171,7 +171,9 @@ def test_routing_file_that_is_not_there() -> None:
     ("arguments", "part"),
     [
         (("--shape", "nosuch"), "qwen3-30b-a3b"),
-        (("--shape", "B,nosuch"), "nosuch"),
+        (("--shape", "B,nosuch"), "found 'nosuch' in 'B,nosuch'"),
+        (("--shape", "3,4"), "four numbers E,H,I,K"),
+        (("--shape", "3,4"), "found '3' in '3,4'"),
         (("--shape", "6,60,32,2"), "multiples of 16"),
         (("--shape", "2,64,32,3"), "top-k"),
         (("--tokens", "0"), "--tokens"),

@@ -161,6 +161,7 @@ LAYERTEST_USAGE = [
     "--experts=,",
     "--experts=1 2",
     "--experts=1.5",
+    "--experts=1048576",
     "--experts=0-99999999",
     "--experts=99999999999999999999",
     "--double-quantize=maybe",

@@ -1,10 +1,11 @@
 """`fourfold doctor`: this machine, and which backend takes a layer."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from command import ERROR, FINDING, FINE, assert_refused, assert_usage, run
+from command import ERROR, FINDING, FINE, Json, assert_refused, assert_usage, run
 from models import FAMILIES, UP, Model
 
 
@@ -67,3 +68,40 @@ def test_doctor_of_what_is_not_there(tmp_path: Path, models: Path) -> None:
     assert_refused(run("doctor", models / "mixtral/nvfp4", "--layer", "9"), "layer 9")
     assert_usage(run("doctor", "--layer", "1"))
     assert run("doctor", "").code != ERROR
+
+
+def doctor_json(folder: Path, *arguments: str | Path, **options: object) -> Json:
+    """Agrees with the exit code."""
+    file = folder / "doctor.json"
+    result = run("doctor", *arguments, "--json", file, **options)  # type: ignore[arg-type]
+    report = json.loads(file.read_text())
+    assert result.code == (FINE if report["verdict"] == "fine" else FINDING), str(result)
+    return report
+
+
+def test_doctor_json(tmp_path: Path, models: Path) -> None:
+    """docs/inspect.md, section doctor: what programs may rely on."""
+    report = doctor_json(tmp_path, models / "qwen3-moe/nvfp4", "--layer", "1")
+    assert list(report) == ["version", "verdict", "machine", "chosen", "isa_trouble", "layer", "self_tests"]
+    assert all(isinstance(text, str) for texts in report["machine"].values() for text in texts)
+    assert len(report["machine"]["cpu sets"]) == 4 and report["isa_trouble"] is None
+    layer = report["layer"]
+    assert (layer["layer"], layer["experts"], layer["hidden"], layer["intermediate"]) == (1, 8, 128, 64)
+    assert [choice["activations"] for choice in layer["choices"]] == ["nvfp4", "bf16"]
+    for choice in layer["choices"]:
+        assert choice["backend"] and choice["kernel"] and choice["reason"] and choice["trouble"] is None
+    for test in report["self_tests"]:
+        assert test["right"] and test["trouble"] is None and test["seconds"] > 0
+    assert {"cpu portable"} <= {test["backend"] for test in report["self_tests"]}
+
+
+def test_doctor_json_of_trouble(tmp_path: Path, models: Path) -> None:
+    report = doctor_json(tmp_path, env={"FOURFOLD_BACKEND": "abacus"})
+    assert report["layer"] is None
+    assert "'abacus'" in report["chosen"]["trouble"] and report["chosen"]["backend"] is None
+    assert "mmx" in doctor_json(tmp_path, env={"FOURFOLD_ISA": "mmx"})["isa_trouble"]
+    model = Model.read(models / "qwen3-moe/nvfp4")
+    model.remove(f"{UP}.weight_scale_2")
+    report = doctor_json(tmp_path, model.write(tmp_path / "model"), "--layer", "1")
+    assert "weight_scale_2" in report["layer"]["trouble"] and "choices" not in report["layer"]
+    assert_refused(run("doctor", "--json", tmp_path / "no/where.json"), "no/where.json")

@@ -193,3 +193,55 @@ def test_on_a_terminal_problems_are_red(tmp_path: Path, models: Path) -> None:
     model.config["hidden_size"] = 256
     result = run_on_terminal("inspect", model.write(tmp_path / "model"))
     assert result.code == FINDING and "\033[31m" in result.stdout
+
+
+def test_the_sampled_path(tmp_path: Path) -> None:
+    """What models above 4 GB get: all block scales, and a part of the codes; the same problems of scales."""
+    shape = ("--shape", "2,512,4096,1", "--family", "qwen3-moe", "--tokens", "1")
+    assert run("synthesize", tmp_path / "m", *shape).code == FINE
+    model = tmp_path / "m/nvfp4"
+    whole, all_of_it = inspect(tmp_path, model)
+    assert all_of_it["codes_one_in"] == 1 and "one run of rows" not in whole.stdout
+    sampled, part = inspect(tmp_path, model, "--sample-above", "0")
+    assert part["codes_one_in"] == 16, str(sampled)
+    assert "of codes one run of rows in 16 (--all-codes reads all)" in sampled.stdout
+    for before, after in zip(all_of_it["layers"][0]["matrices"], part["layers"][0]["matrices"], strict=True):
+        assert before["scales"] == after["scales"]
+        assert 0 < after["codes"]["total"] <= before["codes"]["total"] / 8
+    size = all_of_it["layers"][0]["bytes"]
+    assert inspect(tmp_path, model, "--sample-above", str(2 * size))[1]["codes_one_in"] == 1
+    assert inspect(tmp_path, model, "--all-codes")[1]["codes_one_in"] == 1
+
+    damaged = Model.read(model)
+    name = "model.layers.0.mlp.experts.1.up_proj.weight_scale"
+    damaged.set_bytes(name, 0x7F, len(damaged.tensors[name].data) - 1)
+    _, report = inspect(tmp_path, damaged.write(tmp_path / "damaged"), "--sample-above", "0")
+    assert [(finding["kind"], finding["tensor"]) for finding in report["findings"]] == [("nan-scale", name)]
+
+
+def test_sampling_usage(models: Path) -> None:
+    model = models / "mixtral/nvfp4"
+    assert_usage(run("inspect", model, "--sample-above", "4GB"), "--sample-above")
+    assert_usage(run("inspect", model, "--sample-above", "1", "--all-codes"), "--all-codes")
+
+
+def test_scheme_reads_what_names_hide(tmp_path: Path, models: Path) -> None:
+    """Divisors under ModelOpt's names: impossible weights, and nothing wrong once --scheme says so."""
+    model = Model.read(models / "qwen3-moe/nvfp4")
+    for name in model.tensors:
+        if name.endswith((".weight_scale_2", ".input_scale")):
+            model.set_float(name, 1.0 / model.get_float(name))
+    directory = model.write(tmp_path / "divisors")
+    result = run("inspect", directory)
+    assert result.code == FINDING and "reciprocal-global-scale" in result.stdout, str(result)
+    assert "reciprocal-input-scale" in result.stdout, str(result)
+    assert inspect(tmp_path, models / "qwen3-moe/nvfp4")[1]["forced_scheme"] is None
+    result, report = inspect(tmp_path, directory, "--scheme", "compressed-tensors")
+    assert result.code == FINE and report["forced_scheme"] == "compressed-tensors", str(result)
+    assert "compressed-tensors, whatever names and types say (--scheme)" in result.stdout
+    result = run("inspect", directory, "--scheme", "mxfp4")
+    assert result.code == FINDING and "bad-tensor, layer 1: 24" in result.stdout, str(result)
+    assert_usage(run("inspect", directory, "--scheme", "nvfp4"), "--scheme")
+    # Layers in other formats are read as they are.
+    result, _ = inspect(tmp_path, models / "qwen3-moe/original", "--scheme", "modelopt")
+    assert result.code == FINE, str(result)

@@ -163,6 +163,38 @@ def quantize_nvfp4(x: Array, global_scale: Scale, modelopt_floor: bool = False) 
     return Nvfp4(codes, scales, global_scale, decode_nvfp4(codes, scales) * row_global)
 
 
+def quantize_nvfp4_searching(x: Array, global_scale: np.float32, rule: str) -> Nvfp4:
+    """Weights (R, K), the block scale by rule: "four-over-six" takes amax / 4 for amax / 6 where the squared
+    error is smaller, "mse" the best code within 8 of the one of amax / 6. Errors are summed in float64 in
+    order; the first candidate keeps a tie, lower codes go first.
+    """
+    first = quantize_nvfp4(x, global_scale, modelopt_floor=True)
+    blocks = blocked(x, NVFP4_BLOCK)
+    amax = largest_magnitude(blocks, axis=-1)
+    candidates = [first.scales]
+    if rule == "four-over-six":
+        fourths = encode_e4m3(amax / np.float32(4) / global_scale)
+        candidates.append(np.maximum(fourths, np.uint8(E4M3_SMALLEST)))
+    else:
+        offsets = range(-8, 9)
+        candidates += [np.clip(first.scales.astype(int) + o, 1, 0x7E).astype(np.uint8) for o in offsets]
+    best_scales, best_codes, best_error = first.scales, blocked(unpack(first.codes), NVFP4_BLOCK), np.inf
+    for scales in candidates:
+        decoded = decode_e4m3(scales)[..., None]
+        codes = encode_e2m1(blocks * (np.float32(1) / (decoded * global_scale)))
+        values = (decode_e2m1(codes) * decoded) * global_scale
+        squares = (blocks.astype(np.float64) - values.astype(np.float64)) ** 2
+        error = np.zeros(amax.shape)
+        for k in range(NVFP4_BLOCK):
+            error = error + squares[..., k]
+        is_better = (amax > 0) & (error < best_error)
+        best_error = np.where(is_better, error, best_error)
+        best_scales = np.where(is_better, scales, best_scales)
+        best_codes = np.where(is_better[..., None], codes, best_codes)
+    packed = pack(unblocked(best_codes))
+    return Nvfp4(packed, best_scales, global_scale, decode_nvfp4(packed, best_scales) * global_scale)
+
+
 def quantize_nvfp4_residual(x: Array, first: Nvfp4) -> Nvfp4:
     """The second term of nvfp4x2: what `first` left of (R, K), with the global scale of the first term."""
     return quantize_nvfp4(x - first.dequantized, first.global_scale)

@@ -387,3 +387,31 @@ def test_windows(layer: LayerUnderTest, activations: str) -> None:
     assert report["mxfp4_blocks"]["inexact"] == 0
     for stage, (lowest, highest) in WINDOWS[activations].items():
         assert lowest <= report["comparisons"]["activations"][stage]["cosine"] <= highest
+
+
+# ---- the other commands on trained weights -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["original", "nvfp4"])
+def test_inspect_misses_routers_alone(real_folder: Path, tmp_path: Path, scheme: str) -> None:
+    """The source has no routers; that is all that there is to say against trained weights."""
+    report = tmp_path / "inspection.json"
+    run_command([fourfold(), "inspect", real_folder / scheme, "--json", report], expected=(FINDING,))
+    findings = json.loads(report.read_text())["findings"]
+    assert [(finding["kind"], finding["layer"]) for finding in findings] == [
+        ("missing-router", 0),
+        ("missing-router", 15),
+    ]
+
+
+def test_calibrate_finds_the_scales_of_the_script(real_folder: Path, tmp_path: Path) -> None:
+    """real_checkpoint.py calibrates the bf16 experts in numpy, on the same hidden states."""
+    scales, inputs = tmp_path / "scales.safetensors", real_folder / "inputs" / "layer-15.safetensors"
+    model = real_folder / "original"
+    run_command([fourfold(), "calibrate", model, "--layer", 15, "--output", scales, "--input", inputs])
+    found, expected = read_tensors(scales), read_shards(real_folder / "nvfp4")
+    assert len(found) == 24
+    for name, scale in found.items():
+        # The script's intermediate is float32 throughout; fourfold's is rounded to bf16 thrice on its way.
+        tolerance = 3 * 2.0**-8 if "down_proj" in name else 0
+        np.testing.assert_allclose(scale, expected[name], rtol=tolerance)

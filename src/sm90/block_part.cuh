@@ -1,0 +1,78 @@
+// Rounding of NVFP4 blocks that neighbouring lanes of a warp hold together.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/round_block.cuh"
+#include "numeric/block_quantizer.h"
+
+namespace fourfold::sm90 {
+
+__device__ __forceinline__ float low_bf16(uint32_t pair) {
+  return __uint_as_float(pair << 16);
+}
+__device__ __forceinline__ float high_bf16(uint32_t pair) {
+  return __uint_as_float(pair & 0xFFFF0000u);
+}
+
+/// This lane's 16 / kLanes values of a block, in any order. The other lanes of the block are at multiples of
+/// kStride from it; all of them take part in every call.
+template <int kLanes, int kStride = 1>
+struct BlockPart {
+  static constexpr int kWords = kNvfp4Block / kLanes / 2;
+  float of[2 * kWords];
+
+  /// From pairs of bf16.
+  static __device__ __forceinline__ BlockPart unpack(const uint32_t (&words)[kWords]) {
+    BlockPart result;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      result.of[2 * i] = low_bf16(words[i]);
+      result.of[2 * i + 1] = high_bf16(words[i]);
+    }
+    return result;
+  }
+
+  /// What the NVFP4 codes and block scale of these values hold, without the global scale.
+  __device__ __forceinline__ BlockPart rounded(float global) const {
+    float amax = 0.0f;
+#pragma unroll
+    for (const float value : of) amax = max_magnitude(amax, value);
+#pragma unroll
+    for (int distance = kStride; distance < kLanes * kStride; distance *= 2) {
+      amax = max_magnitude(amax, __shfl_xor_sync(lanes(), amax, distance));
+    }
+    const uint8_t code = nvfp4_block_scale(amax, global, false);
+    const float reciprocal = nvfp4_reciprocal(code, global), scale = decode_e4m3(code);
+    BlockPart result = *this;
+#pragma unroll
+    for (float& value : result.of) {
+      value = __fmul_rn(cuda::round_to_e2m1(__fmul_rn(value, reciprocal)), scale);
+    }
+    return result;
+  }
+
+  __device__ __forceinline__ void subtract(const BlockPart& decoded, float global) {
+#pragma unroll
+    for (int i = 0; i < 2 * kWords; ++i) of[i] = __fsub_rn(of[i], __fmul_rn(decoded.of[i], global));
+  }
+
+  /// As bf16, which must hold the values exactly.
+  __device__ __forceinline__ void pack(uint32_t (&words)[kWords]) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      words[i] = __byte_perm(__float_as_uint(of[2 * i]), __float_as_uint(of[2 * i + 1]), 0x7632);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t lanes() {
+    const int lane = threadIdx.x % 32;
+    uint32_t mask = 0;
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) mask |= 1u << (i * kStride);
+    return mask << (lane / (kLanes * kStride) * (kLanes * kStride) + lane % kStride);
+  }
+};
+
+}  // namespace fourfold::sm90

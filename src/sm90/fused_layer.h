@@ -1,0 +1,76 @@
+// Both GEMMs, the activation and combine of a layer in one kernel on Hopper, for few tokens: where a layer
+// takes tens of microseconds, half of them are launches, first bytes and last tiles of separate kernels.
+//
+// Results are those of the stages one by one at their rounding points; only the order of the GEMMs' float32
+// sums is the kernel's own. It depends on nothing but K, so that two runs give the same bits.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "fourfold/gemm.h"
+#include "fourfold/moe_layer.h"
+#include "sm90/packed_layout.h"
+
+namespace fourfold::sm90 {
+
+/// One of the layer's two matrices, as in ExpertGemm.
+struct FusedMatrix {
+  PackedShape shape;  ///< depth a multiple of 64
+  const std::byte* packed = nullptr;
+  const float* weight_globals = nullptr;  ///< [E, halves]
+  const float* bias = nullptr;            ///< [E, halves * channels]; null: none
+};
+
+/// Device pointers; M = group_offsets[E] <= tokens * top_k.
+struct FusedLayer {
+  int64_t experts = 0, tokens = 0, top_k = 0;
+  /// Staged and decoded rows [M, H]; or [T, H], with slot_of_row. 16-byte aligned, stride a multiple of 8.
+  MatrixView<const Bf16> x;
+  const float* x_row_scales = nullptr;  ///< [M]; null: 1
+  const int32_t* group_offsets = nullptr;
+  const int32_t* slot_of_row = nullptr;
+  const int32_t* row_of_slot = nullptr;
+  FusedMatrix gate_up;  ///< kGateUpPaired
+  FusedMatrix down;
+  ActivationFunction activation;               ///< kSwiglu
+  MatrixView<Bf16> h;                          ///< [M, 2I]; optional, changes nothing else
+  const float* intermediate_scales = nullptr;  ///< [E] by which it is staged to NVFP4; null: it stays bf16
+  MatrixView<Bf16> intermediate;  ///< [M, I] what down multiplies; 16-byte aligned, stride a multiple of 8
+  MatrixView<Bf16> activated;     ///< [M, I] the activation's output, laid out as that; optional
+  MatrixView<Bf16> z;             ///< [M, H]; 16-byte aligned, stride a multiple of 8
+  MatrixView<const float> topk_weights;
+  OutputView y;  ///< [T, H], any alignment
+  /// fused_counters() words, which an earlier kernel of the stream has set to zero; see weights_ahead.
+  std::span<int32_t> counters;
+  /// Weights, group_offsets and counters are complete before the previous kernel lets this one start, as in
+  /// ExpertGemm::overlap_previous: weights are fetched before that kernel ends.
+  bool weights_ahead = false;
+};
+
+/// What the kernel's lists in shared memory have room for.
+inline constexpr int64_t kMostFusedSlots = 512, kMostFusedExperts = 512;
+
+/// Rows of a tile, at most: two buffers of them have to fit shared memory beside the weights. 0: not even
+/// one.
+int32_t fused_tile_tokens(int64_t hidden, int64_t intermediate);
+
+/// Whether the kernel computes such a layer, and sooner than separate kernels do: experts have few rows, so
+/// that hardly one needs a second tile, for which its weights would be read again.
+bool can_fuse(const LayerConfig& config, const LayerOptions& options, int64_t slots);
+
+/// Whether it may read x where the caller has it.
+bool can_fuse_input(const MatrixView<const Bf16>& x);
+
+/// Words of FusedLayer::counters for `slots` slots or fewer.
+int64_t fused_counters(int64_t slots, int64_t hidden);
+
+/// For reports.
+std::string describe_fused_layer();
+
+/// Enqueues the kernel; it starts while the stream's previous kernel ends (programmatic dependent launch).
+/// Throws Error when CUDA refuses the launch.
+void launch_fused_layer(const FusedLayer& args, void* stream);
+
+}  // namespace fourfold::sm90

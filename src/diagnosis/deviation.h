@@ -163,6 +163,7 @@ struct FirstDeviation {
   GateUpGlobal global = GateUpGlobal::kOwn;
   InputScaleUse input_scale = InputScaleUse::kRight;
   bool scale_groups_unpadded = false;  ///< of x: a group's swizzled scales looked for without padding
+  int rows_padded_to = 0;              ///< groups of x's rows are, and are read as if they were not; 0: no
   bool bias_missing = false;
   RoutingChange routing;
   WeightUse weight = WeightUse::kRight;

@@ -185,12 +185,14 @@ class XStaging {
         nudge_(nudge_of(rounding)) {
     scales_ = x_input_scales(*subject.weights);
     largest_ = *std::max_element(scales_.begin(), scales_.end());
-    const bool in_rows = deviation.scale_groups_unpadded || deviation.reading.tail == KTail::kOverRead;
+    const bool in_rows = deviation.scale_groups_unpadded || deviation.rows_padded_to > 0 ||
+                         deviation.reading.tail == KTail::kOverRead;
     if (in_rows) permutation_ = permutation_of(routed, subject);
   }
 
   StagedRow stage(int64_t slot, int64_t token, int64_t expert) const {
-    StagedRow row = stage_plain(slot, token, expert);
+    StagedRow row =
+        deviation_.rows_padded_to > 0 ? stage_padded(slot, token, expert) : stage_plain(slot, token, expert);
     if (deviation_.scale_groups_unpadded) misread_scales(slot, row);
     if (deviation_.reading.tail == KTail::kOverRead) read_beyond(slot, row);
     return row;
@@ -209,7 +211,33 @@ class XStaging {
 
   StagedRow stage_permuted(int64_t row) const {
     const int64_t slot = permutation_.slot_of_row[static_cast<size_t>(row)];
-    return stage_plain(slot, slot / subject_.top_k, routed_.ids[static_cast<size_t>(slot)]);
+    const int64_t token =
+        deviation_.tokens == TokenOrder::kSlotModulo ? slot % subject_.tokens : slot / subject_.top_k;
+    return stage_plain(slot, token, routed_.ids[static_cast<size_t>(slot)]);
+  }
+
+  /// What lies at this slot's row where groups are padded: another slot's row, or zeros.
+  StagedRow stage_padded(int64_t slot, int64_t token, int64_t expert) const {
+    const int64_t row = permutation_.row_of_slot[static_cast<size_t>(slot)], tile = deviation_.rows_padded_to;
+    StagedRow own = stage_plain(slot, token, expert);
+    int64_t first = 0;  // of the group, with padding
+    for (size_t group = 0; group + 1 < permutation_.group_offsets.size(); ++group) {
+      const int64_t start = permutation_.group_offsets[group];
+      const int64_t size = permutation_.group_offsets[group + 1] - start;
+      if (row >= first && row < first + size) {
+        StagedRow found = stage_permuted(start + row - first);
+        if (!has_scale_by_token()) found.alpha = own.alpha;
+        return found;
+      }
+      first += round_up(size, tile);
+    }
+    std::fill(own.codes.begin(), own.codes.end(), uint8_t{0});
+    std::fill(own.values.begin(), own.values.end(), 0.0f);
+    return own;
+  }
+
+  bool has_scale_by_token() const {
+    return staging_.format == ActivationFormat::kFp8 || staging_.policy == ScalePolicy::kDynamicToken;
   }
 
   /// The row of x that lies behind this one.

@@ -222,7 +222,10 @@ class SelfTest {
       plans_.push_back(
           {subject, {}, style_of(random, diagnosis::plausible_stagings(*subject)), random.below(2) == 0});
     }
-    for (int64_t i = 0; i < request_.pair_trials; ++i) plans_.push_back(plan_pair(random, i));
+    // The longest first, so that no thread is left with one while the others have none.
+    std::vector<TrialPlan> pairs;
+    for (int64_t i = 0; i < request_.pair_trials; ++i) pairs.push_back(plan_pair(random, i));
+    plans_.insert(plans_.begin(), pairs.begin(), pairs.end());
   }
 
   TrialPlan plan_pair(Random& random, int64_t number) const {

@@ -87,6 +87,11 @@ struct Trial {
   Fit fit;
 };
 
+/// Both ascending.
+bool contains(const std::vector<size_t>& all, const std::vector<size_t>& part) {
+  return std::includes(all.begin(), all.end(), part.begin(), part.end());
+}
+
 bool by_distance(const Trial& a, const Trial& b) {
   return a.fit.distance < b.fit.distance;
 }
@@ -214,6 +219,21 @@ class Matcher {
   }
 
   void search() {
+    try_singles();
+    // A sound engine's rounding is not worth pairs; nor is what one fault leaves, where that is rounding.
+    if (!options_.pairs || (is_fine() && !is_explained())) return;
+    if (is_explained()) {
+      if (explain(trials_.front()).distance <= explain(trials_.front()).noise) return;
+      try_pairs({trials_.front()});
+    } else {
+      try_pairs(seeds());
+      try_finalists();
+    }
+    if (trials_.front().faults.size() > 1) try_neighbours();
+    prefer_one_fault();
+  }
+
+  void try_singles() {
     const std::vector<Staging> coarse = coarse_stagings();
     for (size_t fault = 0; fault < faults_.size(); ++fault) {
       options_.progress(fmt::format("fault {} of {}", fault + 1, faults_.size()));
@@ -222,17 +242,16 @@ class Matcher {
     diagnosis_.faults_tried = static_cast<int64_t>(faults_.size());
     try_finalists();
     if (refine_code()) try_finalists();
-    if (is_explained() || !options_.pairs) return;
+    if (is_explained()) return;
     for (size_t fault = 0; fault < faults_.size() && runs_left() > 0.0; ++fault) {
       for (const Staging& staging : options_.stagings) {
         if (!is_tried({fault}, staging)) add_trial({fault}, staging);
       }
     }
     std::sort(trials_.begin(), trials_.end(), by_distance);
-    if (is_explained()) return;
-    try_pairs();
-    try_finalists();
   }
+
+  bool is_fine() const { return diagnosis_.sound.distance <= diagnosis_.sound.limit; }
 
   bool is_explained() {
     if (trials_.empty()) return false;
@@ -302,25 +321,47 @@ class Matcher {
     return seeds;
   }
 
-  void try_pairs() {
+  /// Each seed with every other fault, until one explains.
+  void try_pairs(const std::vector<Trial>& seeds) {
     const size_t singles = faults_.size();
-    for (const Trial& seed : seeds()) {
-      for (size_t second = 0; second < singles && runs_left() > 0.0; ++second) {
-        const std::vector<size_t> pair = {std::min(seed.faults[0], second), std::max(seed.faults[0], second)};
-        if (!can_be_combined(faults_[pair[0]], faults_[pair[1]]) || is_tried(pair, seed.staging)) continue;
-        add_trial(pair, seed.staging);
-        ++diagnosis_.pairs_tried;
-        if (diagnosis_.pairs_tried % 16 == 0) {
-          options_.progress(fmt::format("pairs of faults: {}", diagnosis_.pairs_tried));
-        }
-      }
-      if (is_explained()) return;
+    for (const Trial& seed : seeds) {
+      for (size_t second = 0; second < singles && runs_left() > 0.0; ++second)
+        try_pair(seed.faults[0], second, seed.staging);
+      if (is_explained()) break;
+    }
+    std::sort(trials_.begin(), trials_.end(), by_distance);
+  }
+
+  /// The best pair with either of its faults replaced: what does the same should be found, and told.
+  void try_neighbours() {
+    const Trial best = trials_.front();
+    for (const size_t kept : best.faults) {
+      for (size_t other = 0; other < faults_.size() && runs_left() > 0.0; ++other)
+        try_pair(kept, other, best.staging);
+    }
+    std::sort(trials_.begin(), trials_.end(), by_distance);
+  }
+
+  void try_pair(size_t a, size_t b, const Staging& staging) {
+    const std::vector<size_t> pair = {std::min(a, b), std::max(a, b)};
+    if (!can_be_combined(faults_[a], faults_[b]) || is_tried(pair, staging)) return;
+    add_trial(pair, staging);
+    if (++diagnosis_.pairs_tried % 16 == 0)
+      options_.progress(fmt::format("pairs of faults: {}", diagnosis_.pairs_tried));
+  }
+
+  /// One fault that explains goes before a pair that isn't clearly better.
+  void prefer_one_fault() {
+    const double enough = trials_.front().fit.distance / kClearlyBetter;
+    for (auto trial = trials_.begin(); trial != trials_.end() && trial->fit.distance <= enough; ++trial) {
+      if (trial->faults.size() != 1 || !explains(explain(*trial))) continue;
+      std::rotate(trials_.begin(), trial, trial + 1);
+      return;
     }
   }
 
   void judge() {
-    const bool is_fine = diagnosis_.sound.distance <= diagnosis_.sound.limit;
-    diagnosis_.verdict = is_fine ? Verdict::kFine : Verdict::kUnexplained;
+    diagnosis_.verdict = is_fine() ? Verdict::kFine : Verdict::kUnexplained;
     if (trials_.empty()) return;
     diagnosis_.best = explain(trials_.front());
     if (explains(*diagnosis_.best)) diagnosis_.verdict = Verdict::kExplained;
@@ -336,6 +377,7 @@ class Matcher {
     for (const Trial& trial : trials_) {
       if (std::find(seen.begin(), seen.end(), trial.faults) != seen.end()) continue;
       seen.push_back(trial.faults);
+      if (contains(trial.faults, trials_.front().faults)) continue;  // and something that changes little
       bool is_same = trial.fit.distance <= 2.0 * trials_.front().fit.distance + kSame;
       if (!is_same && trial.fit.distance <= best.limit) {
         const Stages run = replay_.run(deviation_of(trial.faults), trial.staging);
@@ -370,7 +412,7 @@ class Matcher {
 Fit fit(const Stages& candidate, const Stages& run, int64_t tokens) {
   Fit worst;
   const auto take = [&](const std::vector<float>& found, const std::vector<float>& due) {
-    if (found.empty()) return;
+    if (found.empty() || due.empty()) return;
     const Fit stage = fit_stage(found, due, tokens);
     worst.distance = std::max(worst.distance, stage.distance);
     worst.shape_distance = std::max(worst.shape_distance, stage.shape_distance);

@@ -31,6 +31,10 @@ float nudge_of(Rounding rounding) {
   return rounding == Rounding::kFused ? 1.0f + 0x1p-21f : 1.0f;
 }
 
+Sums sums_of(Rounding rounding) {
+  return rounding == Rounding::kFused ? Sums::kFloat64 : Sums::kFloat32;
+}
+
 bool weight_on_input(WeightUse use, const LayerConfig& config) {
   return use == WeightUse::kOnInput ||
          (config.weight_on_input && (use == WeightUse::kRight || use == WeightUse::kTwice));
@@ -55,6 +59,10 @@ float output_weight(WeightUse use, const LayerConfig& config, float weight) {
 bool is_missing(Missing missing, int64_t expert, int64_t experts) {
   return (missing == Missing::kUpperExperts && expert >= experts / 2) ||
          (missing == Missing::kLowerExperts && expert < experts / 2);
+}
+
+bool mixes_up_output(TokenOrder order) {
+  return order == TokenOrder::kNext || order == TokenOrder::kPrevious || order == TokenOrder::kReversed;
 }
 
 }  // namespace
@@ -311,7 +319,7 @@ Replay::FirstResult Replay::compute_first(const FirstDeviation& deviation, const
   }
   const WeightReader reader(weights_of(deviation.source, result.slots), deviation);
   result.h.assign(result.slots.size() * static_cast<size_t>(reader.rows()), 0.0f);
-  multiply(reader, rows, experts, 0, reader.cols(), {}, result.h.data());
+  multiply(reader, rows, experts, 0, reader.cols(), {}, sums_of(rounding), result.h.data());
   round_all(result.h, rounding);
   return result;
 }
@@ -372,7 +380,8 @@ std::vector<float> Replay::second(const FirstResult& before, const Deviation& de
   std::vector<float> z(count * static_cast<size_t>(subject_.hidden()), 0.0f);
   const int64_t last = subject_.intermediate(), middle = last / 2;
   multiply(reader, rows, experts, deviation.missing == Missing::kLowerInner ? middle : 0,
-           deviation.missing == Missing::kUpperInner ? middle : last, bias_factor, z.data());
+           deviation.missing == Missing::kUpperInner ? middle : last, bias_factor, sums_of(rounding),
+           z.data());
   return z;
 }
 
@@ -397,6 +406,10 @@ Stages Replay::run(const Deviation& deviation, const Staging& staging, Rounding 
   }
   add_shared(deviation, staging, rounding, stages);
   for (float& value : stages.output) value = round_bf16(value);
+  if (mixes_up_output(deviation.first.tokens)) {
+    stages.h.clear();
+    stages.activation.clear();
+  }
   return stages;
 }
 
@@ -420,7 +433,7 @@ const std::vector<float>& Replay::shared_output(TokenOrder order, const Staging&
   }
   const std::vector<int64_t> experts(tokens_.size(), 0);
   std::vector<float> h(tokens_.size() * static_cast<size_t>(first.rows()));
-  multiply(first, rows, experts, 0, first.cols(), {}, h.data());
+  multiply(first, rows, experts, 0, first.cols(), {}, sums_of(rounding), h.data());
   round_all(h, rounding);
   for (size_t r = 0; r < tokens_.size(); ++r) {
     std::vector<float> activation(static_cast<size_t>(inner));
@@ -433,7 +446,7 @@ const std::vector<float>& Replay::shared_output(TokenOrder order, const Staging&
                                    inner_scale[0], inner_scale[0]));
   }
   std::vector<float> z(tokens_.size() * static_cast<size_t>(hidden));
-  multiply(second, rows, experts, 0, inner, {}, z.data());
+  multiply(second, rows, experts, 0, inner, {}, sums_of(rounding), z.data());
   round_all(z, rounding);
   return shared_.emplace_back(key, std::move(z)).second;
 }

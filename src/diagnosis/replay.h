@@ -17,10 +17,11 @@ namespace fourfold::diagnosis {
 /// Where a run rounds. What lies between the two is what sound engines may differ by.
 enum class Rounding : uint8_t {
   kSpecified,  ///< docs/formats.md, section 7
-  kFused,      ///< nothing between the GEMMs, and a running sum of experts in bf16
+  kFused,      ///< nothing between the GEMMs, sums over K in float64, a running sum of experts in bf16
 };
 
-/// Of the sampled tokens, in their order.
+/// Of the sampled tokens, in their order. Where an engine mixes up the tokens of its output alone, h and the
+/// activation are not told: empty.
 struct Stages {
   std::vector<float> h;           ///< [S*K, 2I], rows of absent experts zero
   std::vector<float> activation;  ///< [S*K, I]

@@ -32,11 +32,17 @@ std::vector<Group> groups_of(std::span<const int64_t> experts) {
   return groups;
 }
 
-float dot(const float* a, const float* b, int64_t first, int64_t last) {
-  float sum = 0.0f;
+template <class Sum>
+float sum_of_products(const float* a, const float* b, int64_t first, int64_t last) {
+  Sum sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t k = first; k < last; ++k) sum += a[k] * b[k];
-  return sum;
+  for (int64_t k = first; k < last; ++k) sum += static_cast<Sum>(a[k]) * static_cast<Sum>(b[k]);
+  return static_cast<float>(sum);
+}
+
+float dot(Sums sums, const float* a, const float* b, int64_t first, int64_t last) {
+  return sums == Sums::kFloat32 ? sum_of_products<float>(a, b, first, last)
+                                : sum_of_products<double>(a, b, first, last);
 }
 
 double sigmoid(double x) {
@@ -153,7 +159,7 @@ StagedRow stage_row(ActivationFormat format, std::span<const float> values, cons
 }
 
 void multiply(const WeightReader& weights, std::span<const StagedRow> rows, std::span<const int64_t> experts,
-              int64_t first_k, int64_t last_k, std::span<const float> bias_factor, float* out) {
+              int64_t first_k, int64_t last_k, std::span<const float> bias_factor, Sums sums, float* out) {
   const std::vector<Group> groups = groups_of(experts);
   const int64_t width = weights.rows(), chunks = (width + kChunk - 1) / kChunk;
   const auto count = static_cast<int64_t>(groups.size());
@@ -172,9 +178,10 @@ void multiply(const WeightReader& weights, std::span<const StagedRow> rows, std:
           if (reads_beyond && n + 1 < width) weights.read_row(group.expert, n + 1, next_weight);
           const float global = weights.global(group.expert, n), bias = weights.bias(group.expert, n);
           for (const size_t r : group.rows) {
-            float sum = dot(rows[r].values.data(), weight, first_k, last_k);
+            float sum = dot(sums, rows[r].values.data(), weight, first_k, last_k);
             if (reads_beyond && n + 1 < width) {
-              sum += dot(rows[r].beyond.data(), next_weight, 0, static_cast<int64_t>(rows[r].beyond.size()));
+              sum += dot(sums, rows[r].beyond.data(), next_weight, 0,
+                         static_cast<int64_t>(rows[r].beyond.size()));
             }
             const float factor = bias_factor.empty() ? 1.0f : bias_factor[r];
             out[static_cast<int64_t>(r) * width + n] = rows[r].alpha * global * sum + factor * bias;

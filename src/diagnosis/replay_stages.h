@@ -34,10 +34,13 @@ StagedRow stage_row(ActivationFormat format, std::span<const float> row, const R
 /// Values of an NVFP4 row again, after its block scales were changed.
 void decode_staged(StagedRow& row);
 
-/// out[r, n] = alpha * sum_k a[r, k] * w[expert r][n, k] + bias; `inner`: the k that count. `out` [rows, N].
-/// Rows of experts below 0 are left alone.
+/// What a sum over K is kept in.
+enum class Sums : uint8_t { kFloat32, kFloat64 };
+
+/// out[r, n] = alpha * sum_k a[r, k] * w[expert r][n, k] + bias, over the k in [first_k, last_k). `out`
+/// [rows, N]. Rows of experts below 0 are left alone.
 void multiply(const WeightReader& weights, std::span<const StagedRow> rows, std::span<const int64_t> experts,
-              int64_t first_k, int64_t last_k, std::span<const float> bias_factor, float* out);
+              int64_t first_k, int64_t last_k, std::span<const float> bias_factor, Sums sums, float* out);
 
 /// `h` [2I] or [I] -> `out` [I].
 void activate_row(const ActivationFunction& function, const ActivationChange& change,

@@ -60,6 +60,33 @@ int64_t find_period(const std::vector<double>& errors, double total) {
   return 0;
 }
 
+/// The aligned blocks that hold 95% of the error, where they are at most half of all: of the size that leaves
+/// the fewest columns, the larger of two alike.
+void find_blocks(const std::vector<double>& errors, double total, ErrorMap& map) {
+  size_t fewest = errors.size() / 2 + 1;
+  for (const size_t size : {128u, 64u, 32u, 16u}) {
+    if (errors.size() < 4 * size) continue;
+    const size_t count = (errors.size() + size - 1) / size;
+    std::vector<std::pair<double, int64_t>> blocks;
+    for (size_t b = 0; b < count; ++b) {
+      const auto first = errors.begin() + static_cast<std::ptrdiff_t>(b * size);
+      const auto last = errors.begin() + static_cast<std::ptrdiff_t>(std::min(errors.size(), (b + 1) * size));
+      blocks.emplace_back(std::accumulate(first, last, 0.0), b);
+    }
+    std::sort(blocks.rbegin(), blocks.rend());
+    std::vector<int64_t> bad;
+    for (double held = 0.0; held < 0.95 * total && bad.size() < blocks.size();) {
+      held += blocks[bad.size()].first;
+      bad.push_back(blocks[bad.size()].second);
+    }
+    if (bad.size() * size >= fewest) continue;
+    fewest = bad.size() * size;
+    map.block = static_cast<int64_t>(size);
+    std::sort(bad.begin(), bad.end());
+    map.bad_blocks = bad;
+  }
+}
+
 std::string list(const std::vector<int64_t>& numbers) {
   const std::vector<int64_t> shown(
       numbers.begin(), numbers.begin() + static_cast<std::ptrdiff_t>(std::min(kShown, numbers.size())));
@@ -109,6 +136,7 @@ ErrorMap map_errors(const Subject& subject, const std::vector<int64_t>& tokens,
   map.share_of_worst_columns = std::accumulate(sorted.begin(), sorted.begin() + tenth, 0.0) / total;
   find_range(errors, total, map);
   map.period = find_period(errors, total);
+  find_blocks(errors, total, map);
   return map;
 }
 
@@ -129,6 +157,9 @@ std::vector<std::string> describe(const ErrorMap& map, int64_t tokens) {
   if (map.first_bad_column >= 0)
     lines.push_back(
         fmt::format("nine tenths of it lie in columns {} to {}", map.first_bad_column, map.last_bad_column));
+  if (map.block > 0)
+    lines.push_back(fmt::format("19 twentieths of it lie in {} of the blocks of {} columns: {}",
+                                map.bad_blocks.size(), map.block, list(map.bad_blocks)));
   if (map.period > 0)
     lines.push_back(fmt::format("it repeats along columns with a period of {}", map.period));
   return lines;

@@ -18,6 +18,8 @@ struct ErrorMap {
   int64_t first_bad_column = -1,
           last_bad_column = -1;  ///< where nine tenths of the error lie within half the columns
   int64_t period = 0;            ///< of the error along columns; 0: none stands out
+  int64_t block = 0;             ///< columns of aligned blocks, few of which hold the error; 0: it is spread
+  std::vector<int64_t> bad_blocks;
 };
 
 /// Compares `found` with `due`, both [tokens.size(), H], of the named tokens.

@@ -58,15 +58,6 @@ std::vector<float> rows_of(const std::vector<float>& all, const std::vector<int6
   return rows;
 }
 
-Stages sample(const Candidate& candidate, const Subject& subject, const std::vector<int64_t>& tokens) {
-  const auto width_of = [&](const std::vector<float>& all) {
-    return static_cast<int64_t>(all.size()) / subject.tokens;
-  };
-  return {rows_of(candidate.h, tokens, width_of(candidate.h)),
-          rows_of(candidate.activation, tokens, width_of(candidate.activation)),
-          rows_of(candidate.output, tokens, width_of(candidate.output))};
-}
-
 double work_of_token(const Subject& subject) {
   return 3.0 * static_cast<double>(subject.top_k) * static_cast<double>(subject.hidden()) *
          static_cast<double>(subject.intermediate());
@@ -408,6 +399,15 @@ class Matcher {
 };
 
 }  // namespace
+
+Stages sample(const Candidate& candidate, const Subject& subject, const std::vector<int64_t>& tokens) {
+  const auto width_of = [&](const std::vector<float>& all) {
+    return static_cast<int64_t>(all.size()) / subject.tokens;
+  };
+  return {rows_of(candidate.h, tokens, width_of(candidate.h)),
+          rows_of(candidate.activation, tokens, width_of(candidate.activation)),
+          rows_of(candidate.output, tokens, width_of(candidate.output))};
+}
 
 Fit fit(const Stages& candidate, const Stages& run, int64_t tokens) {
   Fit worst;

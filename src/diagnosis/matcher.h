@@ -25,6 +25,9 @@ struct Fit {
 /// is infinitely far. `candidate` holds the replay's tokens alone, stages that it has not are empty.
 Fit fit(const Stages& candidate, const Stages& run, int64_t tokens);
 
+/// The candidate's stages of some tokens.
+Stages sample(const Candidate& candidate, const Subject& subject, const std::vector<int64_t>& tokens);
+
 /// A hypothesis and how it fits.
 struct Explanation {
   std::vector<Fault> faults;  ///< none: the engine is sound

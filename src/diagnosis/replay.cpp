@@ -385,15 +385,8 @@ std::vector<float> Replay::second(const FirstResult& before, const Deviation& de
   return z;
 }
 
-Stages Replay::run(const Deviation& deviation, const Staging& staging, Rounding rounding) {
-  ++runs_;
-  const FirstResult& before = first(deviation.first, staging, rounding);
-  Stages stages;
-  activate(before, deviation.activation, rounding, stages);
-  std::vector<float> weights(before.slots.size());
-  std::vector<float> z = second(before, deviation, staging, rounding, stages.activation, weights);
-  round_all(z, rounding);
-
+void Replay::combine(const Deviation& deviation, const Staging& staging, Rounding rounding,
+                     const std::vector<float>& weights, const std::vector<float>& z, Stages& stages) {
   const auto hidden = static_cast<size_t>(subject_.hidden()), top_k = static_cast<size_t>(subject_.top_k);
   stages.output.assign(tokens_.size() * hidden, 0.0f);
   for (size_t r = 0; r < weights.size(); ++r) {
@@ -406,10 +399,37 @@ Stages Replay::run(const Deviation& deviation, const Staging& staging, Rounding 
   }
   add_shared(deviation, staging, rounding, stages);
   for (float& value : stages.output) value = round_bf16(value);
+}
+
+Stages Replay::run(const Deviation& deviation, const Staging& staging, Rounding rounding) {
+  ++runs_;
+  const FirstResult& before = first(deviation.first, staging, rounding);
+  Stages stages;
+  activate(before, deviation.activation, rounding, stages);
+  std::vector<float> weights(before.slots.size());
+  std::vector<float> z = second(before, deviation, staging, rounding, stages.activation, weights);
+  round_all(z, rounding);
+  combine(deviation, staging, rounding, weights, z, stages);
   if (mixes_up_output(deviation.first.tokens)) {
     stages.h.clear();
     stages.activation.clear();
   }
+  return stages;
+}
+
+Stages Replay::run_after(const Stages& given, const Staging& staging) {
+  ++runs_;
+  const FirstResult& before = first({}, staging, Rounding::kSpecified);
+  FirstResult forced = before;
+  if (!given.h.empty()) forced.h = given.h;
+  Stages stages;
+  activate(forced, {}, Rounding::kSpecified, stages);
+  stages.h = before.h;
+  std::vector<float> weights(before.slots.size());
+  std::vector<float> z = second(before, {}, staging, Rounding::kSpecified,
+                                given.activation.empty() ? stages.activation : given.activation, weights);
+  round_all(z, Rounding::kSpecified);
+  combine({}, staging, Rounding::kSpecified, weights, z, stages);
   return stages;
 }
 

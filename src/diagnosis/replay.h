@@ -41,6 +41,9 @@ class Replay {
   int64_t runs() const { return runs_; }
 
   Stages run(const Deviation& deviation, const Staging& staging, Rounding rounding = Rounding::kSpecified);
+  /// What is due without a fault after the stages of `given`: the activation from its h, the output from its
+  /// activation, as far as it has them.
+  Stages run_after(const Stages& given, const Staging& staging);
 
  private:
   struct Slot;
@@ -61,6 +64,9 @@ class Replay {
                       int64_t expert) const;
   /// The weights that an engine reads; experts that `slots` need are converted where the source says so.
   const ExpertWeights& weights_of(WeightSource source, const std::vector<Slot>& slots);
+  /// Adds up z [S*K, H] by token, and the shared expert.
+  void combine(const Deviation& deviation, const Staging& staging, Rounding rounding,
+               const std::vector<float>& weights, const std::vector<float>& z, Stages& stages);
   const std::vector<float>& shared_output(TokenOrder order, const Staging& staging, Rounding rounding);
   void add_shared(const Deviation& deviation, const Staging& staging, Rounding rounding, Stages& stages);
 

@@ -1,8 +1,9 @@
 #include "tools/candidate_file.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
-#include <numeric>
+#include <limits>
 #include <regex>
 
 #include "base/fail.h"
@@ -40,13 +41,13 @@ int64_t elements_of(const std::vector<int64_t>& shape, const std::string& file) 
 DType dtype_of_numpy(const std::string& code, const std::string& file) {
   static const std::map<std::string, DType> kTypes = {
       {"<f2", DType::kF16}, {"<f4", DType::kF32}, {"<f8", DType::kF64}, {"<i4", DType::kI32},
-      {"<i8", DType::kI64}, {"|u1", DType::kU8},  {"|i1", DType::kI8},  {"<i2", DType::kI16}};
+      {"<i8", DType::kI64}, {"|u1", DType::kU8},  {"|i1", DType::kI8},  {"<i2", DType::kI16},
+      {"<u2", DType::kU16}, {"<u4", DType::kU32}};
   const auto found = kTypes.find(code);
   if (found == kTypes.end()) {
-    bad_file(
-        file,
-        "little-endian float16, float32, float64, int32, int64, int16, int8 or uint8 (bfloat16: as float32)",
-        fmt::format("the numpy type '{}'", code.substr(0, 40)));
+    bad_file(file,
+             "little-endian float16, float32, float64, or an integer type up to int64 (bfloat16: as float32)",
+             fmt::format("the numpy type '{}'", code.substr(0, 40)));
   }
   return found->second;
 }
@@ -85,36 +86,87 @@ DumpedTensor parse_npy(std::string_view bytes, const std::string& file) {
   return tensor;
 }
 
-/// A zip file's members, by its central directory; stored, not compressed.
-DumpedTensors parse_npz(std::string_view bytes, const std::string& file) {
-  constexpr std::string_view kEnd = "PK\x05\x06", kEntry = "PK\x01\x02", kLocal = "PK\x03\x04";
-  const size_t end = bytes.rfind(kEnd);
-  if (end == std::string_view::npos || bytes.size() - end < 22)
-    bad_file(file, "an .npz (zip) file", "no directory in it");
-  const size_t count = number_at<uint16_t>(bytes, end + 10);
-  size_t at = number_at<uint32_t>(bytes, end + 16);
-  DumpedTensors tensors;
-  for (size_t i = 0; i < count; ++i) {
-    if (at > bytes.size() || bytes.size() - at < 46 || bytes.substr(at, 4) != kEntry)
-      bad_file(file, "a zip directory", "damage");
-    const size_t name_length = number_at<uint16_t>(bytes, at + 28),
-                 extra = number_at<uint16_t>(bytes, at + 30), comment = number_at<uint16_t>(bytes, at + 32),
-                 local = number_at<uint32_t>(bytes, at + 42);
-    if (bytes.size() - at - 46 < name_length) bad_file(file, "a zip directory", "damage");
-    std::string name(bytes.substr(at + 46, name_length));
-    if (number_at<uint16_t>(bytes, at + 10) != 0)
-      bad_file(file, "members that are stored (np.savez, not savez_compressed)", "a compressed one");
-    if (local > bytes.size() || bytes.size() - local < 30 || bytes.substr(local, 4) != kLocal)
-      bad_file(file, "zip members", "damage");
-    const size_t data =
-        local + 30 + number_at<uint16_t>(bytes, local + 26) + number_at<uint16_t>(bytes, local + 28);
-    if (data > bytes.size()) bad_file(file, "zip members", "an end before them");
-    if (name.ends_with(".npy")) name.resize(name.size() - 4);
-    tensors[name] = parse_npy(bytes.substr(data), fmt::format("{}: {}", file, name));
-    at += 46 + name_length + extra + comment;
+/// A zip file's members; stored, not compressed. Zip64 records (PKWARE's APPNOTE.TXT, 4.3.14 and 4.5.3) where
+/// the file has them.
+class ZipReader {
+ public:
+  ZipReader(std::string_view bytes, const std::string& file) : bytes_(bytes), file_(file) {}
+
+  DumpedTensors read() {
+    find_directory();
+    DumpedTensors tensors;
+    for (uint64_t i = 0; i < count_; ++i) read_entry(tensors);
+    return tensors;
   }
-  return tensors;
-}
+
+ private:
+  static constexpr uint16_t kSeeZip64Short = 0xFFFF;
+  static constexpr uint32_t kSeeZip64 = 0xFFFFFFFF;
+
+  /// Throws unless `size` bytes lie at `offset`.
+  void need(uint64_t offset, uint64_t size) const {
+    if (offset > bytes_.size() || bytes_.size() - offset < size)
+      bad_file(file_, "a whole .npz (zip) file", "an end before it");
+  }
+  template <class T>
+  T number(uint64_t offset) const {
+    need(offset, sizeof(T));
+    return number_at<T>(bytes_, offset);
+  }
+  bool has_signature(uint64_t offset, std::string_view signature) const {
+    need(offset, signature.size());
+    return bytes_.substr(offset, signature.size()) == signature;
+  }
+
+  void find_directory() {
+    const size_t end = bytes_.rfind("PK\x05\x06");
+    if (end == std::string_view::npos) bad_file(file_, "an .npz (zip) file", "no directory in it");
+    count_ = number<uint16_t>(end + 10);
+    at_ = number<uint32_t>(end + 16);
+    if (count_ != kSeeZip64Short && at_ != kSeeZip64) return;
+    constexpr uint64_t kLocatorBytes = 20;
+    if (end < kLocatorBytes || !has_signature(end - kLocatorBytes, "PK\x06\x07")) return;
+    const auto record = number<uint64_t>(end - kLocatorBytes + 8);
+    if (!has_signature(record, "PK\x06\x06")) bad_file(file_, "a zip64 directory", "damage");
+    count_ = number<uint64_t>(record + 32);
+    at_ = number<uint64_t>(record + 48);
+  }
+
+  void read_entry(DumpedTensors& tensors) {
+    need(at_, 46);
+    if (!has_signature(at_, "PK\x01\x02")) bad_file(file_, "a zip directory", "damage");
+    const auto name_bytes = number<uint16_t>(at_ + 28), extra_bytes = number<uint16_t>(at_ + 30),
+               comment_bytes = number<uint16_t>(at_ + 32);
+    need(at_ + 46, uint64_t{name_bytes} + extra_bytes);
+    std::string name(bytes_.substr(at_ + 46, name_bytes));
+    if (number<uint16_t>(at_ + 10) != 0)
+      bad_file(file_, "members that are stored (np.savez, not savez_compressed)", "a compressed one");
+    const uint64_t local = local_header(at_ + 46 + name_bytes, extra_bytes);
+    if (!has_signature(local, "PK\x03\x04")) bad_file(file_, "zip members", "damage");
+    const uint64_t data = local + 30 + number<uint16_t>(local + 26) + uint64_t{number<uint16_t>(local + 28)};
+    need(data, 0);
+    if (name.ends_with(".npy")) name.resize(name.size() - 4);
+    tensors[name] = parse_npy(bytes_.substr(data), fmt::format("{}: {}", file_, name));
+    at_ += 46 + uint64_t{name_bytes} + extra_bytes + comment_bytes;
+  }
+
+  /// Where the member of the entry at at_ begins; `extra`: where the entry's extra fields do.
+  uint64_t local_header(uint64_t extra, uint64_t extra_bytes) const {
+    const auto offset = number<uint32_t>(at_ + 42);
+    if (offset != kSeeZip64) return offset;
+    // The zip64 field holds, in this order, those of size, compressed size and offset that did not fit.
+    const uint64_t skipped =
+        8 * ((number<uint32_t>(at_ + 24) == kSeeZip64) + (number<uint32_t>(at_ + 20) == kSeeZip64));
+    for (uint64_t at = extra; at + 4 <= extra + extra_bytes; at += 4 + uint64_t{number<uint16_t>(at + 2)}) {
+      if (number<uint16_t>(at) == 1) return number<uint64_t>(at + 4 + skipped);
+    }
+    bad_file(file_, "a zip64 offset", "none");
+  }
+
+  std::string_view bytes_;
+  const std::string& file_;
+  uint64_t count_ = 0, at_ = 0;  // entries of the directory, and where the next one is
+};
 
 template <class T>
 T element(const DumpedTensor& tensor, size_t index) {
@@ -139,8 +191,15 @@ std::string DumpedTensor::describe() const {
 
 std::vector<float> DumpedTensor::floats(const std::string& name) const {
   switch (dtype) {
-    case DType::kF64:
-      return convert<double, float>(*this);
+    case DType::kF64: {
+      const auto values = convert<double, double>(*this);
+      for (const double value : values) {
+        if (std::isfinite(value) && std::abs(value) > std::numeric_limits<float>::max())
+          fail(ErrorCode::kBadFile, "{}: tensor '{}': expected numbers that float32 holds, found {}", file,
+               name, value);
+      }
+      return {values.begin(), values.end()};
+    }
     case DType::kBf16:
     case DType::kF16:
     case DType::kF32: {
@@ -170,17 +229,26 @@ std::vector<int64_t> DumpedTensor::integers(const std::string& name) const {
       return convert<uint32_t, int64_t>(*this);
     case DType::kI16:
       return convert<int16_t, int64_t>(*this);
+    case DType::kU16:
+      return convert<uint16_t, int64_t>(*this);
+    case DType::kI8:
+      return convert<int8_t, int64_t>(*this);
     case DType::kU8:
       return convert<uint8_t, int64_t>(*this);
     default:
-      fail(ErrorCode::kBadFile, "{}: tensor '{}': expected I32 or I64, found {}", file, name, describe());
+      fail(ErrorCode::kBadFile, "{}: tensor '{}': expected whole numbers, e.g. I32 or I64, found {}", file,
+           name, describe());
   }
 }
 
 DumpedTensors read_dumped_tensors(const std::filesystem::path& path) {
   const std::string extension = path.extension().string();
-  if (extension == ".npy") return {{"output", parse_npy(read_file(path, kLargestFile), path.string())}};
-  if (extension == ".npz") return parse_npz(read_file(path, kLargestFile), path.string());
+  if (extension == ".npy")
+    return {{path.stem().string(), parse_npy(read_file(path, kLargestFile), path.string())}};
+  if (extension == ".npz") {
+    const std::string bytes = read_file(path, kLargestFile), name = path.string();
+    return ZipReader(bytes, name).read();
+  }
   const auto file = SafetensorsFile::open(path);
   DumpedTensors tensors;
   for (const auto& [name, tensor] : file->tensors()) {

@@ -5,6 +5,7 @@
 
 #include "tools/candidate_test.h"
 #include "tools/json_number.h"
+#include "tools/layertest_report.h"
 #include "tools/terminal.h"
 
 namespace fourfold {
@@ -52,6 +53,18 @@ std::string routing_text(const CandidateReport& report) {
   return text;
 }
 
+/// Stage by stage, where there is more than the output.
+std::vector<std::string> stage_lines(const CandidateReport& report) {
+  std::vector<std::string> lines;
+  if (report.stages.size() < 2) return lines;
+  for (const CandidateStage& stage : report.stages) {
+    lines.push_back(fmt::format("{}, after the engine's own stage before it: {} off, {} is rounding{}",
+                                stage.name, number(stage.distance), number(stage.limit),
+                                stage.is_off() ? "  <-" : ""));
+  }
+  return lines;
+}
+
 Json explanation_json(const Explanation& e) {
   Json json = {{"id", e.id()},
                {"sentence", e.sentence()},
@@ -75,14 +88,15 @@ std::string format_candidate(const CandidateReport& report) {
   for (const std::string& note : report.notes)
     text += fmt::format("{:<12} {}\n", "note", printable(note, kLineBytes));
   text += "\n" + routing_text(report);
-  if (report.staged_x) {
-    const StagedXReport& staged = *report.staged_x;
-    text += fmt::format("  {:<10} codes and scales are {} from x with scales read as {}, {} as {}\n",
-                        "staged x", number(staged.distance), staged.layout, number(staged.runner_up),
-                        staged.runner_up_layout);
+  for (const StagedReport& staged : report.staged) {
+    text +=
+        fmt::format("  {:<10} codes and scales are {} from {} with scales read as {}, {} as {}; {} is due\n",
+                    "staging", number(staged.distance), staged.what, staged.layout, number(staged.runner_up),
+                    staged.runner_up_layout, number(staged.due));
   }
   text += "\n" + explanations_text(report.experts) + "\n";
   if (report.verdict != "fine") {
+    for (const std::string& line : stage_lines(report)) text += fmt::format("  {:<10} {}\n", "where", line);
     for (const std::string& line : describe(report.map, report.mapped_tokens))
       text += fmt::format("  {:<10} {}\n", "where", line);
     text += "\n";
@@ -119,18 +133,35 @@ std::string candidate_json(const CandidateReport& report) {
   } else {
     json["routing"] = {{"left_out", report.routing_left_out}};
   }
-  if (report.staged_x)
-    json["staged_x"] = {{"layout", report.staged_x->layout},
-                        {"distance", json_number(report.staged_x->distance)}};
+  json["staged"] = Json::array();
+  for (const StagedReport& staged : report.staged) {
+    json["staged"].push_back({{"tensor", staged.what},
+                              {"layout", staged.layout},
+                              {"distance", json_number(staged.distance)},
+                              {"runner_up", staged.runner_up_layout},
+                              {"runner_up_distance", json_number(staged.runner_up)},
+                              {"due", json_number(staged.due)}});
+  }
+  json["stages"] = Json::array();
+  for (const CandidateStage& stage : report.stages) {
+    json["stages"].push_back({{"stage", stage.name},
+                              {"distance", json_number(stage.distance)},
+                              {"limit", json_number(stage.limit)},
+                              {"off", stage.is_off()}});
+  }
   const diagnosis::ErrorMap& map = report.map;
   json["where"] = {{"tokens", report.mapped_tokens},
-                   {"not_finite", map.not_finite},
+                   {"not_finite", report.not_finite},
                    {"bad_tokens", map.bad_tokens},
                    {"bad_experts", map.bad_experts},
                    {"share_of_worst_tenth_of_columns", json_number(map.share_of_worst_columns)},
                    {"first_bad_column", map.first_bad_column},
                    {"last_bad_column", map.last_bad_column},
-                   {"period", map.period}};
+                   {"period", map.period},
+                   {"block", map.block},
+                   {"bad_blocks", map.bad_blocks}};
+  json["explanations"] = explanations_json(report.explanations);
+  json["charts"] = charts_json(report.charts);
   json["notes"] = report.notes;
   for (const auto& [label, fact] : report.facts) json["facts"][label] = fact;
   return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";

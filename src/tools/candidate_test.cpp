@@ -22,6 +22,7 @@ using diagnosis::Verdict;
 /// Of the first look at where the error sits.
 constexpr double kMapWork = 4e9;
 constexpr int64_t kMappedTokens = 256;
+constexpr int64_t kScatterPoints = 1024;
 
 [[noreturn]] void bad_tensor(const DumpedTensor& tensor, const std::string& name,
                              const std::string& expected) {
@@ -50,13 +51,14 @@ class CandidateTest {
     for (const std::string& note : loaded_->notes()) report_.notes.push_back(note);
     const Candidate candidate = make_candidate();
     add_facts();
-    look_at_staged_x();
+    look_at_staging(candidate);
     look_at_routing();
     diagnosis::MatcherOptions options;
     options.stagings = stagings();
     options.progress = request_.progress;
     report_.experts = diagnose(subject(), candidate, options);
     map_error(candidate);
+    report_explanations();
     judge();
     return std::move(report_);
   }
@@ -83,7 +85,8 @@ class CandidateTest {
     }
     for (const auto& [name, tensor] : tensors_) {
       static const std::vector<std::string> kKnown = {
-          "x", "output", "topk_ids", "topk_weights", "token_ids", "h", "activation", "x_codes", "x_scales"};
+          "x",          "output",  "topk_ids", "topk_weights",     "token_ids",        "h",
+          "activation", "x_codes", "x_scales", "activation_codes", "activation_scales"};
       if (std::find(kKnown.begin(), kKnown.end(), name) == kKnown.end()) {
         report_.notes.push_back(
             fmt::format("tensor '{}' is not looked at; known are {}", name, fmt::join(kKnown, ", ")));
@@ -160,10 +163,6 @@ class CandidateTest {
   Candidate make_candidate() const {
     const int64_t tokens = subject().tokens, slots = tokens * subject().top_k;
     const DumpedTensor& output = need("output", "what the MoE layer gave, [T, H]");
-    if (loaded_->inputs().hidden != subject().hidden()) {
-      bad_tensor(need("x", ""), "x",
-                 fmt::format("[T, {}], the checkpoint's hidden size", subject().hidden()));
-    }
     const std::string shape = fmt::format("[{}, {}] as x", tokens, subject().hidden());
     if (rows_of_width(output, "output", subject().hidden(), shape) != tokens)
       bad_tensor(output, "output", shape);
@@ -219,58 +218,22 @@ class CandidateTest {
     }
   }
 
-  /// Codes and scales of x, [T, H/2] and [T, H/16] or as many bytes as the 128x4 layout has.
-  void look_at_staged_x() {
-    const DumpedTensor *codes = find("x_codes"), *scales = find("x_scales");
-    if (!codes || !scales) return;
-    const int64_t tokens = subject().tokens, hidden = subject().hidden(), blocks = hidden / 16;
-    const auto code_bytes = static_cast<int64_t>(codes->bytes.size()),
-               scale_bytes = static_cast<int64_t>(scales->bytes.size());
-    if (code_bytes != tokens * hidden / 2)
-      bad_tensor(*codes, "x_codes", fmt::format("U8 [{}, {}]", tokens, hidden / 2));
-    std::vector<std::pair<double, std::string>> ranked;
-    const auto try_layout = [&](const std::string& layout, auto offset) {
-      ranked.emplace_back(staged_distance(*codes, *scales, offset), layout);
+  void look_at_staging(const Candidate& candidate) {
+    const auto look = [&](const std::string& what, const std::vector<float>& values, int64_t width) {
+      const DumpedTensor *codes = find(what + "_codes"), *scales = find(what + "_scales");
+      if (!codes && !scales) return;
+      need(what + "_codes", "beside its scales");
+      need(what + "_scales", "beside its codes");
+      report_.staged.push_back(compare_staged(what, values, width, *codes, *scales));
     };
-    if (scale_bytes == tokens * blocks) {
-      try_layout("row-major", [&](int64_t row, int64_t block) { return row * blocks + block; });
-      try_layout("transposed", [&](int64_t row, int64_t block) { return block * tokens + row; });
-    }
-    if (scale_bytes == swizzled_scale_bytes(tokens, blocks)) {
-      const int64_t across = round_up(blocks, kScaleTileCols);
-      try_layout("swizzled 128x4",
-                 [&](int64_t row, int64_t block) { return swizzled_scale_offset(row, block, blocks); });
-      try_layout("row-major, padded", [&](int64_t row, int64_t block) { return row * across + block; });
-    }
-    if (ranked.empty()) {
-      bad_tensor(*scales, "x_scales",
-                 fmt::format("{} bytes, or {} in the 128x4 layout", tokens * blocks,
-                             swizzled_scale_bytes(tokens, blocks)));
-    }
-    std::sort(ranked.begin(), ranked.end());
-    report_.staged_x = StagedXReport{ranked[0].second, ranked[0].first, ranked[1].first, ranked[1].second};
-  }
-
-  template <class Offset>
-  double staged_distance(const DumpedTensor& codes, const DumpedTensor& scales, Offset offset) const {
-    const int64_t tokens = subject().tokens, hidden = subject().hidden();
-    double norm = 0.0, found = 0.0, product = 0.0;
-    for (int64_t row = 0; row < tokens; ++row) {
-      for (int64_t k = 0; k < hidden; ++k) {
-        const auto pair = static_cast<uint8_t>(codes.bytes[static_cast<size_t>((row * hidden + k) / 2)]);
-        const auto scale = static_cast<uint8_t>(scales.bytes[static_cast<size_t>(offset(row, k / 16))]);
-        const double value = double{decode_e2m1(k % 2 == 0 ? pair & 15 : pair >> 4)} * decode_e4m3(scale);
-        const double x = static_cast<float>(subject().x[static_cast<size_t>(row * hidden + k)]);
-        if (!std::isfinite(value)) return INFINITY;
-        norm += x * x;
-        found += value * value;
-        product += x * value;
-      }
-    }
-    return norm * found == 0.0 ? 1.0 : std::sqrt(std::max(0.0, 1.0 - product * product / (norm * found)));
+    look("x", {subject().x.begin(), subject().x.end()}, subject().hidden());
+    if (candidate.activation.empty() && find("activation_codes"))
+      need("activation", "what activation_codes were quantized from");
+    look("activation", candidate.activation, subject().intermediate());
   }
 
   void map_error(const Candidate& candidate) {
+    for (const float value : candidate.output) report_.not_finite += !std::isfinite(value);
     const double work = 3.0 * static_cast<double>(subject().top_k) * static_cast<double>(subject().hidden()) *
                         static_cast<double>(subject().intermediate());
     const int64_t count = std::clamp(static_cast<int64_t>(kMapWork / work), int64_t{1},
@@ -278,47 +241,157 @@ class CandidateTest {
     std::vector<int64_t> tokens;
     for (int64_t i = 0; i < count; ++i) tokens.push_back(i * subject().tokens / count);
     diagnosis::Replay replay(subject(), tokens);
-    const std::vector<float> due = replay.run({}, report_.experts.sound.staging).output;
-    std::vector<float> found;
-    for (const int64_t token : tokens) {
-      const auto row = candidate.output.begin() + token * subject().hidden();
-      found.insert(found.end(), row, row + subject().hidden());
-    }
+    const diagnosis::Stages found = sample(candidate, subject(), tokens);
+    const diagnosis::Staging staging = report_.experts.sound.staging;
+    const diagnosis::Stages due = replay.run({}, staging);
     report_.mapped_tokens = count;
-    report_.map = map_errors(subject(), tokens, found, due, report_.experts.sound.limit);
+    report_.map = map_errors(subject(), tokens, found.output, due.output, report_.experts.sound.limit);
+    compare_stages(replay, found, staging);
+    draw(replay, found.output, due.output);
+  }
+
+  void compare_stages(diagnosis::Replay& replay, const diagnosis::Stages& found,
+                      const diagnosis::Staging& staging) {
+    const diagnosis::Stages due = replay.run_after(found, staging);
+    const diagnosis::Stages other = replay.run({}, staging, diagnosis::Rounding::kFused);
+    const diagnosis::Stages specified = replay.run({}, staging);
+    const auto compare = [&](const char* name, std::vector<float> diagnosis::Stages::*stage) {
+      if ((found.*stage).empty()) return;
+      const auto alone = [&](const diagnosis::Stages& stages) {
+        diagnosis::Stages one;
+        one.output = stages.*stage;
+        return one;
+      };
+      const auto count = static_cast<int64_t>(replay.tokens().size());
+      report_.stages.push_back(
+          {name, fit(alone(found), alone(due), count).distance,
+           diagnosis::kNoiseMargin * fit(alone(specified), alone(other), count).distance});
+    };
+    compare("h", &diagnosis::Stages::h);
+    compare("activation", &diagnosis::Stages::activation);
+    compare("output", &diagnosis::Stages::output);
+  }
+
+  /// Errors by token, and the worst one's columns, against the layer as it should be and as it is explained.
+  void draw(diagnosis::Replay& replay, const std::vector<float>& found, const std::vector<float>& due) {
+    const diagnosis::Diagnosis& experts = report_.experts;
+    report_.charts.block_scales = block_scale_histograms(*subject().weights);
+    report_.charts.errors.push_back(error_histogram("no fault", found, due));
+    const int64_t worst = worst_row(found, due);
+    report_.charts.worst_token = scatter(replay.tokens(), worst, found, due, "reference");
+    if (experts.verdict != Verdict::kExplained) return;
+    diagnosis::Deviation deviation;
+    for (const diagnosis::Fault& fault : experts.best->faults) fault.apply_to(deviation);
+    const std::vector<float> explained = replay.run(deviation, experts.best->staging).output;
+    report_.charts.errors.push_back(error_histogram("best explanation", found, explained));
+    report_.explained_token = scatter(replay.tokens(), worst, found, explained, "reference with the fault");
+  }
+
+  double row_distance(const std::vector<float>& found, const std::vector<float>& due, int64_t row) const {
+    double difference = 0.0, norm = 0.0;
+    for (int64_t i = row * subject().hidden(); i < (row + 1) * subject().hidden(); ++i) {
+      const double a = found[static_cast<size_t>(i)], b = due[static_cast<size_t>(i)];
+      difference += (a - b) * (a - b);
+      norm += b * b;
+    }
+    return difference == 0.0 ? 0.0 : std::sqrt(difference / norm);
+  }
+
+  Histogram error_histogram(const std::string& name, const std::vector<float>& found,
+                            const std::vector<float>& due) const {
+    Histogram histogram{name, 10.0, -6.0, 0.25, std::vector<int64_t>(28)};
+    for (int64_t row = 0; row < report_.mapped_tokens; ++row) histogram.add(row_distance(found, due, row));
+    return histogram;
+  }
+
+  int64_t worst_row(const std::vector<float>& found, const std::vector<float>& due) const {
+    int64_t worst = 0;
+    for (int64_t row = 1; row < report_.mapped_tokens; ++row) {
+      if (!(row_distance(found, due, row) <= row_distance(found, due, worst))) worst = row;
+    }
+    return worst;
+  }
+
+  TokenScatter scatter(const std::vector<int64_t>& tokens, int64_t row, const std::vector<float>& found,
+                       const std::vector<float>& due, const std::string& reference) const {
+    const int64_t hidden = subject().hidden(), step = (hidden + kScatterPoints - 1) / kScatterPoints;
+    TokenScatter points{reference, "candidate", tokens[static_cast<size_t>(row)], hidden, {}, {}};
+    for (int64_t i = row * hidden; i < (row + 1) * hidden; i += step) {
+      points.reference.push_back(due[static_cast<size_t>(i)]);
+      points.candidate.push_back(found[static_cast<size_t>(i)]);
+    }
+    return points;
+  }
+
+  void report_explanations() {
+    const diagnosis::Diagnosis& experts = report_.experts;
+    const auto add = [&](const char* rank, const diagnosis::Explanation& one) {
+      report_.explanations.push_back(
+          {one.faults.empty() ? "no fault: the engine computes what is specified"
+                              : fmt::format("{}: {}", one.id(), one.sentence()),
+           one.distance,
+           fmt::format("{}; {:.2e} from the candidate, where engines that round differently are {:.2e} apart "
+                       "(explained up to {:.2e}); activations: {}",
+                       rank, one.distance, one.noise, one.limit, describe(one.staging))});
+    };
+    if (experts.best)
+      add(experts.verdict == Verdict::kExplained ? "the best" : "the best, and not near", *experts.best);
+    for (const auto& same : experts.alike) add("does the same on these data", same);
+    if (experts.runner_up) add("the runner-up", *experts.runner_up);
+    add("as it should be", experts.sound);
   }
 
   void judge() {
     const diagnosis::Diagnosis& experts = report_.experts;
     const bool is_routed_well = !report_.routing || report_.routing->verdict == Verdict::kFine;
+    const auto wrongly_staged = std::find_if(report_.staged.begin(), report_.staged.end(),
+                                             [](const StagedReport& staged) { return !staged.is_right(); });
     if (experts.verdict == Verdict::kExplained && !is_routed_well && factor_cancels()) {
-      report_.verdict = "fine";
-      report_.explanation =
+      say("fine",
           "the routed scaling factor is applied after the experts instead of in the routing weights: the "
-          "same";
+          "same",
+          "");
     } else if (experts.verdict == Verdict::kExplained) {
-      report_.verdict = to_string(experts.best->faults.front().place);
-      report_.explanation = experts.best->sentence();
-      report_.remedy = experts.best->faults.front().remedy;
-      for (size_t i = 1; i < experts.best->faults.size(); ++i)
-        report_.remedy += "; " + experts.best->faults[i].remedy;
+      std::string remedy;
+      for (const diagnosis::Fault& fault : experts.best->faults)
+        remedy += (remedy.empty() ? "" : "; ") + fault.remedy;
+      say(std::string(to_string(experts.best->faults.front().place)), experts.best->sentence(), remedy);
     } else if (!is_routed_well) {
       const auto& routing = *report_.routing;
-      report_.verdict = "routing";
       const bool explained = routing.verdict == Verdict::kExplained;
-      report_.explanation =
+      say("routing",
           explained ? routing.best->sentence
-                    : "ids and weights are not the router's, and none of the known faults explains them";
-      report_.remedy =
-          explained ? routing.best->remedy : "the router's weight, bias, score function and parameters";
-    } else if (experts.verdict == Verdict::kUnexplained || report_.map.not_finite > 0) {
-      report_.verdict = "unexplained";
-      report_.explanation = report_.map.not_finite > 0 && experts.verdict == Verdict::kFine
-                                ? "NaN or infinity in the output; what is finite is as it should be"
-                                : "none of the known faults explains this";
+                    : "ids and weights are not the router's, and none of the known faults explains them",
+          explained ? routing.best->remedy : "the router's weight, bias, score function and parameters");
+    } else if (wrongly_staged != report_.staged.end()) {
+      say("staging",
+          fmt::format("codes and scales of {} are not those of its values, whichever way scales are laid out",
+                      wrongly_staged->what),
+          "the quantizer of activations, and which tensors were dumped");
+    } else if (experts.verdict == Verdict::kUnexplained) {
+      say("unexplained", "none of the known faults explains this", "");
     } else {
-      report_.verdict = "fine";
-      report_.explanation = "the engine computes what is specified";
+      say("fine", "the engine computes what is specified", "");
+    }
+    add_not_finite();
+  }
+
+  void say(const std::string& verdict, const std::string& explanation, const std::string& remedy) {
+    report_.verdict = verdict;
+    report_.explanation = explanation;
+    report_.remedy = remedy;
+  }
+
+  /// NaN and infinity are a finding of their own, whatever else there is.
+  void add_not_finite() {
+    if (report_.not_finite == 0) return;
+    const std::string count = fmt::format("{} of {} elements of the output are NaN or infinite",
+                                          report_.not_finite, subject().tokens * subject().hidden());
+    if (report_.verdict == "fine") {
+      say("unexplained", count + "; what is finite is as it should be",
+          "scales that are missing, zero or infinite, and padding that was never written");
+    } else {
+      report_.explanation += "; besides, " + count;
     }
   }
 

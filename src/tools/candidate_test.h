@@ -9,7 +9,10 @@
 
 #include "diagnosis/error_map.h"
 #include "diagnosis/matcher.h"
+#include "tools/candidate_staging.h"
 #include "tools/diagnosis_subject.h"
+#include "tools/layer_charts.h"
+#include "tools/layertest.h"
 
 namespace fourfold {
 
@@ -26,12 +29,11 @@ struct CandidateRequest {
 inline constexpr std::string_view kActivationFormats[] = {"bf16", "fp8", "nvfp4-static",
                                                           "nvfp4-max-over-experts", "nvfp4-dynamic-token"};
 
-/// How the engine staged x, where the candidate has its codes.
-struct StagedXReport {
-  std::string layout;     ///< of the scales: "row-major", "swizzled 128x4", "transposed"
-  double distance = 0.0;  ///< of codes x scales to x, after the best global factor: about 0.09 where right
-  double runner_up = 0.0;
-  std::string runner_up_layout;
+/// A stage of the candidate beside what is due after the candidate's own stage before it.
+struct CandidateStage {
+  std::string name;  ///< "h", "activation" or "output"
+  double distance = 0.0, limit = 0.0;
+  bool is_off() const { return !(distance <= limit); }
 };
 
 struct CandidateReport {
@@ -41,21 +43,29 @@ struct CandidateReport {
   int64_t layer = 0;
   std::optional<diagnosis::RoutingDiagnosis> routing;  ///< where the engine's routing and a router are there
   std::string routing_left_out;                        ///< why not
-  std::optional<StagedXReport> staged_x;
+  std::vector<StagedReport> staged;                    ///< where the candidate has codes and scales
   diagnosis::Diagnosis experts;
-  diagnosis::ErrorMap map;
+  std::vector<CandidateStage> stages;  ///< as many as the candidate has
+  diagnosis::ErrorMap map;             ///< of the output
   int64_t mapped_tokens = 0;
+  int64_t not_finite = 0;  ///< elements of the whole output
   /// "fine", or where the fault is: "routing", "weights", "staging", "activation", "experts", "combine"; or
   /// "unexplained".
   std::string verdict;
   std::string explanation;  ///< a sentence
   std::string remedy;
+  std::vector<ReportedExplanation> explanations;  ///< the best, those that do the same, the runner-up, none
+  LayerCharts charts;                             ///< block scales, errors, and the worst token
+  std::optional<TokenScatter>
+      explained_token;  ///< that token against the best explanation, where it explains
 };
 
 /// Throws Error naming file, tensor, expected and found.
 CandidateReport run_candidate_test(const CandidateRequest& request);
 
 std::string format_candidate(const CandidateReport& report);
+/// A page as layertest's (report_page.h).
+std::string candidate_html(const CandidateReport& report);
 std::string candidate_json(const CandidateReport& report);
 
 }  // namespace fourfold

@@ -64,6 +64,7 @@ int diagnose_candidate(const DiagnosisTask& task) {
   progress.clear();
   fmt::print("{}", format_candidate(report));
   if (!task.json.empty()) write_file(task.json, candidate_json(report));
+  if (!task.html.empty()) write_file(task.html, candidate_html(report));
   return report.verdict == "fine" ? kExitFine : kExitFinding;
 }
 

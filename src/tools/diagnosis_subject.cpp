@@ -28,6 +28,10 @@ std::optional<ExpertLayer> load_neighbour(const std::shared_ptr<const Checkpoint
 LoadedSubject::LoadedSubject(const SubjectSource& source, LayerInputs inputs) : inputs_(std::move(inputs)) {
   checkpoint_ = Checkpoint::open(source.checkpoint);
   layer_ = load_experts(checkpoint_, source.layer, {}, source.gate_up_order, source.scheme);
+  if (inputs_.hidden != layer_.weights.hidden) {
+    fail(ErrorCode::kInvalidArgument, "{}: x: expected [T, {}], the hidden size of {}, found [{}, {}]",
+         inputs_.x_origin, layer_.weights.hidden, source.checkpoint, inputs_.tokens, inputs_.hidden);
+  }
   before_ = load_neighbour(checkpoint_, source, source.layer - 1, layer_);
   after_ = load_neighbour(checkpoint_, source, source.layer + 1, layer_);
   rules_ = rules_of(checkpoint_->config(), source.overrides);

@@ -161,5 +161,38 @@ TEST(Layertest, NamesTheStageOfTheFault) {
     EXPECT_EQ(finding.rfind("kernel: staging", 0), 0u) << finding;
 }
 
+/// What the report's best explanation must begin with; empty: a bug that is not known.
+std::string_view explanation_of(Fault fault) {
+  switch (fault) {
+    case Fault::kTransposedScales:
+      return "scales-transposed";
+    case Fault::kSwappedNibbles:
+      return "nibbles-swapped";
+    case Fault::kSwappedGateUp:
+      return "gate-up";
+    case Fault::kGateGlobalForUp:
+      return "gate-global-for-up";
+    case Fault::kReciprocalGlobal:
+      return "weight-global-reciprocal";
+    case Fault::kDroppedInputScale:
+      return "input-scale-dropped";
+    case Fault::kExpertOffByOne:
+      return "expert-next";
+    case Fault::kMissingRoutingWeight:
+      return "weight-missing";
+    default:
+      return "";
+  }
+}
+
+TEST_P(PlantedFault, IsExplained) {
+  const SyntheticPair pair(OriginalFormat::kBf16, 1);
+  const LayertestReport report = pair.test(*make_faulty_backend(GetParam()), 1);
+  ASSERT_FALSE(report.explanations.empty());
+  const ReportedExplanation& best = report.explanations.front();
+  EXPECT_TRUE(best.fault.starts_with(explanation_of(GetParam()))) << best.fault;
+  EXPECT_EQ(best.evidence.starts_with("the best;"), !explanation_of(GetParam()).empty()) << best.evidence;
+}
+
 }  // namespace
 }  // namespace fourfold

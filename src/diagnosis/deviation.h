@@ -149,6 +149,7 @@ struct SharedUse {
   int times = 1;
   bool gate_ignored = false;
   float factor = 1.0f;  ///< on its output: the routed experts' scaling factor
+  bool not_clamped = false;
 
   bool operator==(const SharedUse&) const = default;
 };

@@ -11,8 +11,11 @@ namespace fourfold::diagnosis {
 namespace {
 
 constexpr size_t kShown = 12;
-/// Error of the worst phase of a period against the mean, above what chance does to flat errors.
-constexpr double kStandsOut = 3.0;
+/// The median error of a period's worst phase against the mean of all, above what chance does to flat errors;
+/// of two phases, at most 2.
+constexpr double kStandsOut = 3.0, kHalfOfColumns = 1.6;
+/// Twice the period has half the columns: where all errors lie in one phase, its error doubles.
+constexpr double kClearlyMore = 1.3;
 
 /// Squared errors of columns, each token's error counted alike.
 std::vector<double> column_errors(const std::vector<float>& found, const std::vector<float>& due,
@@ -47,17 +50,31 @@ void find_range(const std::vector<double>& errors, double total, ErrorMap& map) 
   map.last_bad_column = static_cast<int64_t>(best_first + best_length - 1);
 }
 
+/// The lower one of two.
+double median_of(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>((values.size() - 1) / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+/// The shortest period whose worst phase is bad in most of its columns: a single bad column makes none.
 int64_t find_period(const std::vector<double>& errors, double total) {
-  for (const size_t period : {2u, 4u, 8u, 16u, 32u, 64u, 128u}) {
-    if (errors.size() < 4 * period) break;
-    std::vector<double> phases(period);
-    for (size_t c = 0; c < errors.size(); ++c) phases[c % period] += errors[c];
-    const double worst = *std::max_element(phases.begin(), phases.end()),
-                 mean = total / static_cast<double>(period);
-    const bool all_in_one_half = period == 2 && worst > 0.95 * total;
-    if (all_in_one_half || (period > 2 && worst > kStandsOut * mean)) return static_cast<int64_t>(period);
+  const double mean = total / static_cast<double>(errors.size());
+  double best = 0.0;
+  int64_t found = 0;
+  for (size_t period = 2; 8 * period <= errors.size(); period *= 2) {
+    double worst = 0.0;
+    for (size_t phase = 0; phase < period; ++phase) {
+      std::vector<double> of_phase;
+      for (size_t c = phase; c < errors.size(); c += period) of_phase.push_back(errors[c]);
+      worst = std::max(worst, median_of(std::move(of_phase)) / mean);
+    }
+    const bool stands_out = worst > (period == 2 ? kHalfOfColumns : kStandsOut);
+    if (!stands_out || worst < kClearlyMore * best) continue;
+    best = worst;
+    found = static_cast<int64_t>(period);
   }
-  return 0;
+  return found;
 }
 
 /// The aligned blocks that hold 95% of the error, where they are at most half of all: of the size that leaves

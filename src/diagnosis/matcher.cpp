@@ -232,7 +232,9 @@ class Matcher {
     }
     diagnosis_.faults_tried = static_cast<int64_t>(faults_.size());
     try_finalists();
-    if (refine_code()) try_finalists();
+    if (is_explained() || is_fine()) return;
+    if (has_codes()) try_other_values();
+    try_finalists();
     if (is_explained()) return;
     for (size_t fault = 0; fault < faults_.size() && runs_left() > 0.0; ++fault) {
       for (const Staging& staging : options_.stagings) {
@@ -241,6 +243,8 @@ class Matcher {
     }
     std::sort(trials_.begin(), trials_.end(), by_distance);
   }
+
+  bool has_codes() const { return std::any_of(faults_.begin(), faults_.end(), is_wrong_code); }
 
   bool is_fine() const { return diagnosis_.sound.distance <= diagnosis_.sound.limit; }
 
@@ -276,21 +280,22 @@ class Matcher {
     std::sort(trials_.begin(), trials_.end(), by_distance);
   }
 
-  /// Where an e2m1 code taken for its neighbour comes first or second: is it taken for another value? True
-  /// where faults were added.
-  bool refine_code() {
-    for (size_t i = 0; i < std::min<size_t>(2, trials_.size()); ++i) {
-      const Trial seed = trials_[i];
-      if (seed.faults.size() != 1 || !is_wrong_code(faults_[seed.faults[0]])) continue;
-      const Fault probe = faults_[seed.faults[0]];
-      for (const float value : wrong_values_of(probe.code)) {
-        if (value == probe.value) continue;
-        faults_.push_back(wrong_code_fault(probe.code, value));
-        add_trial({faults_.size() - 1}, seed.staging);
+  /// Is an e2m1 code taken for another value than its neighbours'? Keeps those that come nearer than none.
+  void try_other_values() {
+    const Staging staging = sound_.front().staging;
+    for (int code = 1; code <= 7; ++code) {
+      for (const float value : wrong_values_of(code)) {
+        faults_.push_back(wrong_code_fault(code, value));
+        const Trial trial{{faults_.size() - 1}, staging, try_out({faults_.size() - 1}, staging)};
+        const bool is_known = std::any_of(faults_.begin(), faults_.end() - 1,
+                                          [&](const Fault& fault) { return fault.id == faults_.back().id; });
+        if (!is_known && trial.fit.distance < sound_.front().fit.distance) {
+          trials_.push_back(trial);
+        } else {
+          faults_.pop_back();
+        }
       }
-      return true;
     }
-    return false;
   }
 
   /// Single faults that come closest, by either measure.

@@ -433,8 +433,9 @@ Stages Replay::run_after(const Stages& given, const Staging& staging) {
   return stages;
 }
 
-const std::vector<float>& Replay::shared_output(TokenOrder order, const Staging& staging, Rounding rounding) {
-  const SharedKey key{order, staging, rounding};
+const std::vector<float>& Replay::shared_output(const Deviation& deviation, TokenOrder order,
+                                                const Staging& staging, Rounding rounding) {
+  const SharedKey key{order, deviation.shared.not_clamped, staging, rounding};
   for (const auto& [other, output] : shared_) {
     if (other == key) return output;
   }
@@ -455,9 +456,11 @@ const std::vector<float>& Replay::shared_output(TokenOrder order, const Staging&
   std::vector<float> h(tokens_.size() * static_cast<size_t>(first.rows()));
   multiply(first, rows, experts, 0, first.cols(), {}, sums_of(rounding), h.data());
   round_all(h, rounding);
+  ActivationChange change;
+  if (deviation.shared.not_clamped) change.limit = INFINITY;
   for (size_t r = 0; r < tokens_.size(); ++r) {
     std::vector<float> activation(static_cast<size_t>(inner));
-    activate_row(subject_.config.shared_activation, {},
+    activate_row(subject_.config.shared_activation, change,
                  {h.data() + static_cast<int64_t>(r) * first.rows(), static_cast<size_t>(first.rows())},
                  activation);
     round_all(activation, rounding);
@@ -476,7 +479,7 @@ void Replay::add_shared(const Deviation& deviation, const Staging& staging, Roun
   if (!shared_layer_ || deviation.shared.times == 0) return;
   const TokenOrder order =
       deviation.first.tokens == TokenOrder::kSlotModulo ? TokenOrder::kRight : deviation.first.tokens;
-  const std::vector<float>& z = shared_output(order, staging, rounding);
+  const std::vector<float>& z = shared_output(deviation, order, staging, rounding);
   for (size_t s = 0; s < tokens_.size(); ++s) {
     const int64_t source = source_token(order, tokens_[s], subject_.tokens);
     const float gate = deviation.shared.gate_ignored ? 1.0f : shared_weights_[static_cast<size_t>(source)];

@@ -67,11 +67,13 @@ class Replay {
   /// Adds up z [S*K, H] by token, and the shared expert.
   void combine(const Deviation& deviation, const Staging& staging, Rounding rounding,
                const std::vector<float>& weights, const std::vector<float>& z, Stages& stages);
-  const std::vector<float>& shared_output(TokenOrder order, const Staging& staging, Rounding rounding);
+  const std::vector<float>& shared_output(const Deviation& deviation, TokenOrder order,
+                                          const Staging& staging, Rounding rounding);
   void add_shared(const Deviation& deviation, const Staging& staging, Rounding rounding, Stages& stages);
 
   struct SharedKey {
     TokenOrder order;
+    bool not_clamped;
     Staging staging;
     Rounding rounding;
     bool operator==(const SharedKey&) const = default;

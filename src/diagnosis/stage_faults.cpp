@@ -71,7 +71,17 @@ class StageFaults : FaultList {
     if (std::isfinite(f.limit)) {
       add_one(
           "clamp-missing", [](Deviation& d, const Fault&) { d.activation.limit = INFINITY; },
-          "gate and up are not clamped");
+          weights().shared ? "gate and up of the routed experts are not clamped"
+                           : "gate and up are not clamped");
+      if (weights().shared && std::isfinite(subject_.config.shared_activation.limit)) {
+        add_one(
+            "clamp-missing-everywhere",
+            [](Deviation& d, const Fault&) {
+              d.activation.limit = INFINITY;
+              d.shared.not_clamped = true;
+            },
+            "gate and up are not clamped, in the shared expert neither");
+      }
       add_one(
           "clamp-gate-both-sides",
           [](Deviation& d, const Fault&) { d.activation.clamp = ClampForm::kGateBothSides; },

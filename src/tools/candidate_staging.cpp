@@ -13,7 +13,7 @@
 namespace fourfold {
 namespace {
 
-/// |values - c * found| / |values| for the best c.
+/// |values - c * found| / |values| over all rows, with the best c for each of them: its global scale.
 class Distance {
  public:
   void add(double value, double found) {
@@ -21,14 +21,21 @@ class Distance {
     found_ += found * found;
     product_ += value * found;
   }
+  void end_row() {
+    if (!std::isfinite(found_)) is_finite_ = false;
+    all_ += norm_;
+    left_ += found_ == 0.0 ? norm_ : std::max(0.0, norm_ - product_ * product_ / found_);
+    norm_ = found_ = product_ = 0.0;
+  }
   double get() const {
-    if (!std::isfinite(found_)) return INFINITY;
-    return norm_ * found_ == 0.0 ? 1.0
-                                 : std::sqrt(std::max(0.0, 1.0 - product_ * product_ / (norm_ * found_)));
+    if (!is_finite_) return INFINITY;
+    return left_ == 0.0 ? 0.0 : std::sqrt(left_ / all_);
   }
 
  private:
-  double norm_ = 0.0, found_ = 0.0, product_ = 0.0;
+  double norm_ = 0.0, found_ = 0.0, product_ = 0.0;  // of the row
+  double all_ = 0.0, left_ = 0.0;
+  bool is_finite_ = true;
 };
 
 double decoded(uint8_t pair, int64_t k, uint8_t scale) {
@@ -44,6 +51,7 @@ double distance_with(std::span<const float> values, int64_t width, const DumpedT
     const int64_t at = offset(i / width, i % width / 16);
     distance.add(double{values[static_cast<size_t>(i)]},
                  decoded(pair, i, static_cast<uint8_t>(scales.bytes[static_cast<size_t>(at)])));
+    if ((i + 1) % width == 0) distance.end_row();
   }
   return distance.get();
 }
@@ -63,6 +71,7 @@ double due_distance(std::span<const float> values, int64_t width) {
                    double{global} *
                        decoded(codes[static_cast<size_t>(k / 2)], k, scales[static_cast<size_t>(k / 16)]));
     }
+    distance.end_row();
   }
   return distance.get();
 }

@@ -11,6 +11,7 @@
 #include "diagnosis/replay.h"
 #include "fourfold/scale_layout.h"
 #include "tools/candidate_file.h"
+#include "tools/explanation.h"
 
 namespace fourfold {
 namespace {
@@ -58,7 +59,7 @@ class CandidateTest {
     options.progress = request_.progress;
     report_.experts = diagnose(subject(), candidate, options);
     map_error(candidate);
-    report_explanations();
+    report_.explanations = reported_explanations(report_.experts);
     judge();
     return std::move(report_);
   }
@@ -242,12 +243,30 @@ class CandidateTest {
     for (int64_t i = 0; i < count; ++i) tokens.push_back(i * subject().tokens / count);
     diagnosis::Replay replay(subject(), tokens);
     const diagnosis::Stages found = sample(candidate, subject(), tokens);
-    const diagnosis::Staging staging = report_.experts.sound.staging;
+    const diagnosis::Staging staging = likely_staging(replay, found);
     const diagnosis::Stages due = replay.run({}, staging);
     report_.mapped_tokens = count;
     report_.map = map_errors(subject(), tokens, found.output, due.output, report_.experts.sound.limit);
     compare_stages(replay, found, staging);
     draw(replay, found.output, due.output);
+  }
+
+  /// How the engine stages, where a fault makes it hard to tell: as explained, else as the first stage that
+  /// it gave fits best.
+  diagnosis::Staging likely_staging(diagnosis::Replay& replay, const diagnosis::Stages& found) {
+    const diagnosis::Diagnosis& experts = report_.experts;
+    if (experts.verdict == Verdict::kExplained) return experts.best->staging;
+    diagnosis::Staging likely = experts.sound.staging;
+    if (found.h.empty()) return likely;
+    double least = INFINITY;
+    for (const diagnosis::Staging& staging : stagings()) {
+      const double distance =
+          fit({found.h, {}, {}}, replay.run({}, staging), static_cast<int64_t>(replay.tokens().size()))
+              .distance;
+      if (distance < least) likely = staging;
+      least = std::min(least, distance);
+    }
+    return likely;
   }
 
   void compare_stages(diagnosis::Replay& replay, const diagnosis::Stages& found,
@@ -321,24 +340,6 @@ class CandidateTest {
       points.candidate.push_back(found[static_cast<size_t>(i)]);
     }
     return points;
-  }
-
-  void report_explanations() {
-    const diagnosis::Diagnosis& experts = report_.experts;
-    const auto add = [&](const char* rank, const diagnosis::Explanation& one) {
-      report_.explanations.push_back(
-          {one.faults.empty() ? "no fault: the engine computes what is specified"
-                              : fmt::format("{}: {}", one.id(), one.sentence()),
-           one.distance,
-           fmt::format("{}; {:.2e} from the candidate, where engines that round differently are {:.2e} apart "
-                       "(explained up to {:.2e}); activations: {}",
-                       rank, one.distance, one.noise, one.limit, describe(one.staging))});
-    };
-    if (experts.best)
-      add(experts.verdict == Verdict::kExplained ? "the best" : "the best, and not near", *experts.best);
-    for (const auto& same : experts.alike) add("does the same on these data", same);
-    if (experts.runner_up) add("the runner-up", *experts.runner_up);
-    add("as it should be", experts.sound);
   }
 
   void judge() {

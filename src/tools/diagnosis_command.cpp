@@ -22,6 +22,22 @@ SubjectSource source_of(const DiagnosisTask& task) {
   return source;
 }
 
+/// Few tokens: every trial computes all of them.
+LayerInputs inputs_of(const DiagnosisTask& task) {
+  constexpr int64_t kTokens = 24;
+  const auto checkpoint = Checkpoint::open(task.nvfp4);
+  const ExpertLayer layer =
+      load_experts(checkpoint, task.layer, {}, source_of(task).gate_up_order, source_of(task).scheme);
+  const ExpertWeights& weights = layer.weights;
+  // A planted engine holds every expert in float32, on each thread.
+  int64_t bytes = 0;
+  const int64_t matrix = weights.hidden * weights.intermediate;
+  if (__builtin_mul_overflow(weights.count() * 24, matrix, &bytes)) bytes = INT64_MAX;
+  require_memory(bytes, "layertest --self-test with this checkpoint (a smaller model will do)");
+  if (!task.input.empty()) return read_inputs(task.input, task.layer, weights.hidden, kTokens);
+  return make_inputs(kTokens, weights.hidden, task.seed, false);
+}
+
 }  // namespace
 
 void add_diagnosis_options(CLI::App& layertest, DiagnosisArguments& arguments) {
@@ -43,6 +59,15 @@ void add_diagnosis_options(CLI::App& layertest, DiagnosisArguments& arguments) {
   CLI::Option* self_test =
       layertest.add_flag("--self-test", arguments.self_test,
                          "plant every known fault in an engine and see whether the diagnosis names it");
+  layertest
+      .add_option(
+          "--trials", arguments.trials,
+          "of --self-test: sound engines; pairs of faults are a quarter as many; with fewer than 200 each "
+          "fault is planted in fewer layers")
+      ->capture_default_str()
+      ->check(whole_number<int64_t>())
+      ->check(CLI::Range(int64_t{1}, int64_t{100'000}))
+      ->needs(self_test);
   for (const char* name :
        {"--original", "--layers", "--all-layers", "--stress", "--experts", "--tokens", "--activations",
         "--activation-scale", "--gate-up", "--accumulate", "--backend", "--isa", "--double-quantize"}) {
@@ -71,7 +96,17 @@ int diagnose_candidate(const DiagnosisTask& task) {
 int test_itself(const DiagnosisTask& task) {
   const Progress progress;
   SelfTestRequest request;
+  std::optional<LoadedSubject> loaded;
+  if (!task.nvfp4.empty()) {
+    loaded.emplace(source_of(task), inputs_of(task));
+    request.subject = &loaded->subject();
+    request.subject_name = fmt::format("{}, layer {}: {} tokens, x: {}", task.nvfp4, task.layer,
+                                       loaded->subject().tokens, loaded->inputs().x_origin);
+  } else if (!task.input.empty()) {
+    throw CLI::RequiredError("--nvfp4 beside --input");
+  }
   request.seed = task.seed;
+  request.sound_trials = task.diagnosis.trials;
   request.progress = [&](std::string_view what) { progress.show(what); };
   const SelfTestReport report = run_self_test(request);
   progress.clear();

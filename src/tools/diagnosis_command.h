@@ -16,6 +16,7 @@ struct DiagnosisArguments {
   std::vector<std::string> candidate;
   std::string activation_format = "auto";
   bool self_test = false;
+  int64_t trials = 200;
 };
 
 /// What the other options of layertest say: the layer, what goes into it, where reports go.

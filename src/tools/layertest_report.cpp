@@ -196,6 +196,8 @@ std::string format_table(const LayerResult& result) {
   text += counts_text(report) + "\n" + (limits.empty() ? "" : "limits on relative L2\n" + limits + "\n");
   for (const std::string& finding : report.findings)
     text += red("finding") + "  " + printable(finding) + "\n";
+  for (const ReportedExplanation& one : report.explanations)
+    text += fmt::format("explanation  {} ({})\n", one.fault, one.evidence);
   if (report.verdict == "fine") return text + bold(green("verdict: fine")) + ": nothing exceeds its limit\n";
   return text + bold(red("verdict: " + report.verdict)) + ": see the findings above\n";
 }

@@ -291,7 +291,7 @@ class Engine {
       const float positive = u > 0.0f ? u : 0.0f;
       return broken("activation-relu") ? positive : positive * positive;
     }
-    if (broken("clamp-missing")) f.limit = INFINITY;
+    if (broken("clamp-missing") || has("clamp-missing-everywhere")) f.limit = INFINITY;
     if (broken("clamp-unasked-7")) f.limit = 7.0f;
     if (broken("clamp-unasked-10")) f.limit = 10.0f;
     if (const Fault* limit = faulty ? planted_.find_prefix("clamp-limit-") : nullptr) f.limit = limit->value;

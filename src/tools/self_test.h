@@ -18,9 +18,10 @@ namespace fourfold {
 struct SelfTestRequest {
   /// A layer to plant faults in, instead of made-up layers of several families.
   const diagnosis::Subject* subject = nullptr;
+  std::string subject_name;
   uint64_t seed = 0;
+  /// On sound engines; a quarter as many on pairs. Below 200 each fault is planted in fewer layers.
   int64_t sound_trials = 200;
-  int64_t pair_trials = 48;
   std::function<void(std::string_view)> progress = [](std::string_view) {};
 };
 

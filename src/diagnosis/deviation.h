@@ -159,6 +159,8 @@ struct FirstDeviation {
   WeightSource source = WeightSource::kStored;
   ExpertMap expert_map = ExpertMap::kRight;
   int expert_ranks = 1, expert_tile = 0;
+  bool own_input_scales =
+      false;  ///< activations are staged, and alpha is, by the input scales of the right expert
   WeightReading reading;
   GateUpRows rows = GateUpRows::kRight;
   GateUpGlobal global = GateUpGlobal::kOwn;

@@ -314,7 +314,8 @@ Replay::FirstResult Replay::compute_first(const FirstDeviation& deviation, const
   std::vector<StagedRow> rows;
   std::vector<int64_t> experts;
   for (const Slot& slot : result.slots) {
-    rows.push_back(slot.read < 0 ? StagedRow{} : x.stage(slot.slot, slot.x_token, slot.read));
+    const int64_t scaled_by = deviation.own_input_scales ? slot.expert : slot.read;
+    rows.push_back(slot.read < 0 ? StagedRow{} : x.stage(slot.slot, slot.x_token, scaled_by));
     experts.push_back(slot.read);
   }
   const WeightReader reader(weights_of(deviation.source, result.slots), deviation);
@@ -368,8 +369,9 @@ std::vector<float> Replay::second(const FirstResult& before, const Deviation& de
       continue;
     }
     const std::span row(activation.data() + r * inner, inner);
+    const int64_t scaled_by = deviation.first.own_input_scales ? slot.expert : slot.read;
     const RowScales globals = row_scales(staging.policy, deviation.intermediate_scale, row,
-                                         scales[static_cast<size_t>(slot.read)], scales[0], largest);
+                                         scales[static_cast<size_t>(scaled_by)], scales[0], largest);
     rows[r] = stage_row(staging.format, row, globals, nudge_of(rounding));
     experts[r] = slot.read;
     weights[r] = output_weight(deviation.first.weight, subject_.config, slot.weight);

@@ -123,6 +123,24 @@ class RoutingFaults : FaultList {
     add_one(
         "expert-previous", [](Deviation& d, const Fault&) { d.first.expert_map = ExpertMap::kPrevious; },
         "every expert computes with the weights of the one before", "the expert index: off by one");
+    add_one(
+        "expert-next-in-gemms",
+        [](Deviation& d, const Fault&) {
+          d.first.expert_map = ExpertMap::kNext;
+          d.first.own_input_scales = true;
+        },
+        "every expert's GEMMs take the weights of the next one, activations are staged for its own",
+        "the expert index of the kernel: off by one")
+        .needs_nvfp4_staging = true;
+    add_one(
+        "expert-previous-in-gemms",
+        [](Deviation& d, const Fault&) {
+          d.first.expert_map = ExpertMap::kPrevious;
+          d.first.own_input_scales = true;
+        },
+        "every expert's GEMMs take the weights of the one before, activations are staged for its own",
+        "the expert index of the kernel: off by one")
+        .needs_nvfp4_staging = true;
     for (const int ranks : {2, 4, 8}) {
       if (subject_.experts() % ranks != 0 || subject_.experts() / ranks < 2) continue;
       const std::string map = "the expert map of expert parallelism (global id -> rank and local id)";

@@ -79,8 +79,9 @@ class Engine {
 
   int64_t weights_for(int64_t slot) const {
     const int64_t id = routes_.ids[static_cast<size_t>(slot)];
-    if (has("expert-next")) return id + 1 == loaded_.experts ? 0 : id + 1;
-    if (has("expert-previous")) return id == 0 ? loaded_.experts - 1 : id - 1;
+    if ((has("expert-next") || has("expert-next-in-gemms"))) return id + 1 == loaded_.experts ? 0 : id + 1;
+    if ((has("expert-previous") || has("expert-previous-in-gemms")))
+      return id == 0 ? loaded_.experts - 1 : id - 1;
     if (const Fault* map = planted_.find_prefix("expert-map-first-of-")) {
       const int64_t local = loaded_.experts / map->code;
       return id - id / local * local;
@@ -210,7 +211,9 @@ class Engine {
   void run_slot(int64_t slot, std::vector<float>& h, std::vector<float>& a, std::vector<float>& z) {
     const int64_t expert = weights_for(slot);
     std::vector<float> x = x_of(slot);
-    float alpha = stage(x, expert, true);
+    const bool own_scales = has("expert-next-in-gemms") || has("expert-previous-in-gemms");
+    const int64_t scaled_by = own_scales ? routes_.ids[static_cast<size_t>(slot)] : expert;
+    float alpha = stage(x, scaled_by, true);
     if (const Fault* tile = planted_.find_prefix("padding-rows-read-"))
       alpha = take_padded_row(slot, tile->code, x);
     if (has("x-scales-unpadded-groups")) misread_scales(slot, x);
@@ -233,7 +236,7 @@ class Engine {
           rounded(activate(h_row[i], h_row[gated ? loaded_.inner + i : i], subject_.config.activation, true));
     }
     std::copy(inner.begin(), inner.end(), a.begin() + slot * loaded_.inner);
-    const float alpha2 = stage(inner, expert, false);
+    const float alpha2 = stage(inner, scaled_by, false);
     const int64_t begin = has("ranks-lower-inner-missing") ? loaded_.inner / 2 : 0;
     const int64_t end = has("ranks-upper-inner-missing") ? loaded_.inner / 2 : loaded_.inner;
     for (int64_t n = 0; n < loaded_.w2.rows; ++n) {

@@ -99,7 +99,8 @@ class Matcher {
   Diagnosis run() {
     diagnosis_.tokens = replay_.tokens();
     find_sound();
-    if (diagnosis_.sound.distance > kExact) search();
+    // A fault that leaves the candidate as near as rounding does is none to be found.
+    if (diagnosis_.sound.distance > std::max(kExact, diagnosis_.sound.noise)) search();
     judge();
     diagnosis_.replays = replay_.runs();
     return std::move(diagnosis_);

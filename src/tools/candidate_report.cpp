@@ -30,13 +30,15 @@ std::string explanations_text(const diagnosis::Diagnosis& experts) {
   std::string text = bold(fmt::format("  {:<10} {:<44} {:>9} {:>9} {:>9}  {}\n", "experts", "explanation",
                                       "distance", "noise", "limit", "activations"));
   text += row("as is", experts.sound);
+  const std::string tried =
+      fmt::format("  {} of the tokens replayed, {} faults and {} pairs tried, {} replays\n",
+                  experts.tokens.size(), experts.faults_tried, experts.pairs_tried, experts.replays);
+  if (experts.verdict == Verdict::kFine) return text + tried;
   if (experts.best) text += row("best", *experts.best);
   for (const Explanation& same : experts.alike)
     text += fmt::format("  {:<10} {}\n", "  same here", same.id());
   if (experts.runner_up) text += row("runner-up", *experts.runner_up);
-  return text + fmt::format("  {} of the tokens replayed, {} faults and {} pairs tried, {} replays\n",
-                            experts.tokens.size(), experts.faults_tried, experts.pairs_tried,
-                            experts.replays);
+  return text + tried;
 }
 
 std::string routing_text(const CandidateReport& report) {
@@ -119,10 +121,13 @@ std::string candidate_json(const CandidateReport& report) {
                {"model", report.model},
                {"layer", report.layer}};
   json["experts"] = {{"verdict", name_of(experts.verdict)}, {"as_is", explanation_json(experts.sound)}};
-  if (experts.best) json["experts"]["best"] = explanation_json(*experts.best);
+  const bool is_fine = experts.verdict == Verdict::kFine;  // then the nearest fault is nothing to know
+  if (experts.best && !is_fine) json["experts"]["best"] = explanation_json(*experts.best);
   json["experts"]["alike"] = Json::array();
-  for (const Explanation& same : experts.alike) json["experts"]["alike"].push_back(same.id());
-  if (experts.runner_up) json["experts"]["runner_up"] = explanation_json(*experts.runner_up);
+  for (const Explanation& same : experts.alike) {
+    if (!is_fine) json["experts"]["alike"].push_back(same.id());
+  }
+  if (experts.runner_up && !is_fine) json["experts"]["runner_up"] = explanation_json(*experts.runner_up);
   if (report.routing) {
     const auto& routing = *report.routing;
     json["routing"] = {{"verdict", name_of(routing.verdict)},

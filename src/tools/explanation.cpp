@@ -47,6 +47,10 @@ std::vector<ReportedExplanation> reported_explanations(const diagnosis::Diagnosi
                      rank, one.distance, one.noise, one.limit, describe(one.staging))});
   };
   const bool is_explained = diagnosis.verdict == diagnosis::Verdict::kExplained;
+  if (diagnosis.verdict == diagnosis::Verdict::kFine) {
+    add("as it should be", diagnosis.sound);
+    return reported;
+  }
   if (diagnosis.best) add(is_explained ? "the best" : "the best, and not near", *diagnosis.best);
   for (const auto& same : diagnosis.alike) add("does the same on these data", same);
   if (diagnosis.runner_up) add("the runner-up", *diagnosis.runner_up);

@@ -9,7 +9,8 @@
 
 namespace fourfold {
 
-/// The best explanation, those that do the same on these data, the runner-up, and the layer as it should be.
+/// The best explanation, those that do the same on these data, the runner-up, and the layer as it should be;
+/// of what is fine, that alone.
 std::vector<ReportedExplanation> reported_explanations(const diagnosis::Diagnosis& diagnosis);
 
 /// Which known fault makes what the backend computed in `run`. Empty where the layer's activations are staged

@@ -24,7 +24,7 @@ SubjectSource source_of(const DiagnosisTask& task) {
 
 /// Few tokens: every trial computes all of them.
 LayerInputs inputs_of(const DiagnosisTask& task) {
-  constexpr int64_t kTokens = 24;
+  constexpr int64_t kTokens = 8;
   const auto checkpoint = Checkpoint::open(task.nvfp4);
   const ExpertLayer layer =
       load_experts(checkpoint, task.layer, {}, source_of(task).gate_up_order, source_of(task).scheme);
@@ -62,8 +62,8 @@ void add_diagnosis_options(CLI::App& layertest, DiagnosisArguments& arguments) {
   layertest
       .add_option(
           "--trials", arguments.trials,
-          "of --self-test: sound engines; pairs of faults are a quarter as many; with fewer than 200 each "
-          "fault is planted in fewer layers")
+          "of --self-test: sound engines; pairs of faults are a quarter as many; with fewer than 200, "
+          "faults are planted in fewer layers")
       ->capture_default_str()
       ->check(whole_number<int64_t>())
       ->check(CLI::Range(int64_t{1}, int64_t{100'000}))

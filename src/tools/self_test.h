@@ -20,7 +20,7 @@ struct SelfTestRequest {
   const diagnosis::Subject* subject = nullptr;
   std::string subject_name;
   uint64_t seed = 0;
-  /// On sound engines; a quarter as many on pairs. Below 200 each fault is planted in fewer layers.
+  /// On sound engines; a quarter as many on pairs. Below 200 faults are planted in fewer layers.
   int64_t sound_trials = 200;
   std::function<void(std::string_view)> progress = [](std::string_view) {};
 };

@@ -417,10 +417,10 @@ def test_page_shows_the_diagnosis(tmp_path: Path, folder: Path) -> None:
 def test_self_test_of_a_checkpoint(tmp_path: Path, folder: Path) -> None:
     file = tmp_path / "self_test.json"
     model = folder / "qwen3-moe" / "nvfp4"
-    arguments = ("--nvfp4", model, "--trials", "8", "--json", file)
+    arguments = ("--nvfp4", model, "--trials", "40", "--json", file)
     result = run("layertest", "--self-test", *arguments, time_limit_s=TIME_LIMIT_S)
     report = json.loads(file.read_text())
     assert result.code == FINE and report["passes"], str(result)
     single = report["single"]
-    assert single["trials"] > 60 and single["named"] + single["in_class"] >= 0.95 * single["trials"]
-    assert report["sound"] == {"trials": 8, "claimed": 0, "unexplained": 0}
+    assert single["trials"] >= 10 and single["named"] + single["in_class"] >= 0.95 * single["trials"]
+    assert report["sound"] == {"trials": 40, "claimed": 0, "unexplained": 0}

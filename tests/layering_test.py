@@ -14,6 +14,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"base", "numeric", "moe"},
     "reference": {"base", "numeric", "moe"},
     "diagnosis": {"base", "numeric", "moe", "reference"},
+    "c_api": {"base", "numeric", "moe", "checkpoint"},
     "cpu": {"base", "numeric", "moe"},
     "cuda": {"base", "numeric", "moe"},
     "sm90": {"base", "numeric", "moe", "cuda"},
@@ -25,6 +26,7 @@ EVERYTHING = {"tools", "tests", "bench"}  # these may include any room
 # Public headers belong to rooms too: a backend that includes fourfold/checkpoint.h includes the checkpoint room.
 PUBLIC_HEADERS = {
     "error.h": "base",
+    "export.h": "base",
     "number_formats.h": "numeric",
     "tensor.h": "numeric",
     "memory.h": "numeric",
@@ -46,6 +48,7 @@ PUBLIC_HEADERS = {
     "inspection.h": "checkpoint",
     "reference.h": "reference",
     "cpu.h": "cpu",
+    "fourfold.h": "c_api",
 }
 
 # Libraries that only some places may see: (pattern of the include, who may).

@@ -1,4 +1,6 @@
-"""The compiler's report on the Hopper kernels: no spills, no local memory, no WGMMA that waits for the one before.
+"""The compiler's report on the GPU kernels: no spills, no local memory, no WGMMA that waits for the one before.
+
+Kernels of CUTLASS are not ours to change: what they spill is named here, and may not grow.
 
 usage: ptxas_report_test.py FOLDER, which holds the reports that cmake/record_ptxas.py wrote.
 """

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and at most 8 minutes: the GPU tests, layertest and gemmtest in all
-# activation formats, compute-sanitizer on small cases, the benchmark's grid, and PyTorch's grouped GEMM as a control.
+# Everything that needs a GPU, in one command and at most 8 minutes: the GPU tests, layertest (--stress too) and
+# gemmtest in all activation formats, compute-sanitizer on small cases, the benchmark's grid, PyTorch's grouped GEMM as
+# a control, and shapes and routings that no kernel was tuned on.
 #
 #   scripts/gpu_check.sh [--binaries DIR] [--real DIR] [--out DIR] [--backend NAME] [--steps LIST]
 #
@@ -8,13 +9,13 @@
 # --real DIR      a checkpoint of trained weights, as scripts/real_checkpoint.py DIR --layers 15 makes it, for layertest
 # --out DIR       where summary.txt, summary.json, grid.json and the logs go (default: build/gpu_check)
 # --backend NAME  default: sm90
-# --steps LIST    of tests,layertest,grid,control,sanitizer (default: all, in this order)
+# --steps LIST    of tests,layertest,grid,control,untuned,sanitizer (default: all, in this order)
 #
 # Steps that this machine can't run are reported as "not run". Exit code 0 when nothing failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-binaries='' real='' out='' backend=sm90 steps=tests,layertest,grid,control,sanitizer
+binaries='' real='' out='' backend=sm90 steps=tests,layertest,grid,control,untuned,sanitizer
 while [ $# -gt 0 ]; do
   case $1 in
     --binaries) binaries=${2:?--binaries needs a folder}; shift ;;
@@ -22,7 +23,7 @@ while [ $# -gt 0 ]; do
     --backend) backend=${2:?--backend needs a name}; shift ;;
     --steps) steps=${2:?--steps needs a list}; shift ;;
     --real) real=${2:?--real needs a folder}; shift ;;
-    --help | -h) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help | -h) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) printf 'error: unknown option %s; see --help\n' "$1" >&2; exit 2 ;;
   esac
   shift
@@ -153,6 +154,9 @@ run_layertest() {
         --nvfp4 "$real/nvfp4" --layer 15 --input "$real/inputs.safetensors" --activations "$format"
     fi
   done
+  for format in "${formats[@]}"; do
+    attempt "stress $format" 60 "$fourfold" layertest --stress --backend "$backend" --activations "$format"
+  done
   attempt gemmtest 60 "$fourfold" gemmtest --backend "$backend"
 }
 
@@ -160,6 +164,19 @@ run_grid() {
   attempt grid 240 "$fourfold" bench --backend "$backend" --shape "$shapes" --tokens "$tokens" \
     --activations bf16,nvfp4 --min-time 0.25 --json "$out/grid.json"
   cat "$out/grid.log"
+}
+
+# Three shapes and two routings beside those of the grid: their fractions of the floor should be the neighbours'.
+run_untuned() {
+  local few=1,16,256,1024,4096 routing
+  attempt 'untuned shapes' 120 "$fourfold" bench --backend "$backend" --tokens "$few" --activations bf16,nvfp4 \
+    --shape deepseek-v4-pro,qwen3-235b-a22b,mixtral-8x7b --min-time 0.1 --json "$out/untuned.json"
+  cat "$out/untuned_shapes.log"
+  for routing in zipf one-expert; do
+    attempt "routing $routing" 60 "$fourfold" bench --backend "$backend" --tokens "$few" --activations bf16,nvfp4 \
+      --shape "$shapes" --routing "$routing" --min-time 0.1 --json "$out/$routing.json"
+    cat "$out/routing_$routing.log"
+  done
 }
 
 run_control() {
@@ -213,7 +230,7 @@ for step in ${steps//,/ }; do
   case $step in
     tests) run_tests ;;
     control) run_control ;;
-    layertest | grid | sanitizer)
+    layertest | grid | untuned | sanitizer)
       if [ -n "$why_not" ]; then note 'not run' "$step" 0 "$why_not"; else "run_$step"; fi ;;
     *) printf 'error: unknown step %s; see --help\n' "$step" >&2; exit 2 ;;
   esac

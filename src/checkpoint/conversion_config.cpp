@@ -8,20 +8,19 @@
 #include <system_error>
 
 #include "base/fail.h"
-#include "base/files.h"
 #include "checkpoint/conversion_names.h"
+#include "checkpoint/converted_modules.h"
 #include "checkpoint/model_directory.h"
-#include "checkpoint/strict_json.h"
+#include "checkpoint/source_quantization.h"
 
 namespace fourfold {
 namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr int64_t kMaxConfigBytes = 100'000'000;
-constexpr const char* kConfig = "config.json";
-constexpr const char* kModelOptConfig = "hf_quant_config.json";
 constexpr const char* kQuantization = "quantization_config";
+constexpr const char* kMixed = "MIXED_PRECISION";
+constexpr const char* kFp8ByRow = "FP8_PER_CHANNEL_PER_TOKEN";
 
 /// What loaders of ModelOpt's checkpoints look for, and who wrote it.
 const Json kProducer = {{"name", "modelopt"}, {"version", "written by fourfold convert"}};
@@ -29,63 +28,42 @@ const Json kProducer = {{"name", "modelopt"}, {"version", "written by fourfold c
 /// Keys by which a config says that experts are NVFP4 beside FP8; docs/formats.md, section 3b.
 constexpr std::array<const char*, 3> kMixedKeys = {"quant_algo", "moe_quant_algo", "group_size"};
 
-/// Empty where the entry has none, or something that is no name.
-std::string method_of(const Json& quantization) {
-  const auto method = quantization.is_object() ? quantization.find("quant_method") : quantization.end();
-  return method != quantization.end() && method->is_string() ? method->get<std::string>() : "";
+/// ModelOpt's name for NVFP4 or MXFP4 weights.
+std::string algorithm_of(TargetFormat format, bool has_input_scales) {
+  if (format == TargetFormat::kMxfp4) return "MXFP4";
+  return has_input_scales ? "NVFP4" : "W4A16_NVFP4";
 }
 
-std::string module_of(const std::string& tensor) {
-  return tensor.substr(0, tensor.rfind('.'));
-}
-
-/// What the tensors of the model to be are, by linear layer.
-struct Modules {
-  std::set<std::string> four_bit, fp8, plain;  ///< plain: matrices of bf16 or wider
-};
-
-Modules modules_of(const std::vector<TensorSpec>& tensors) {
-  Modules modules;
-  for (const TensorSpec& tensor : tensors) {
-    const bool is_weight = tensor.name.ends_with(".weight"),
-               is_pair = tensor.dtype == DType::kU8 || tensor.dtype == DType::kI8;
-    const std::string module = module_of(tensor.name);
-    const bool is_lookup = module.ends_with("embed_tokens");
-    // Tensors of all experts have no ".weight".
-    if (tensor.name.ends_with("experts.gate_up_proj") || tensor.name.ends_with("experts.down_proj")) {
-      (is_pair ? modules.four_bit : modules.plain).insert(tensor.name);
-    }
-    if (tensor.name.ends_with(".weight_packed") || (is_weight && is_pair)) modules.four_bit.insert(module);
-    if (is_weight && tensor.dtype == DType::kF8E4m3) modules.fp8.insert(module);
-    if (is_weight && !is_pair && tensor.dtype != DType::kF8E4m3 && tensor.shape.size() == 2 && !is_lookup) {
-      modules.plain.insert(module);
-    }
-  }
-  return modules;
+/// How ModelOpt's groups describe numbers. `group_size`: values with one scale; 0: it is not said.
+Json float_values(int bits, int group_size) {
+  Json values = {{"dynamic", false}, {"num_bits", bits}, {"type", "float"}};
+  if (group_size != 0) values["group_size"] = group_size;
+  return values;
 }
 
 class ConfigRewriter {
  public:
-  explicit ConfigRewriter(const ConvertedModel& model) : model_(model), modules_(modules_of(model.tensors)) {}
+  ConfigRewriter(const ConvertedModel& model, const SourceQuantization& source)
+      : model_(model), source_(source), modules_(modules_of(model.tensors)) {}
 
-  std::vector<PlannedFile> rewrite() {
-    std::vector<PlannedFile> files;
-    std::error_code error;
-    const bool has_config = std::filesystem::exists(model_.source / kConfig, error);
-    Json config = Json::object();
-    if (has_config) {
-      require_no_way_out(model_.source, kConfig, model_.source.string());
-      const std::string text = read_file(model_.source / kConfig, kMaxConfigBytes);
-      static_cast<void>(parse_strict_json(text, (model_.source / kConfig).string()));
-      config = Json::parse(text);
+  std::vector<PlannedFile> rewrite(std::vector<std::string>& notes) const {
+    Json quantization = describe();
+    describe_kv_cache(quantization, notes);
+    if (const size_t others = other_linears().size(); others > 0) {
+      notes.push_back(
+          fmt::format("{} four-bit linears outside the experts stay in another format, as --layers converts "
+                      "experts alone; "
+                      "loaders that want one format for all refuse such a model",
+                      others));
     }
-    const Json before = config.contains(kQuantization) ? config[kQuantization] : Json();
-    config.erase(kQuantization);
-    const Json quantization = describe(before);
-    if (!quantization.is_null()) config[kQuantization] = quantization;
-    if (has_config) files.push_back({kConfig, "", config.dump(2) + "\n"});
-    if (method_of(quantization) == "modelopt") {
-      files.push_back({kModelOptConfig, "", modelopt_file(quantization).dump(2) + "\n"});
+    std::vector<PlannedFile> files;
+    if (source_.config.is_object()) {
+      Json config = source_.config;
+      if (!quantization.is_null()) config[kQuantization] = quantization;
+      files.push_back({kConfigName, "", config.dump(2) + "\n"});
+    }
+    if (quantization_method(quantization) == "modelopt") {
+      files.push_back({kModelOptConfigName, "", modelopt_file(quantization).dump(2) + "\n"});
     }
     return files;
   }
@@ -93,23 +71,56 @@ class ConfigRewriter {
  private:
   bool is_four_bit() const { return model_.to != TargetFormat::kBf16; }
 
-  Json describe(const Json& before) const {
-    const bool keeps_fp8 = !modules_.fp8.empty() || model_.is_deepseek_v4;
+  Json describe() const {
     if (is_four_bit() && model_.scheme == WeightScheme::kCompressedTensors) {
       require_no_fp8();
       return compressed_tensors();
     }
     if (model_.has_blocks && model_.to == TargetFormat::kMxfp4) return gpt_oss();
-    if (!is_four_bit()) return keeps_what_is_left(before);
-    return keeps_fp8 ? beside_fp8(before) : modelopt();
+    if (!is_four_bit()) return keeps_what_is_left();
+    const bool is_deepseek = std::any_of(modules_.fp8.begin(), modules_.fp8.end(),
+                                         [](const auto& module) { return module.second.has_blocks; });
+    if (model_.is_deepseek_v4 || is_deepseek) return beside_fp8();
+    return modules_.fp8.empty() ? modelopt() : mixed_modelopt();
   }
 
   void require_no_fp8() const {
     if (modules_.fp8.empty()) return;
     fail(ErrorCode::kUnsupported,
          "{}: --scheme compressed-tensors: expected nothing but experts to be quantized, found FP8 in '{}', "
-         "whose scales compressed-tensors does not read; use --scheme modelopt",
-         model_.source.string(), *modules_.fp8.begin());
+         "which its config would have to describe beside them; use --scheme modelopt",
+         model_.source.string(), modules_.fp8.begin()->first);
+  }
+
+  /// What the source says of keys and values holds for the result: their scales are carried.
+  void describe_kv_cache(Json& quantization, std::vector<std::string>& notes) const {
+    if (source_.kv_cache.empty()) return;
+    const std::string method = quantization_method(quantization);
+    const std::string source_method = quantization_method(source_.entry);
+    const bool is_fp8 = source_.kv_cache == "FP8";
+    if (method == "modelopt" && (is_fp8 || source_method == "modelopt")) {
+      quantization["kv_cache_scheme"] = is_fp8 ? float_values(8, 0) : Json(source_.kv_cache);
+    } else if (method == "compressed-tensors" && source_method == method) {
+      quantization["kv_cache_scheme"] = source_.entry["kv_cache_scheme"];
+    } else if (method == "compressed-tensors" && is_fp8) {
+      quantization["kv_cache_scheme"] = float_values(8, 0);
+      quantization["kv_cache_scheme"]["strategy"] = "tensor";
+      quantization["kv_cache_scheme"]["symmetric"] = true;
+    } else {
+      notes.push_back(fmt::format(
+          "the source's KV cache is {}: its scales are carried, but the new config has no words for it",
+          source_.kv_cache));
+    }
+  }
+
+  /// Linears of four bits, not of experts, that are in another format or scheme than the target's.
+  std::vector<std::string> other_linears() const {
+    std::vector<std::string> others;
+    for (const auto& [module, found] : modules_.four_bit) {
+      const bool is_same = found.format == model_.to && found.scheme == model_.scheme;
+      if (is_four_bit() && !is_same && module.find("experts") == std::string::npos) others.push_back(module);
+    }
+    return others;
   }
 
   /// Linear layers that are not in the target's format, one by one.
@@ -120,10 +131,11 @@ class ConfigRewriter {
     // Beside bf16, the experts that are left are what the entry describes.
     if (model_.to == TargetFormat::kBf16) return {ignored.begin(), ignored.end()};
     for (const std::string& prefix : model_.left_experts) {
-      for (const std::string& module : modules_.four_bit) {
+      for (const auto& [module, format] : modules_.four_bit) {
         if (module.starts_with(prefix)) ignored.insert(module);
       }
     }
+    for (std::string& module : other_linears()) ignored.insert(std::move(module));
     return {ignored.begin(), ignored.end()};
   }
 
@@ -142,26 +154,74 @@ class ConfigRewriter {
   }
 
   Json modelopt() const {
-    const bool is_nvfp4 = model_.to == TargetFormat::kNvfp4;
     Json quantization = Json::object();
-    if (is_nvfp4) {
-      const Json values = {{"dynamic", false}, {"num_bits", 4}, {"type", "float"}, {"group_size", 16}};
+    if (model_.to == TargetFormat::kNvfp4) {
       Json group = Json::object();
-      if (model_.has_input_scales) group["input_activations"] = values;
-      group["weights"] = values;
+      if (model_.has_input_scales) group["input_activations"] = float_values(4, 16);
+      group["weights"] = float_values(4, 16);
       group["targets"] = {"Linear"};
       quantization["config_groups"] = {{"group_0", group}};
     }
+    return finish_modelopt(std::move(quantization), algorithm_of(model_.to, model_.has_input_scales));
+  }
+
+  /// Of a model that is FP8 beside its experts: an algorithm for every layer, and a group for every
+  /// algorithm.
+  Json mixed_modelopt() const {
+    const std::vector<std::string> ignored = ignored_modules();
+    Json layers = Json::object(), groups = Json::object();
+    std::map<Json, std::vector<std::string>> modules_of_algorithm;
+    const auto describe_layer = [&](const std::string& module, const Json& algorithm) {
+      if (std::binary_search(ignored.begin(), ignored.end(), module)) return;
+      layers[module] = algorithm;
+      modules_of_algorithm[algorithm].push_back(module);
+    };
+    for (const auto& [module, found] : modules_.four_bit) {
+      describe_layer(module, {{"quant_algo", algorithm_of(found.format, found.has_input_scale)},
+                              {"group_size", block_of(found.format)}});
+    }
+    for (const auto& [module, found] : modules_.fp8) describe_layer(module, fp8_algorithm(module, found));
+    for (const auto& [algorithm, modules] : modules_of_algorithm) {
+      const int group_size = algorithm.value("group_size", 0), bits = group_size == 0 ? 8 : 4;
+      Json group = Json::object();
+      if (algorithm["quant_algo"] != "W4A16_NVFP4" && algorithm["quant_algo"] != "MXFP4") {
+        group["input_activations"] = float_values(bits, group_size);
+      }
+      group["weights"] = float_values(bits, group_size);
+      if (algorithm["quant_algo"] == kFp8ByRow) group["weights"]["strategy"] = "channel";
+      group["targets"] = modules;
+      groups[fmt::format("group_{}", groups.size())] = group;
+    }
+    return finish_modelopt({{"config_groups", groups}, {"quantized_layers", layers}}, kMixed);
+  }
+
+  Json fp8_algorithm(const std::string& module, const Fp8Format& found) const {
+    if (found.is_by_row) return {{"quant_algo", kFp8ByRow}};
+    if (found.has_input_scale) return {{"quant_algo", "FP8"}};
+    fail(ErrorCode::kUnsupported,
+         "{}: expected an input scale beside the FP8 weights of '{}', without which ModelOpt's configs can't "
+         "describe them, found none; convert a source whose other layers are bf16",
+         model_.source.string(), module);
+  }
+
+  Json finish_modelopt(Json quantization, const std::string& algorithm) const {
     quantization["ignore"] = excluded_modules();
-    quantization["quant_algo"] = !is_nvfp4 ? "MXFP4" : model_.has_input_scales ? "NVFP4" : "W4A16_NVFP4";
+    quantization["quant_algo"] = algorithm;
     quantization["producer"] = kProducer;
     quantization["quant_method"] = "modelopt";
     return quantization;
   }
 
   static Json modelopt_file(const Json& quantization) {
-    Json inner = {{"quant_algo", quantization.value("quant_algo", Json())}, {"kv_cache_quant_algo", nullptr}};
-    if (quantization.contains("config_groups")) inner["group_size"] = 16;
+    const Json algorithm = quantization.value("quant_algo", Json());
+    const Json kv_cache = quantization.value("kv_cache_scheme", Json());
+    Json inner = {{"quant_algo", algorithm},
+                  {"kv_cache_quant_algo", kv_cache.is_object() ? Json("FP8") : kv_cache}};
+    if (quantization.contains("quantized_layers")) {
+      inner["quantized_layers"] = quantization["quantized_layers"];
+    } else if (quantization.contains("config_groups")) {
+      inner["group_size"] = 16;
+    }
     inner["exclude_modules"] = quantization.value("ignore", Json::array());
     return {{"producer", quantization.value("producer", Json(kProducer))}, {"quantization", inner}};
   }
@@ -202,16 +262,16 @@ class ConfigRewriter {
   }
 
   /// The source's FP8 entry, with what DeepSeek-V4's has for NVFP4 experts; MXFP4 ones go without saying.
-  Json beside_fp8(const Json& before) const {
-    Json quantization = before.is_object() ? before : Json({{"quant_method", "fp8"}});
-    if (method_of(quantization) != "fp8") quantization = {{"quant_method", "fp8"}};
+  Json beside_fp8() const {
+    Json quantization = source_.entry;
+    if (quantization_method(quantization) != "fp8") quantization = {{"quant_method", "fp8"}};
     for (const char* key : kMixedKeys) quantization.erase(key);
     if (model_.to == TargetFormat::kNvfp4) {
-      quantization["quant_algo"] = "MIXED_PRECISION";
+      quantization["quant_algo"] = kMixed;
       quantization["moe_quant_algo"] = "NVFP4";
       quantization["group_size"] = 16;
     } else if (!model_.is_deepseek_v4) {
-      quantization["quant_algo"] = "MIXED_PRECISION";
+      quantization["quant_algo"] = kMixed;
       quantization["moe_quant_algo"] = "MXFP4";
       quantization["group_size"] = 32;
     }
@@ -220,38 +280,64 @@ class ConfigRewriter {
   }
 
   /// Of a model whose experts, or some of them, became bf16: nothing, or what the rest is quantized to.
-  Json keeps_what_is_left(const Json& before) const {
+  Json keeps_what_is_left() const {
     const bool has_others = !modules_.fp8.empty() || model_.has_blocks;
-    if (!has_others && !modules_.four_bit.empty()) return ConfigRewriter(what_is_left()).describe(before);
-    if (!has_others || !before.is_object()) return nullptr;
-    Json quantization = before;
-    const std::string method = method_of(quantization);
+    if (!has_others && !modules_.four_bit.empty()) {
+      const ConvertedModel left = what_is_left();
+      return ConfigRewriter(left, source_).describe();
+    }
+    if (!has_others || !source_.entry.is_object()) return nullptr;
+    Json quantization = source_.entry;
+    const std::string method = quantization_method(quantization);
     // ModelOpt's keys of these names describe what is left.
     if (method == "fp8" && modules_.four_bit.empty() && !model_.has_blocks) {
       for (const char* key : kMixedKeys) quantization.erase(key);
     }
+    if (method == "modelopt") drop_plain_layers(quantization);
     const bool has_ignore = method == "modelopt" || method == "compressed-tensors";
     quantization[has_ignore ? "ignore" : "modules_to_not_convert"] = ignored_modules();
     return quantization;
   }
 
+  /// From the lists of ModelOpt's mixed entry.
+  void drop_plain_layers(Json& quantization) const {
+    if (const auto layers = quantization.find("quantized_layers");
+        layers != quantization.end() && layers->is_object()) {
+      for (const std::string& module : modules_.plain) layers->erase(module);
+    }
+    const auto groups = quantization.find("config_groups");
+    if (groups == quantization.end() || !groups->is_object()) return;
+    Json kept = Json::object();
+    for (const auto& [name, group] : groups->items()) {
+      Json rest = group;
+      if (const Json targets = group.is_object() ? group.value("targets", Json()) : Json();
+          targets.is_array()) {
+        rest["targets"] = Json::array();
+        for (const Json& target : targets) {
+          if (!target.is_string() || !modules_.plain.contains(target)) rest["targets"].push_back(target);
+        }
+        if (rest["targets"].empty()) continue;
+      }
+      kept[name] = std::move(rest);
+    }
+    *groups = std::move(kept);
+  }
+
   /// The model as one in the format of the layers that are still quantized.
   ConvertedModel what_is_left() const {
     ConvertedModel left = model_;
-    left.to = TargetFormat::kMxfp4;
-    left.scheme = WeightScheme::kModelOpt;
     left.left_experts.clear();
-    for (const TensorSpec& tensor : model_.tensors) {
-      if (tensor.dtype == DType::kF8E4m3) left.to = TargetFormat::kNvfp4;  // block scales
-      if (tensor.name.ends_with(".weight_packed")) left.scheme = WeightScheme::kCompressedTensors;
-      left.has_input_scales |=
-          tensor.name.ends_with("input_scale") || tensor.name.ends_with(".input_global_scale");
-    }
+    const ModuleFormat& first = modules_.four_bit.begin()->second;
+    left.to = first.format;
+    left.scheme = first.scheme;
+    left.has_input_scales = std::any_of(modules_.four_bit.begin(), modules_.four_bit.end(),
+                                        [](const auto& module) { return module.second.has_input_scale; });
     return left;
   }
 
   const ConvertedModel& model_;
-  Modules modules_;
+  const SourceQuantization& source_;
+  ConvertedModules modules_;
 };
 
 /// Formats of weights, which a converted model would hold twice.
@@ -263,8 +349,9 @@ bool is_weights(const std::filesystem::path& file) {
 
 }  // namespace
 
-std::vector<PlannedFile> converted_configs(const ConvertedModel& model) {
-  return ConfigRewriter(model).rewrite();
+std::vector<PlannedFile> converted_configs(const ConvertedModel& model, std::vector<std::string>& notes) {
+  const SourceQuantization source = read_source_quantization(model.source);
+  return ConfigRewriter(model, source).rewrite(notes);
 }
 
 std::vector<PlannedFile> other_files(const std::filesystem::path& source, std::vector<std::string>& notes) {
@@ -272,7 +359,7 @@ std::vector<PlannedFile> other_files(const std::filesystem::path& source, std::v
   for (const auto& entry : std::filesystem::directory_iterator(source)) {
     const std::string name = entry.path().filename().string();
     std::error_code error;
-    if (name == kConfig || name == kModelOptConfig || name.ends_with(".safetensors") ||
+    if (name == kConfigName || name == kModelOptConfigName || name.ends_with(".safetensors") ||
         name.ends_with(".index.json")) {
       continue;
     }

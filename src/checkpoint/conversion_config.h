@@ -23,8 +23,9 @@ struct ConvertedModel {
 };
 
 /// config.json, and hf_quant_config.json where the scheme has one: everything but the quantization is as in
-/// the source. Throws Error for a model that the scheme's config can't describe.
-std::vector<PlannedFile> converted_configs(const ConvertedModel& model);
+/// the source. Throws Error for a model that the scheme's config can't describe; what it says less of than
+/// the source goes to `notes`.
+std::vector<PlannedFile> converted_configs(const ConvertedModel& model, std::vector<std::string>& notes);
 
 /// The other files of the directory, to be copied: tokenizer, chat template, licence. Weights and configs of
 /// quantizers are left out, and named in `notes`, as are folders.

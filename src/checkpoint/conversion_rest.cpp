@@ -144,7 +144,7 @@ void ConversionPlanner::write_configs() {
                     "them, --input-scale dynamic leaves all out",
                     scales.missing, scales.matrices));
   }
-  result_->plan.files = converted_configs(model);
+  result_->plan.files = converted_configs(model, result_->notes);
   for (PlannedFile& file : other_files(source_.path(), result_->notes)) {
     result_->plan.files.push_back(std::move(file));
   }

@@ -352,8 +352,8 @@ class LayerSurveyor {
     matrix.role = role;
     matrix.name = name;
     matrix.weight = &reader.tensor();
-    const bool is_mxfp4 = matrix.weight->name.ends_with("_blocks");
-    matrix.scales = checkpoint_.find(name + (is_mxfp4 ? "_scales" : "_weight_scale"));
+    const bool has_blocks = matrix.weight->name.ends_with("_blocks");
+    matrix.scales = checkpoint_.find(name + (has_blocks ? "_scales" : "_weight_scale"));
     matrix.global = checkpoint_.find(name + "_weight_scale_2");
     matrix.input_scale = checkpoint_.find(name + "_input_scale");
     std::tie(matrix.rows, matrix.cols) = *reader.shape(survey_.is_transposed);
@@ -362,8 +362,8 @@ class LayerSurveyor {
     }
     if (dense_type(matrix.weight->dtype)) {
       add_dense_slices(matrix);
-    } else if (is_mxfp4 || is_sound_nvfp4(matrix)) {
-      add_4bit_slices(matrix, is_mxfp4 ? QuantFormat::kMxfp4 : QuantFormat::kNvfp4);
+    } else if (has_blocks || is_sound_packed(matrix, reader.format())) {
+      add_4bit_slices(matrix, reader.format());
     }
     if (matrix.input_scale != nullptr && is_one_or_each(*matrix.input_scale))
       matrix.input_scales = multipliers_of(*matrix.input_scale);
@@ -381,19 +381,24 @@ class LayerSurveyor {
   }
 
   /// Whether scales and global scale have the form that goes with the codes; findings where not.
-  bool is_sound_nvfp4(SurveyedMatrix& matrix) {
+  bool is_sound_packed(SurveyedMatrix& matrix, QuantFormat format) {
     const Tensor& weight = *matrix.weight;
-    const bool transposed = survey_.is_transposed;
+    const QuantFormatTraits traits = traits_of(format);
+    const bool transposed = survey_.is_transposed, is_nvfp4 = format == QuantFormat::kNvfp4;
+    const int64_t bytes = traits.block_size / 2;  // of codes, with one scale
     const std::vector<int64_t> expected =
-        transposed ? std::vector{weight.shape[0], weight.shape[1] / 8, weight.shape[2]}
-                   : std::vector{weight.shape[0], weight.shape[1], weight.shape[2] / 8};
-    if (!is_scale_type(matrix.scales->dtype, ScaleType::kE4m3, scheme_.has_value()) ||
-        matrix.scales->shape != expected || matrix.cols % 16 != 0) {
+        transposed ? std::vector{weight.shape[0], weight.shape[1] / bytes, weight.shape[2]}
+                   : std::vector{weight.shape[0], weight.shape[1], weight.shape[2] / bytes};
+    const ScaleType type = is_nvfp4 ? ScaleType::kE4m3 : ScaleType::kE8m0;
+    if (!is_scale_type(matrix.scales->dtype, type, scheme_.has_value()) || matrix.scales->shape != expected ||
+        matrix.cols % traits.block_size != 0) {
       add(FindingKind::kBadTensor, matrix.scales->name,
-          fmt::format("{}, expected F8_E4M3 [{}]", matrix.scales->describe(), fmt::join(expected, ", ")),
+          fmt::format("{}, expected {} [{}]", matrix.scales->describe(), is_nvfp4 ? "F8_E4M3" : "F8_E8M0",
+                      fmt::join(expected, ", ")),
           kConvertAgain);
       return false;
     }
+    if (!is_nvfp4) return true;
     if (matrix.global == nullptr) {
       add(FindingKind::kMissingTensor, matrix.name + "_weight_scale_2", "none beside NVFP4 codes",
           kConvertAgain);

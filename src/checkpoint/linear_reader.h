@@ -94,6 +94,7 @@ class FusedReader {
   /// For messages.
   const Tensor& tensor() const { return *weight_; }
   std::string scheme() const;
+  QuantFormat format() const { return format_; }  ///< of four-bit experts
 
   /// Expert's whole matrix [out, in]. Transposed ones are repacked into `storage`.
   WeightView matrix(int64_t expert, bool transposed, RepackedBytes& storage) const;

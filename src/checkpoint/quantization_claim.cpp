@@ -39,6 +39,23 @@ void add_groups(const nlohmann::json& object, QuantizationClaim& claim) {
   }
 }
 
+/// ModelOpt's MIXED_PRECISION, which names an algorithm for every layer: those of experts.
+void add_layers(const nlohmann::json& object, QuantizationClaim& claim) {
+  const auto layers = object.find("quantized_layers");
+  if (layers == object.end() || !layers->is_object()) return;
+  std::set<std::string> algorithms;
+  for (const auto& [name, layer] : layers->items()) {
+    if (!layer.is_object() || name.find("expert") == std::string::npos) continue;
+    algorithms.insert(string_in(layer, "quant_algo"));
+    const auto size = layer.find("group_size");
+    if (size != layer.end() && size->is_number_unsigned()) claim.group_sizes.insert(size->get<uint64_t>());
+  }
+  for (const std::string& algorithm : algorithms) {
+    if (!algorithm.empty()) claim.text += " " + algorithm;
+    add_formats(algorithm, claim.formats);
+  }
+}
+
 /// Whether `pattern`, in which * stands for any characters, is `name`. Never more than name x pattern steps.
 bool is_glob_of(std::string_view pattern, std::string_view name) {
   size_t p = 0, n = 0, star = std::string_view::npos, resume = 0;
@@ -121,6 +138,7 @@ QuantizationClaim read_claim(const nlohmann::json& object) {
     claim.group_sizes.insert(size->get<uint64_t>());
   }
   add_groups(object, claim);
+  add_layers(object, claim);
   for (const char* key : {"ignore", "exclude_modules", "modules_to_not_convert"}) {
     const auto list = object.find(key);
     if (list == object.end() || !list->is_array()) continue;

@@ -96,7 +96,8 @@ class LayerRun {
  private:
   /// Tokens that go through the layer at a time: x and all stages, and as much again for a workspace.
   int64_t piece_tokens() const {
-    const int64_t top_k = std::max<int64_t>(1, config_.top_k);
+    // Where the config does not tell, a file may route to every expert.
+    const int64_t top_k = config_.top_k > 0 ? config_.top_k : experts_.weights.count();
     const int64_t routed = top_k * (2 * config_.hidden + config_.h_columns() + 2 * config_.intermediate);
     const int64_t shared = 2 * config_.hidden + 4 * config_.shared_intermediate;
     const auto bytes = 2 * 2 * static_cast<int64_t>(sizeof(Bf16)) * (routed + shared + 2 * config_.hidden);

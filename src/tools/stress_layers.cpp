@@ -82,6 +82,7 @@ std::vector<StressSubject> stress_layers(ActivationFormat format, uint64_t seed)
   constexpr Shape kShapes[] = {
       {33, 64, 64, 4, 2},    {17, 48, 80, 5, 3},    {5, 16, 16, 1, 1},
       {29, 160, 112, 37, 8}, {131, 272, 144, 3, 2}, {19, 80, 208, 4, 2, ScaleLayout::kSwizzled128x4},
+      {5, 128, 192, 60, 4},  // few rows an expert, whole tiles of 64: what one fused kernel takes
   };
   std::vector<StressSubject> subjects;
   for (const Shape& shape : kShapes) {

@@ -462,6 +462,11 @@ def zeros(dtype: str, *shape: int) -> Tensor:
     return Tensor.of(np.zeros(shape, DTYPE_OF_NAME[dtype]))
 
 
+def bytes_of(dtype: str, value: int, *shape: int) -> Tensor:
+    """A tensor of one-byte elements, all of them `value`."""
+    return Tensor(dtype, shape, bytes([value]) * int(np.prod(shape)))
+
+
 # ---- inputs ----
 
 

@@ -340,6 +340,106 @@ def test_fp8_of_modelopt_keeps_its_entry(models: Path, tmp_path: Path) -> None:
         assert kept["quant_method"] == changed["quant_method"] and kept.get("quant_algo") == changed.get("quant_algo")
 
 
+ATTENTION = "model.layers.0.self_attn.q_proj"
+
+
+def with_fp8_attention(model: Model, *suffixes: str, scale: ck.Tensor | None = None) -> Model:
+    model.tensors[f"{ATTENTION}.weight"] = ck.zeros("F8_E4M3", 16, 16)
+    for suffix in suffixes:
+        model.tensors[f"{ATTENTION}.{suffix}"] = scale or ck.Tensor.of(np.array(1.0, np.float32))
+    return model
+
+
+def test_fp8_of_modelopt_beside_nvfp4_is_mixed_precision(models: Path, tmp_path: Path) -> None:
+    """Every layer with its algorithm, in both configs; and back."""
+    source = with_fp8_attention(Model.read(models / "qwen3-moe/original"), "weight_scale", "input_scale")
+    made = convert(source.write(tmp_path / "source"), tmp_path / "out", "nvfp4")
+    entry, file = made.config["quantization_config"], made.quantization["quantization"]
+    layers = entry["quantized_layers"]
+    assert entry["quant_algo"] == file["quant_algo"] == "MIXED_PRECISION" and file["quantized_layers"] == layers
+    assert layers[ATTENTION] == {"quant_algo": "FP8"}
+    assert layers[f"{QWEN}experts.3.up_proj"] == {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+    assert len(layers) == 1 + 2 * 8 * 3
+    groups = {tuple(group["targets"]): group for group in entry["config_groups"].values()}
+    assert groups[(ATTENTION,)]["weights"] == {"dynamic": False, "num_bits": 8, "type": "float"}
+    assert sum(len(targets) for targets in groups) == len(layers)
+    assert ATTENTION not in entry["ignore"] and "lm_head" in entry["ignore"]
+    back = convert(tmp_path / "out", tmp_path / "back", "bf16").config["quantization_config"]
+    assert list(back["quantized_layers"]) == [ATTENTION]
+    assert [group["targets"] for group in back["config_groups"].values()] == [[ATTENTION]]
+    assert f"{QWEN}experts.3.up_proj" in back["ignore"]
+
+
+def test_fp8_by_row_and_fp8_without_input_scale(models: Path, tmp_path: Path) -> None:
+    by_row = with_fp8_attention(
+        Model.read(models / "qwen3-moe/original"), "weight_scale", scale=ck.Tensor.of(np.ones((16, 1), np.float32))
+    )
+    made = convert(by_row.write(tmp_path / "rows"), tmp_path / "out", "nvfp4").config["quantization_config"]
+    assert made["quantized_layers"][ATTENTION] == {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
+    plain = with_fp8_attention(Model.read(models / "qwen3-moe/original"), "weight_scale")
+    result = run("convert", plain.write(tmp_path / "plain"), tmp_path / "no", "--to", "nvfp4")
+    assert_refused(result, ATTENTION, "expected an input scale beside the FP8")
+    assert not (tmp_path / "no").exists()
+
+
+def test_description_in_hf_quant_config_alone(models: Path, tmp_path: Path) -> None:
+    model = with_fp8_attention(Model.read(models / "qwen3-moe/nvfp4"), "weight_scale", "input_scale")
+    model.config.pop("quantization_config", None)
+    layers = {f"{QWEN}experts.{e}.{m}_proj": {"quant_algo": "NVFP4"} for e in range(8) for m in ("gate", "up", "down")}
+    layers |= {name.replace("layers.1", "layers.0"): algorithm for name, algorithm in layers.items()}
+    model.quantization = {
+        "producer": {"name": "modelopt", "version": "0.40"},
+        "quantization": {
+            "quant_algo": "MIXED_PRECISION",
+            "kv_cache_quant_algo": "FP8",
+            "exclude_modules": ["lm_head"],
+            "quantized_layers": layers | {ATTENTION: {"quant_algo": "FP8"}},
+        },
+    }
+    found = convert(model.write(tmp_path / "source"), tmp_path / "out", "bf16")
+    entry = found.config["quantization_config"]
+    assert entry["quant_method"] == "modelopt" and entry["quantized_layers"] == {ATTENTION: {"quant_algo": "FP8"}}
+    assert entry["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
+    file = found.quantization
+    assert file["producer"]["version"] == "0.40" and file["quantization"]["kv_cache_quant_algo"] == "FP8"
+    assert file["quantization"]["quantized_layers"] == {ATTENTION: {"quant_algo": "FP8"}}
+
+
+def test_kv_cache_stays_described(models: Path, tmp_path: Path) -> None:
+    """ModelOpt's words for it, compressed-tensors' and back; where the result has none, a note says so."""
+    model = Model.read(models / "qwen3-moe/nvfp4")
+    model.tensors["model.layers.0.self_attn.k_proj.k_scale"] = ck.Tensor.of(np.array(1.0, np.float32))
+    model.quantization["quantization"]["kv_cache_quant_algo"] = "FP8"
+    source = model.write(tmp_path / "source")
+    other = convert(source, tmp_path / "other", "nvfp4", "--scheme", "compressed-tensors")
+    scheme = {"dynamic": False, "num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+    assert other.config["quantization_config"]["kv_cache_scheme"] == scheme
+    assert "model.layers.0.self_attn.k_proj.k_scale" in other.tensors
+    back = convert(tmp_path / "other", tmp_path / "back", "nvfp4", "--scheme", "modelopt")
+    assert back.quantization["quantization"]["kv_cache_quant_algo"] == "FP8"
+    result = run("convert", source, tmp_path / "plain", "--to", "bf16")
+    assert result.code == FINE and "note: the source's KV cache is FP8" in result.stdout, str(result)
+    # Only ModelOpt has a name for this one.
+    model.quantization["quantization"]["kv_cache_quant_algo"] = "NVFP4"
+    source = model.write(tmp_path / "four")
+    result = run("convert", source, tmp_path / "words", "--to", "nvfp4", "--scheme", "compressed-tensors")
+    assert result.code == FINE and "note: the source's KV cache is NVFP4" in result.stdout, str(result)
+    again = convert(tmp_path / "source", tmp_path / "same", "nvfp4", "--input-scale", "dynamic")
+    assert again.quantization["quantization"]["kv_cache_quant_algo"] == "FP8"
+
+
+def test_chosen_layers_leave_attention_in_another_format(models: Path, tmp_path: Path) -> None:
+    model = Model.read(models / "qwen3-moe/original")
+    model.tensors[f"{ATTENTION}.weight"] = ck.zeros("U8", 16, 16)
+    model.tensors[f"{ATTENTION}.weight_scale"] = ck.bytes_of("U8", 120, 16, 1)
+    source = model.write(tmp_path / "source")
+    result = run("convert", source, tmp_path / "out", "--to", "nvfp4", "--layers", "0,1")
+    assert result.code == FINE and "note: 1 four-bit linears outside the experts stay" in result.stdout, str(result)
+    made = Model.read(tmp_path / "out")
+    assert made.tensors[f"{ATTENTION}.weight"] == model.tensors[f"{ATTENTION}.weight"]
+    assert ATTENTION in made.config["quantization_config"]["ignore"]
+
+
 def test_matrices_without_input_scales_are_counted(models: Path, tmp_path: Path) -> None:
     source = convert(models / "qwen3-moe/original", tmp_path / "none", "nvfp4")
     assert source.config["quantization_config"]["quant_algo"] == "W4A16_NVFP4"

@@ -6,6 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import checkpoints as ck
+from command import FINE
 from models import QWEN, SCHEMES, Model, inspect
 
 
@@ -87,6 +89,26 @@ def test_counts_of_fused_tensors_are_those_of_numpy(tmp_path: Path, models: Path
         assert group["scales"]["by_byte"] == np.bincount(scales, minlength=256).tolist()
         assert group["codes"]["by_code"] == nibbles.tolist()
         assert group["codes"]["zero_blocks"] == zero_blocks(codes.reshape(shape), 1, 8)
+
+
+def test_fused_mxfp4_without_blocks(tmp_path: Path, models: Path) -> None:
+    """Codes as fused NVFP4 has them, with an e8m0 scale for 32 and no global scale; found with and without
+    --scheme."""
+    model = Model.read(models / "gpt-oss/nvfp4")
+    for name in list(model.tensors):
+        if name.endswith(("_weight_scale_2", "_input_scale")):
+            del model.tensors[name]
+        elif name.endswith("_weight_scale"):
+            experts, blocks, rows = model.tensors[name].shape
+            model.tensors[name] = ck.bytes_of("F8_E8M0", 120, experts, blocks // 2, rows)
+    model.config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "MXFP4"}
+    model.quantization = None
+    directory = model.write(tmp_path / "packed")
+    for options in ((), ("--scheme", "mxfp4")):
+        result, report = inspect(tmp_path, directory, *options)
+        assert result.code == FINE, str(result)
+        for group in report["layers"][0]["matrices"][:2]:
+            assert group["format"] == "mxfp4" and group["scales"]["smallest"] == 2.0**-7
 
 
 def test_gate_up_ratios_are_those_of_numpy(tmp_path: Path, models: Path) -> None:

@@ -1,0 +1,231 @@
+#!/usr/bin/env python3
+"""Turns a run of scripts/gpu_check.sh into the tables and the plot of the documentation.
+
+    scripts/hopper_figures.py record FOLDER --commit SUBJECT   FOLDER: gpu_check's --out -> docs/measured/hopper.json
+    scripts/hopper_figures.py write                            the tables of README.md and docs/hopper.md, and the plot
+    scripts/hopper_figures.py check                            exit status 1 where those are not what the JSON says
+
+docs/measured/hopper.json holds medians and fractions of the floor as measured, and nothing else may stand in the
+tables; docs/measured/hopper_peers.json holds figures of programs that were measured elsewhere, with their source.
+`write` needs matplotlib (pip install matplotlib), the others Python alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ROOT / "docs/measured/hopper.json"
+PEERS = ROOT / "docs/measured/hopper_peers.json"
+PLOT = ROOT / "docs/measured/hopper.svg"
+FORMATS = ("bf16", "nvfp4")
+TORCH = "torch grouped_mm bf16"
+README_TOKENS = (1, 16, 256, 4096, 16384)
+TITLES = {
+    "deepseek-v3": "A: DeepSeek-V3 (H 7168, I 2048, E 256, top-8)",
+    "qwen3-30b-a3b": "B: Qwen3-30B-A3B (H 2048, I 768, E 128, top-8)",
+    "deepseek-v4-flash": "C: DeepSeek-V4-Flash (H 4096, I 2048, E 256, top-6)",
+}
+
+
+@dataclass
+class Cell:
+    """One shape and number of tokens; times in seconds."""
+
+    ours: dict[str, float]  # by activation format
+    floor: dict[str, float]
+    others: dict[str, float]  # by program; torch's is of the same run
+
+    def fraction(self, activations: str) -> float:
+        return self.floor[activations] / self.ours[activations]
+
+
+def cells() -> dict[str, dict[int, Cell]]:
+    """By model, then tokens."""
+    measured, peers = json.loads(MEASURED.read_text()), json.loads(PEERS.read_text())
+    found: dict[str, dict[int, Cell]] = {}
+    for case in measured["cases"]:
+        cell = found.setdefault(case["model"], {}).setdefault(case["tokens"], Cell({}, {}, {}))
+        cell.ours[case["activations"]] = case["seconds"]
+        cell.floor[case["activations"]] = case["floor_seconds"]
+    for case in measured["torch"]:
+        found[case["model"]][case["tokens"]].others[TORCH] = case["seconds"]
+    for program in peers["programs"]:
+        for model, times in program["microseconds"].items():
+            for tokens, microseconds in times.items():
+                found[model][int(tokens)].others[program["name"]] = microseconds / 1e6
+    return found
+
+
+def microseconds(seconds: float) -> str:
+    value = seconds * 1e6
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+# ---- recording ----
+
+
+def require_checked(case: dict) -> None:
+    """A time counts when its results were compared in the same run."""
+    if case["status"] != "ok" or not case["check"]["stages"] or case["check"]["findings"]:
+        sys.exit(f"error: {case['case']} {case['activations']}: expected a checked time, found {case['status']}")
+
+
+def record(folder: Path, commit: str) -> None:
+    grid = json.loads((folder / "grid.json").read_text())
+    control = json.loads((folder / "control.json").read_text())
+    for case in grid["cases"]:
+        require_checked(case)
+    machine = grid["machines"][0]
+    driver = re.search(r"^fourfold on .*, ([\d.]+)$", (folder / "summary.txt").read_text(), re.MULTILINE)
+    measured = {
+        "machine": machine["machine"],
+        "driver": driver.group(1) if driver else None,
+        "read_bytes_per_second": machine["read_bandwidth"]["per_second"],
+        "commit": commit,
+        "torch_version": control["torch"],
+        "cases": [
+            {key: case[key] for key in ("model", "tokens", "activations")}
+            | {
+                "seconds": case["seconds"]["median"],
+                "p10": case["seconds"]["p10"],
+                "p90": case["seconds"]["p90"],
+                "floor_seconds": case["floor"]["seconds"],
+                "floor_by": case["floor"]["by"],
+                "worst_stage_rel_l2": max(stage["rel_l2"] for stage in case["check"]["stages"]),
+            }
+            for case in grid["cases"]
+        ],
+        "torch": [{key: case[key] for key in ("model", "tokens", "seconds")} for case in control["cases"]],
+    }
+    MEASURED.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+# ---- tables ----
+
+
+def row(columns: list[str]) -> str:
+    return "| " + " | ".join(columns) + " |\n"
+
+
+def table_of(model: str) -> str:
+    found = cells()[model]
+    programs = list(next(iter(found.values())).others)
+    text = row(["T", *(f"fourfold {name}" for name in FORMATS), *programs])
+    text += row(["---"] * (1 + len(FORMATS) + len(programs)))
+    for tokens, cell in found.items():
+        ours = [f"{microseconds(cell.ours[name])} ({100 * cell.fraction(name):.0f}%)" for name in FORMATS]
+        text += row([str(tokens), *ours, *(microseconds(cell.others[name]) for name in programs)])
+    return text
+
+
+def readme_table() -> str:
+    text = row(["tokens", "fourfold", "floor", TORCH, "vLLM Marlin"]) + row(["---"] * 5)
+    for tokens, cell in cells()["deepseek-v3"].items():
+        if tokens in README_TOKENS:
+            times = (cell.ours["bf16"], cell.floor["bf16"], cell.others[TORCH], cell.others["Marlin"])
+            text += row([str(tokens), *map(microseconds, times)])
+    return text
+
+
+def replace_section(text: str, name: str, content: str, file: Path) -> str:
+    """What stands between `<!-- NAME -->` and `<!-- end of NAME -->`."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    replaced, count = pattern.subn(lambda match: match.group(1) + content + match.group(2), text)
+    if count != 1:
+        sys.exit(f"error: {file}: expected the section '{name}' once, found it {count} times")
+    return replaced
+
+
+def with_tables(file: Path, sections: dict[str, Callable[[], str]]) -> str:
+    text = file.read_text()
+    for name, content in sections.items():
+        text = replace_section(text, name, "\n" + content() + "\n", file)
+    return text
+
+
+def documents() -> dict[Path, str]:
+    """The files that hold tables, as they have to be."""
+    by_model = {f"measured: {model}": lambda model=model: table_of(model) for model in TITLES}
+    files = {ROOT / "README.md": {"measured: hopper": readme_table}, ROOT / "docs/hopper.md": by_model}
+    return {file: with_tables(file, sections) for file, sections in files.items()}
+
+
+# ---- the plot ----
+
+
+def digest() -> str:
+    """Of the data: a plot of other data is known by it."""
+    return hashlib.sha256(MEASURED.read_bytes() + PEERS.read_bytes()).hexdigest()
+
+
+def plot() -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("error: expected the package matplotlib, found none; pip install matplotlib")
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "fourfold", "svg.fonttype": "none", "font.family": "sans-serif"})
+    import matplotlib.pyplot as plt
+
+    found = cells()
+    figure, axes = plt.subplots(1, len(TITLES), figsize=(15, 5), layout="constrained")
+    figure.patch.set_facecolor("white")
+    for axis, (model, title) in zip(axes, TITLES.items(), strict=True):
+        tokens = list(found[model])
+        one = next(iter(found[model].values()))
+        lines = [(name, [cell.others[name] for cell in found[model].values()], "--") for name in one.others]
+        for name in FORMATS:
+            lines.append((f"fourfold {name}", [cell.ours[name] for cell in found[model].values()], "-"))
+        for label, seconds, style in lines:
+            axis.plot(tokens, [1e6 * value for value in seconds], style, marker="o", markersize=3, label=label)
+        floor = [1e6 * cell.floor["bf16"] for cell in found[model].values()]
+        axis.plot(tokens, floor, ":", color="black", label="floor: bytes / bandwidth, flops / peak")
+        axis.set(title=title, xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds")
+        axis.title.set_size(9)
+        axis.grid(True, which="major", alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(PLOT, metadata={"Date": None, "Description": digest()})
+
+
+# ---- the command ----
+
+
+def check() -> int:
+    stale = [file for file, text in documents().items() if file.read_text() != text]
+    if not PLOT.exists() or digest() not in PLOT.read_text():
+        stale.append(PLOT)
+    for file in stale:
+        print(f"{file.relative_to(ROOT)}: not what docs/measured/hopper.json says; run {Path(__file__).name} write")
+    return 1 if stale else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record", help="gpu_check's results -> docs/measured/hopper.json")
+    recording.add_argument("folder", type=Path)
+    recording.add_argument("--commit", required=True, help="subject of the commit that was measured")
+    commands.add_parser("write", help="tables and plot from the JSON")
+    commands.add_parser("check", help="whether tables and plot are what the JSON says")
+    arguments = parser.parse_args()
+    if arguments.command == "record":
+        record(arguments.folder, arguments.commit)
+    elif arguments.command == "write":
+        for file, text in documents().items():
+            file.write_text(text)
+        plot()
+    else:
+        return check()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

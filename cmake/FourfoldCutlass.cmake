@@ -36,8 +36,10 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.9)
 endif()
 
 set(installed ${PROJECT_BINARY_DIR}/cutlass)
+# Another build folder of this tree may have them already.
+file(GLOB others ${PROJECT_SOURCE_DIR}/build/*/cutlass/cutlass_library/source/include)
 find_path(FOURFOLD_CUTLASS_INCLUDE cutlass/cutlass.h
-  HINTS ${CUTLASS_DIR}/include ${CUTLASS_DIR} ${installed}/cutlass_library/source/include)
+  HINTS ${CUTLASS_DIR}/include ${CUTLASS_DIR} ${installed}/cutlass_library/source/include ${others})
 if(NOT FOURFOLD_CUTLASS_INCLUDE)
   find_package(Python3 REQUIRED COMPONENTS Interpreter)
   set(python ${Python3_EXECUTABLE})

@@ -1,5 +1,7 @@
 # Tests of the Blackwell backend.
-#
+find_package(Python3 REQUIRED COMPONENTS Interpreter)
+find_package(CUDAToolkit REQUIRED)
+
 # Without any GPU: layouts and the emulated multiply against CuTe, refusals and shapes, what is in the library.
 set(host_cutlass_includes ${FOURFOLD_CUTLASS_INCLUDE} ${CUDAToolkit_INCLUDE_DIRS})
 foreach(folder ${CUDAToolkit_INCLUDE_DIRS})

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <random>
 
 #include "cute/tensor.hpp"  // has to come first
@@ -11,6 +12,7 @@
 #include "blackwell_emulated_multiply.h"
 #include "cute/atom/mma_traits_sm120.hpp"
 #include "cutlass/detail/sm100_blockscaled_layout.hpp"
+#include "cutlass/detail/sm103_blockscaled_layout.hpp"
 #include "fourfold/scale_layout.h"
 
 namespace fourfold {
@@ -71,7 +73,31 @@ TEST(BlackwellLayout, ScalesLieWhereCuteLooksForThem) {
     EXPECT_EQ(check.different, 0) << m << "x" << n << "x" << k;
     checked += check.checked;
   }
-  RecordProperty("offsets", std::to_string(checked));
+  EXPECT_GT(checked, 1000000);
+}
+
+/// The type that the kernel of sm_103 reads group arrays as, against the one that they are written as.
+TEST(BlackwellLayout, ScaleLayoutsOfSm103HaveTheSameBytes) {
+  using Config = cutlass::detail::Sm1xxBlockScaledConfig<16>;
+  using OfSm103 = cutlass::detail::Sm103BlockScaledConfig<16>;
+  std::mt19937 random(13);
+  for (int trial = 0; trial < 300; ++trial) {
+    const int m = static_cast<int>(random() % 3000), n = 8 * (1 + static_cast<int>(random() % 900));
+    const int k = 32 * (1 + static_cast<int>(random() % 500));
+    const auto shape = cute::make_shape(m, n, k, 1);
+    for (const auto& [ours, theirs] :
+         {std::pair(Config::tile_atom_to_shape_SFA(shape), OfSm103::tile_atom_to_shape_SFA(shape)),
+          std::pair(Config::tile_atom_to_shape_SFB(shape), OfSm103::tile_atom_to_shape_SFB(shape))}) {
+      static_assert(sizeof(ours) == sizeof(theirs));
+      EXPECT_EQ(std::memcmp(&ours, &theirs, sizeof(ours)), 0) << m << "x" << n << "x" << k;
+    }
+    const auto b = OfSm103::tile_atom_to_shape_SFB(shape);
+    for (int i = 0; i < 20; ++i) {
+      const int row = static_cast<int>(random() % static_cast<unsigned>(n));
+      const int block = static_cast<int>(random() % static_cast<unsigned>(k / 16));
+      EXPECT_EQ(b(row, block * 16 + 7, 0), swizzled_scale_offset(row, block, k / 16));
+    }
+  }
 }
 
 /// CuTe numbers the elements of a fragment's matrix with the rows running fastest.

@@ -4,6 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdio>
+#include <set>
+#include <string>
 
 #include "cuda_support.h"
 #include "random_layer.h"
@@ -40,6 +43,9 @@ inline void expect_sound(const RandomLayerShape& shape, const LayerOptions& opti
   request.backend = &tested_backend();
   request.inputs = &layer.inputs;
   const LayertestReport report = run_layertest(request);
+  if (static std::set<std::string> seen; seen.insert(report.kernel).second) {
+    std::printf("path: %s\n", report.kernel.c_str());  // which kernels the tests reached
+  }
   // h, activation, z, y; of the shared expert h, activation and z.
   const size_t stages = shape.shared_intermediate > 0 ? 7 : 4;
   ASSERT_EQ(report.kernel_stages.stages.size(), stages) << report.kernel_stages.left_out;

@@ -80,8 +80,8 @@ struct CutlassGemm {
   static_assert(cute::is_same_v<typename Kernel::InternalStrideA, GroupStride>);
   static_assert(cute::is_same_v<typename Kernel::InternalStrideB, GroupStride>);
   static_assert(cute::is_same_v<typename Kernel::InternalStrideD, GroupStride>);
-  static_assert(cute::is_same_v<typename Mainloop::InternalLayoutSFA, GroupScaleLayout>);
-  static_assert(cute::is_same_v<typename Mainloop::InternalLayoutSFB, GroupScaleLayout>);
+  static_assert(kIsGroupScaleLayout<typename Mainloop::InternalLayoutSFA>);
+  static_assert(kIsGroupScaleLayout<typename Mainloop::InternalLayoutSFB>);
 
   static Arguments arguments(const GroupArrays& groups, int multiprocessors) {
     Arguments args{};

@@ -179,7 +179,7 @@ Params params_of(const ActivateRows& args) {
   return p;
 }
 
-/// Four columns a thread and step.
+/// A block of threads a row, one column after another: d may have any alignment.
 template <class Out>
 __global__ void __launch_bounds__(kMostRowThreads)
     finish_kernel(const __grid_constant__ GemmResult sums, const int32_t* row_count, int64_t columns, Out* d,

@@ -46,7 +46,7 @@ std::vector<ActivationFormat> formats_to_test(const Backend& backend) {
   return {ActivationFormat::kNvfp4, takes_bf16 ? ActivationFormat::kBf16 : ActivationFormat::kNvfp4x2};
 }
 
-LayertestReport test_layer(const Backend& backend, ActivationFormat activations) {
+LayertestReport test_layer(const Backend& backend, const LayerOptions& options) {
   const ExpertWeights weights = make_cpu_testbed()->generate(kTestLayer);
   LayerInputs inputs = make_inputs(kTestTokens, kTestLayer.hidden, kTestLayer.seed, false);
   route_at_random(inputs, kTestLayer.experts, kTestTopK, kTestLayer.seed);
@@ -54,7 +54,7 @@ LayertestReport test_layer(const Backend& backend, ActivationFormat activations)
   request.nvfp4 = &weights;
   for (int64_t expert = 0; expert < kTestLayer.experts; ++expert) request.expert_ids.push_back(expert);
   request.config = test_config();
-  request.options.activations = activations;
+  request.options = options;
   request.backend = &backend;
   request.inputs = &inputs;
   return run_layertest(request);
@@ -114,12 +114,18 @@ void add_backends(Facts& facts) {
 }  // namespace
 
 SelfTest test_backend(const Backend& backend, const std::string& name, ActivationFormat activations) {
+  LayerOptions options;
+  options.activations = activations;
+  return test_backend(backend, name, options);
+}
+
+SelfTest test_backend(const Backend& backend, const std::string& name, const LayerOptions& options) {
   SelfTest test;
   test.backend = name;
-  test.activations = activations;
+  test.activations = options.activations;
   const auto start = std::chrono::steady_clock::now();
   try {
-    const LayertestReport report = test_layer(backend, activations);
+    const LayertestReport report = test_layer(backend, options);
     test.kernel = report.kernel;
     test.is_fine = report.findings.empty();
     test.trouble = join_findings(report);

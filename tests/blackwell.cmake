@@ -11,8 +11,8 @@ add_unit_test(blackwell_layout_test)
 target_include_directories(blackwell_layout_test SYSTEM PRIVATE ${host_cutlass_includes})
 add_unit_test(blackwell_backend_test random_layer.cpp)
 target_include_directories(blackwell_backend_test PRIVATE ${PROJECT_SOURCE_DIR})  # bench/shapes.h
-target_compile_definitions(blackwell_backend_test PRIVATE
-  "FOURFOLD_BLACKWELL_ARCHITECTURES=\"${FOURFOLD_BLACKWELL_ARCHITECTURES}\"")
+string(REPLACE ";" "," architecture_list "${FOURFOLD_BLACKWELL_ARCHITECTURES}")
+target_compile_definitions(blackwell_backend_test PRIVATE FOURFOLD_BLACKWELL_ARCHITECTURES="${architecture_list}")
 add_test(NAME embedded_kernels
   COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/embedded_kernels_test.py
           $<TARGET_FILE:fourfold_command> ${CMAKE_CUDA_ARCHITECTURES} ${FOURFOLD_BLACKWELL_ARCHITECTURES})

@@ -35,7 +35,7 @@ TEST(BlackwellBackend, IsPreferredToTheOthers) {
 TEST(BlackwellBackend, HasTheKernelsThatTheBuildNames) {
   std::string found;
   for (const GemmKernels* kernels : blackwell::compiled_kernels()) {
-    found += (found.empty() ? "" : ";") + std::string(kernels->architecture.substr(3));
+    found += (found.empty() ? "" : ",") + std::string(kernels->architecture.substr(3));
     EXPECT_EQ(blackwell::kernels_of(kernels->major, kernels->minor), kernels);
     EXPECT_NE(kernels->instruction.find("kind::mxf4nvf4.block_scale"), std::string_view::npos);
   }

@@ -9,6 +9,7 @@
 
 #include "cute/tensor.hpp"  // has to come first
 
+#include "blackwell_emulated_loads.h"
 #include "blackwell_emulated_multiply.h"
 #include "cute/atom/mma_traits_sm120.hpp"
 #include "cutlass/detail/sm100_blockscaled_layout.hpp"
@@ -227,6 +228,45 @@ TEST(BlackwellLayout, EmulatedMultiplyIsTheWarpMultiply) {
     }
   }
   EXPECT_EQ(wrong, 0);
+}
+
+/// What CuTe makes of the emulation's loads: boxes, coordinates and extents of bytes, the strides as they
+/// were.
+TEST(BlackwellLayout, EmulationLoadsCodesAsBytes) {
+  using cute::_;
+  using cute::_0;
+  using cute::_1;
+  using cute::_128;
+  using Code = cutlass::float_e2m1_t;
+  using RowStride = cute::Stride<int64_t, _1, _0>;
+  // Shared memory of the kernel: rows of 128 codes, 64 bytes, swizzled.
+  const auto atom = cute::composition(cute::Swizzle<2, 4, 3>{}, cute::smem_ptr_flag_bits<4>{},
+                                      cute::Layout<cute::Shape<cute::_8, _128>, cute::Stride<_128, _1>>{});
+  const auto shared = cute::tile_to_shape(atom, cute::Shape<_128, _128>{});
+  const auto matrix_of = [](int rows, int depth) {
+    return cute::make_tensor(
+        static_cast<const Code*>(nullptr),
+        cute::make_layout(cute::make_shape(rows, depth, _1{}), RowStride{depth, {}, {}}));
+  };
+  const auto load = cute::make_tma_copy(cute::SM90_TMA_LOAD{}, matrix_of(128, 128), shared,
+                                        cute::Shape<_128, _128>{}, _1{});
+  for (const auto& [rows, depth] : {std::pair(1, 32), {300, 320}, {4096, 7168}}) {
+    cute::array<uint32_t, 5> extents = {1, 1, 1, 1, 1};
+    cute::array<uint64_t, 5> strides = {};
+    cute::detail::fill_tma_gmem_shape_stride(load, matrix_of(rows, depth), extents, strides);
+    EXPECT_EQ(extents[0], static_cast<uint32_t>(depth / 2));
+    EXPECT_EQ(extents[1], static_cast<uint32_t>(rows));
+    EXPECT_EQ(strides[1] * 4 / 8, static_cast<uint64_t>(depth / 2)) << "bytes, as the kernel reckons them";
+    const auto tiles = cute::local_tile(load.get_tma_tensor(cute::make_shape(rows, depth, 1)),
+                                        cute::Shape<_128, _128>{}, cute::make_coord(_, _, 0));
+    for (int row_tile = 0; row_tile < (rows + 127) / 128; ++row_tile) {
+      for (int depth_tile = 0; depth_tile < (depth + 127) / 128; ++depth_tile) {
+        const auto at = tiles(0, 0, row_tile, depth_tile);
+        EXPECT_EQ(static_cast<int>(cute::get<0>(at)), depth_tile * 64);
+        EXPECT_EQ(static_cast<int>(cute::get<1>(at)), row_tile * 128);
+      }
+    }
+  }
 }
 
 TEST(BlackwellLayout, CodesMeanWhatCutlassSays) {

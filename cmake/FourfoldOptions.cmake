@@ -4,6 +4,10 @@ set(CMAKE_CXX_STANDARD_REQUIRED ON)
 set(CMAKE_CXX_EXTENSIONS OFF)
 set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
 set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+# What FOURFOLD_EXPORT (include/fourfold/export.h) does not name is nobody's but the library's.
+set(CMAKE_CXX_VISIBILITY_PRESET hidden)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(CMAKE_VISIBILITY_INLINES_HIDDEN ON)
 
 if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "" FORCE)
@@ -57,4 +61,10 @@ if(FOURFOLD_PORTABLE)
     message(FATAL_ERROR "fourfold: FOURFOLD_PORTABLE=ON, but ${CMAKE_CXX_COMPILER} has no libgomp.a")
   endif()
   set(OpenMP_gomp_LIBRARY "${FOURFOLD_STATIC_OPENMP}" CACHE FILEPATH "OpenMP runtime" FORCE)
+endif()
+
+# Statically linked runtimes are not made for shared libraries, nor are libFuzzer's counters.
+set(FOURFOLD_SHARED ON)
+if(FOURFOLD_PORTABLE OR FOURFOLD_FUZZ)
+  set(FOURFOLD_SHARED OFF)
 endif()

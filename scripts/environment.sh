@@ -42,7 +42,7 @@ need_packages() {
 }
 
 need_build_packages() {
-  need_packages g++ cmake ninja-build ccache python3 libcli11-dev libfmt-dev nlohmann-json3-dev libgtest-dev
+  need_packages g++ cmake ninja-build ccache git pkgconf python3 libcli11-dev libfmt-dev nlohmann-json3-dev libgtest-dev
 }
 
 # A virtual environment inside the build folder with the Python packages of both requirements files. The ones for

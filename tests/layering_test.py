@@ -13,6 +13,7 @@ ROOMS: dict[str, set[str]] = {
     "moe": {"base", "numeric"},
     "checkpoint": {"base", "numeric", "moe"},
     "reference": {"base", "numeric", "moe"},
+    "c_api": {"base", "numeric", "moe", "checkpoint"},
     "cpu": {"base", "numeric", "moe"},
     "cuda": {"base", "numeric", "moe"},
     "sm90": {"base", "numeric", "moe", "cuda"},
@@ -24,6 +25,7 @@ EVERYTHING = {"tools", "tests", "bench"}  # these may include any room
 # Public headers belong to rooms too: a backend that includes fourfold/checkpoint.h includes the checkpoint room.
 PUBLIC_HEADERS = {
     "error.h": "base",
+    "export.h": "base",
     "number_formats.h": "numeric",
     "tensor.h": "numeric",
     "memory.h": "numeric",
@@ -45,6 +47,7 @@ PUBLIC_HEADERS = {
     "inspection.h": "checkpoint",
     "reference.h": "reference",
     "cpu.h": "cpu",
+    "fourfold.h": "c_api",
 }
 
 # Libraries that only some places may see: (pattern of the include, who may).

@@ -8,9 +8,10 @@
 #include <string_view>
 
 #include "fourfold/block_scaled.h"
+#include "fourfold/export.h"
 #include "fourfold/tensor.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// What bf16 activations become before a GEMM.
 enum class ActivationFormat : uint8_t {

@@ -6,10 +6,11 @@
 #include <string_view>
 #include <variant>
 
+#include "fourfold/export.h"
 #include "fourfold/number_formats.h"
 #include "fourfold/tensor.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// 4-bit formats: e2m1 codes, two a byte (even index in the low nibble), one scale a block along K.
 enum class QuantFormat : uint8_t { kNvfp4, kMxfp4 };

@@ -13,10 +13,11 @@
 #include <vector>
 
 #include "fourfold/expert_weights.h"
+#include "fourfold/export.h"
 #include "fourfold/router.h"
 #include "fourfold/safetensors.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// What a config claims of the quantization; empty members claim nothing.
 struct QuantizationClaim {

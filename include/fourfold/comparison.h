@@ -4,9 +4,10 @@
 #include <cstdint>
 #include <span>
 
+#include "fourfold/export.h"
 #include "fourfold/tensor.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// Sums from which the metrics follow; sums of parts add up to the sums of the whole. float64.
 struct ErrorSums {

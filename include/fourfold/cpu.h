@@ -3,7 +3,9 @@
 
 #include <string_view>
 
-namespace fourfold {
+#include "fourfold/export.h"
+
+namespace FOURFOLD_EXPORT fourfold {
 
 /// Environment variable that forces an instruction set where none is forced by name.
 inline constexpr const char* kIsaVariable = "FOURFOLD_ISA";

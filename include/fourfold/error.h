@@ -4,7 +4,9 @@
 #include <stdexcept>
 #include <string>
 
-namespace fourfold {
+#include "fourfold/export.h"
+
+namespace FOURFOLD_EXPORT fourfold {
 
 enum class ErrorCode {
   kInvalidArgument,  ///< a shape, an option or a combination that the caller got wrong

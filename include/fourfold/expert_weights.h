@@ -8,8 +8,9 @@
 #include <vector>
 
 #include "fourfold/block_scaled.h"
+#include "fourfold/export.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// One expert. Gate and up keep their own global scales. Views may be strided.
 struct Expert {

@@ -12,8 +12,9 @@
 
 #include "fourfold/activations.h"
 #include "fourfold/block_scaled.h"
+#include "fourfold/export.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 enum class Accumulation : uint8_t { kFloat32, kFloat64 };
 

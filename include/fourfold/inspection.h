@@ -13,9 +13,10 @@
 #include <vector>
 
 #include "fourfold/checkpoint.h"
+#include "fourfold/export.h"
 #include "fourfold/weight_statistics.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// What can be wrong. Names, for reports, by to_string.
 enum class FindingKind : uint8_t {

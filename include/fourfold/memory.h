@@ -4,9 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "fourfold/export.h"
 #include "fourfold/tensor.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// What Memory::allocate aligns to, in bytes; enough for a layer's workspace.
 inline constexpr size_t kMemoryAlignment = 256;

@@ -7,10 +7,11 @@
 #include <string_view>
 
 #include "fourfold/checkpoint.h"
+#include "fourfold/export.h"
 #include "fourfold/moe_layer.h"
 #include "fourfold/router.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// Rules that a layer's tensors do not tell: they follow from the family, with parameters of config.json.
 struct LayerRules {

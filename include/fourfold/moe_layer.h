@@ -18,11 +18,12 @@
 
 #include "fourfold/activations.h"
 #include "fourfold/expert_weights.h"
+#include "fourfold/export.h"
 #include "fourfold/gemm.h"
 #include "fourfold/memory.h"
 #include "fourfold/routing.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// The function between the two GEMMs, on g = gate and u = up; docs/formats.md, section 4.
 enum class ActivationKind : uint8_t {

@@ -7,13 +7,15 @@
 #include <cstdint>
 #include <limits>
 
+#include "fourfold/export.h"
+
 #if defined(__CUDACC__)
 #define FOURFOLD_HOST_DEVICE __host__ __device__
 #else
 #define FOURFOLD_HOST_DEVICE
 #endif
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 FOURFOLD_HOST_DEVICE constexpr uint32_t float_bits(float value) {
   return __builtin_bit_cast(uint32_t, value);

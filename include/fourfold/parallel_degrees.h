@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace fourfold {
+#include "fourfold/export.h"
+
+namespace FOURFOLD_EXPORT fourfold {
 
 /// Degrees from 2: powers of two, and divisors of what is cut.
 struct CutDegrees {

@@ -12,9 +12,10 @@
 #include <vector>
 
 #include "fourfold/block_scaled.h"
+#include "fourfold/export.h"
 #include "fourfold/tensor.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// What to do about blocks whose scale underflows.
 enum class ScaleFloor : uint8_t {

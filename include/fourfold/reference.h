@@ -9,9 +9,11 @@
 #include <memory>
 #include <span>
 
+#include "fourfold/export.h"
 #include "fourfold/moe_layer.h"
 
-namespace fourfold::reference {
+namespace FOURFOLD_EXPORT fourfold {
+namespace reference {
 
 /// Dense scaled GEMM. nvfp4x2 adds both terms of an element before going on to the next k.
 void gemm(const GemmArgs& args);
@@ -59,4 +61,5 @@ void combine(MatrixView<const Bf16> z, std::span<const int32_t> row_of_slot,
              MatrixView<const float> topk_weights, const LayerConfig& config, const SharedOutput& shared,
              const OutputView& y);
 
-}  // namespace fourfold::reference
+}  // namespace reference
+}  // namespace fourfold

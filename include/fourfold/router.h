@@ -10,10 +10,11 @@
 #include <span>
 #include <vector>
 
+#include "fourfold/export.h"
 #include "fourfold/routing.h"
 #include "fourfold/tensor.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// What a logit becomes.
 enum class RouterScore : uint8_t {
@@ -71,5 +72,9 @@ RoutingDecision weigh(const RouterConfig& config, MatrixView<const float> logits
 /// selection. Throws Error when the table is there and `token_ids` is not, or a token id is beyond it.
 RoutingDecision route(const RouterConfig& config, const RouterWeights& weights, MatrixView<const Bf16> x,
                       std::span<const int64_t> token_ids = {});
+
+/// The same from its logits [T, E].
+RoutingDecision route(const RouterConfig& config, const RouterWeights& weights,
+                      MatrixView<const float> logits, std::span<const int64_t> token_ids = {});
 
 }  // namespace fourfold

@@ -6,9 +6,10 @@
 #include <variant>
 #include <vector>
 
+#include "fourfold/export.h"
 #include "fourfold/tensor.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// Id of an expert that is not on this rank: the slot contributes nothing.
 inline constexpr int64_t kAbsentExpert = -1;

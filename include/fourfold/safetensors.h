@@ -12,7 +12,9 @@
 #include <string_view>
 #include <vector>
 
-namespace fourfold {
+#include "fourfold/export.h"
+
+namespace FOURFOLD_EXPORT fourfold {
 
 class MappedFile;
 class PartialFile;

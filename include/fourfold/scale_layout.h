@@ -8,9 +8,10 @@
 #include <span>
 #include <vector>
 
+#include "fourfold/export.h"
 #include "fourfold/tensor.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 inline constexpr int64_t kScaleTileRows = 128;
 inline constexpr int64_t kScaleTileCols = 4;

@@ -7,9 +7,10 @@
 #include <type_traits>
 #include <variant>
 
+#include "fourfold/export.h"
 #include "fourfold/number_formats.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// Where bytes live.
 struct Device {

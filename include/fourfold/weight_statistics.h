@@ -10,8 +10,9 @@
 #include <utility>
 
 #include "fourfold/block_scaled.h"
+#include "fourfold/export.h"
 
-namespace fourfold {
+namespace FOURFOLD_EXPORT fourfold {
 
 /// Block scales, counted by their byte.
 struct ScaleCounts {

@@ -210,15 +210,23 @@ RoutingDecision weigh(const RouterConfig& config, MatrixView<const float> logits
 
 RoutingDecision route(const RouterConfig& config, const RouterWeights& weights, MatrixView<const Bf16> x,
                       std::span<const int64_t> token_ids) {
-  const int64_t experts = weights.weight.rows;
   const std::vector<float> logits = router_logits(x, weights);
-  const MatrixView<const float> view(logits.data(), x.rows, experts);
+  return route(config, weights, MatrixView<const float>(logits.data(), x.rows, weights.weight.rows),
+               token_ids);
+}
+
+RoutingDecision route(const RouterConfig& config, const RouterWeights& weights,
+                      MatrixView<const float> logits, std::span<const int64_t> token_ids) {
+  const int64_t experts = weights.weight.rows;
+  if (logits.cols != experts) {
+    reject("router: logits", shape_text(logits.rows, experts), shape_text(logits.rows, logits.cols));
+  }
   const MatrixView<const int64_t>& table = weights.experts_of_token;
   if (table.empty())
-    return route(config, view, decode_vector(weights.correction_bias, "correction bias", experts));
+    return route(config, logits, decode_vector(weights.correction_bias, "correction bias", experts));
 
-  if (static_cast<int64_t>(token_ids.size()) != x.rows) {
-    reject("router: token ids for hash routing", x.rows, token_ids.size());
+  if (static_cast<int64_t>(token_ids.size()) != logits.rows) {
+    reject("router: token ids for hash routing", logits.rows, token_ids.size());
   }
   std::vector<int64_t> ids;
   for (const int64_t token_id : token_ids) {
@@ -227,7 +235,7 @@ RoutingDecision route(const RouterConfig& config, const RouterWeights& weights, 
     }
     ids.insert(ids.end(), table.row(token_id), table.row(token_id) + table.cols);
   }
-  return weigh(config, view, {ids.data(), x.rows, table.cols});
+  return weigh(config, logits, {ids.data(), logits.rows, table.cols});
 }
 
 }  // namespace fourfold

@@ -371,6 +371,11 @@ TEST(Views, AreEmptyAndOfScaleOneByDefault) {
   EXPECT_EQ(matrix.tile, 128);
 }
 
+TEST(QuantFormat, SaysWhichHasAGlobalScale) {
+  EXPECT_TRUE(traits_of(QuantFormat::kNvfp4).has_global_scale);
+  EXPECT_FALSE(traits_of(QuantFormat::kMxfp4).has_global_scale);
+}
+
 TEST(Views, ApplyAMultiplierOrADivisor) {
   EXPECT_EQ((GlobalScale{4.0f, GlobalScaleKind::kMultiplier}.apply(3.0f)), 12.0f);
   EXPECT_EQ((GlobalScale{4.0f, GlobalScaleKind::kDivisor}.apply(3.0f)), 0.75f);

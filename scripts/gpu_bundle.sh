@@ -12,10 +12,12 @@ case ${1:-} in
 esac
 target=$1
 need_build_packages
+need_python # with pip, for the headers of CUTLASS
 folder=$build_folder/portable
 say "building a portable release in build/portable (log: build/portable.log)"
 mkdir -p "$build_folder" "$target/tests" "$target/scripts"
-(cmake -S "$root" -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DFOURFOLD_PORTABLE=ON -DFOURFOLD_CUDA=ON &&
+(cmake -S "$root" -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DFOURFOLD_PORTABLE=ON -DFOURFOLD_CUDA=ON \
+  -DFOURFOLD_TEST_PYTHON="$python" &&
   cmake --build "$folder" --parallel "$(nproc)" --target fourfold_command gpu_tests) \
   >"$build_folder/portable.log" 2>&1 || { tail -n 60 "$build_folder/portable.log" >&2; die "the build failed"; }
 

@@ -212,6 +212,12 @@ run_sanitizer() {
     # Every kernel of the table of shapes, which so few tokens do not reach through a layer.
     [ ! -x "$binaries/tests/sm90_gemm_test" ] || attempt "$tool sm90_gemm_test" 120 "$sanitizer" --tool "$tool" \
       --error-exitcode 99 "$binaries/tests/sm90_gemm_test" "$RANDOM" small
+    # The stages around Blackwell's GEMMs, and its kernel with the multiply emulated.
+    [ ! -x "$binaries/tests/blackwell_stages_test" ] || attempt "$tool blackwell_stages_test" 60 "$sanitizer" \
+      --tool "$tool" --error-exitcode 99 "$binaries/tests/blackwell_stages_test" --gtest_filter='*Every*:*Sums*'
+    [ "$tool" != memcheck ] || [ ! -x "$binaries/tests/blackwell_emulated_test" ] ||
+      attempt "$tool blackwell_emulated_test" 60 "$sanitizer" --tool "$tool" --error-exitcode 99 \
+        "$binaries/tests/blackwell_emulated_test" --gtest_filter='*IsSoundForEveryRouting'
   done
 }
 

@@ -19,6 +19,10 @@ cudaStream_t as_stream(void* stream) {
 
 }  // namespace
 
+__attribute__((weak)) std::string why_not_on_this_gpu() {
+  return "";
+}
+
 TestStream::TestStream() {
   cudaStream_t stream = nullptr;
   cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
@@ -94,5 +98,9 @@ int main(int argc, char** argv) {
     return fourfold::kSkipped;
   }
   std::printf("%s, compute capability %d.%d\n", probe.gpu->name.c_str(), probe.gpu->major, probe.gpu->minor);
+  if (const std::string reason = fourfold::why_not_on_this_gpu(); !reason.empty()) {
+    std::printf("skipped: %s\n", reason.c_str());
+    return fourfold::kSkipped;
+  }
   return RUN_ALL_TESTS();
 }

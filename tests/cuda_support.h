@@ -10,6 +10,7 @@
 #include <functional>
 #include <random>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "cuda/device.h"
@@ -84,6 +85,10 @@ class CapturedGraph {
   TestStream stream_;
   void* graph_ = nullptr;
 };
+
+/// Why these tests can't run on the GPU that is here; empty where they can. Tests of one backend define it
+/// (weakly: "").
+std::string why_not_on_this_gpu();
 
 /// Seed of this run; printed, and set by the environment variable FOURFOLD_SEED to repeat a run.
 uint64_t test_seed();

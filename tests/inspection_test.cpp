@@ -269,17 +269,21 @@ TEST(Degrees, OfExperts) {
 TEST(Memory, IsWhatTheLayoutsTake) {
   const RandomLayer layer({}, 1);
   const std::vector<MemoryEstimate> estimates = estimate_memory(layer.weights, 6);
-  ASSERT_EQ(estimates.size(), 3u);
+  ASSERT_EQ(estimates.size(), 4u);
   const int64_t values = 6 * 3 * 192 * 112;
-  EXPECT_EQ(estimates[2].backend, "reference");
-  EXPECT_EQ(estimates[2].bytes, values * 9 / 16);
+  EXPECT_EQ(estimates[3].backend, "reference");
+  EXPECT_EQ(estimates[3].bytes, values * 9 / 16);
   // Gate and up: 7 pairs of 2 panels of 16 rows, 3 chunks of 64 k. Down: 6 pairs, 2 chunks (I padded to 128).
-  EXPECT_EQ(estimates[1].backend, "cpu");
-  EXPECT_EQ(estimates[1].bytes, 6 * (7 * 3 + 6 * 2) * 2 * 576);
+  EXPECT_EQ(estimates[2].backend, "cpu");
+  EXPECT_EQ(estimates[2].bytes, 6 * (7 * 3 + 6 * 2) * 2 * 576);
   // Units of 64 rows x 64 k, 2304 bytes: 224 rows are 4, 192 are 3.
-  EXPECT_EQ(estimates[0].backend, "sm90");
-  EXPECT_EQ(estimates[0].bytes, 6 * (4 * 3 + 3 * 2) * 2304);
-  EXPECT_EQ(estimate_memory(layer.weights, 12)[1].bytes, 2 * *estimates[1].bytes);
+  EXPECT_EQ(estimates[1].backend, "sm90");
+  EXPECT_EQ(estimates[1].bytes, 6 * (4 * 3 + 3 * 2) * 2304);
+  // Gate and up each 112 rows of 192 k, scales for 128 rows; down 192 rows, k padded to 128, scales for 256
+  // rows.
+  EXPECT_EQ(estimates[0].backend, "blackwell");
+  EXPECT_EQ(estimates[0].bytes, 6 * (2 * (112 * 96 + 128 * 12) + 192 * 64 + 256 * 8));
+  EXPECT_EQ(estimate_memory(layer.weights, 12)[2].bytes, 2 * *estimates[2].bytes);
 }
 
 // ---- the doctor ----

@@ -60,7 +60,13 @@ LIBRARIES = [
         re.compile(r"^(cuda(_runtime\w*|_fp\w+|_bf16)?\.h|cudaTypedefs\.h|cuda/std/|cub/|thrust/|cooperative_groups)"),
         lambda path: path.suffix in (".cu", ".cuh"),
     ),
-    (re.compile(r"^(cutlass|cute)/"), lambda path: path.parts[:2] == ("src", "blackwell") and path.suffix == ".cu"),
+    (
+        re.compile(r"^(cutlass|cute)/"),
+        lambda path: path.parts[:2] == ("src", "blackwell")
+        and path.suffix in (".cu", ".cuh")
+        or path.parts[0] == "tests"
+        and path.name.startswith("blackwell_"),
+    ),
 ]
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)

@@ -1,6 +1,8 @@
 // What the backend "sm90" refuses, and how; none of it needs a GPU.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "fourfold/error.h"
 #include "fourfold/moe_layer.h"
 #include "random_layer.h"
@@ -13,8 +15,10 @@ std::string why_not(const RandomLayer& layer, const LayerOptions& options = {}) 
 }
 
 TEST(Sm90Backend, IsListedBeforeTheReference) {
-  EXPECT_EQ(backends().front(), &sm90_backend());
-  EXPECT_EQ(backends().back(), &reference_backend());
+  const auto list = backends();
+  EXPECT_LT(std::find(list.begin(), list.end(), &sm90_backend()),
+            std::find(list.begin(), list.end(), &cpu_backend()));
+  EXPECT_EQ(list.back(), &reference_backend());
   EXPECT_EQ(&find_backend("sm90"), &sm90_backend());
 }
 
@@ -71,7 +75,7 @@ TEST(Sm90Backend, SaysWhatItNeedsWhereItCantRun) {
     EXPECT_NE(std::string(error.what()).find(reason), std::string::npos) << error.what();
   }
   EXPECT_NE(choose_backend("").backend, &sm90_backend());
-  EXPECT_NE(choose_backend("").reason.find("passed over sm90: " + reason), std::string::npos);
+  EXPECT_NE(choose_backend("").reason.find("sm90: " + reason), std::string::npos);
 }
 
 }  // namespace

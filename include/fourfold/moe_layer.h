@@ -215,6 +215,8 @@ const Backend& reference_backend();
 const Backend& cpu_backend();
 /// The backend "sm90": Hopper GPUs. In libraries built with CUDA alone.
 const Backend& sm90_backend();
+/// The backend "blackwell": GPUs with tensor cores for NVFP4. In libraries built with FOURFOLD_BLACKWELL.
+const Backend& blackwell_backend();
 
 /// Every backend compiled in, best first; the reference is last and can always run.
 std::span<const Backend* const> backends();

@@ -6,8 +6,7 @@
 #include <string>
 
 #include "cuda/launch.cuh"
-#include "cuda/round_block.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/quantize_rows.cuh"
 #include "cuda/stage.h"
 #include "fourfold/quantize.h"
 
@@ -45,10 +44,9 @@ struct Params {
   ScalePolicy policy;
   const float* expert_scales;
   const float* tensor_amax;
-  Rows<Bf16> first, second;
+  QuantizedRows out;
   float* row_scales;
   Rows<Bf16> values;
-  Rows<uint8_t> codes, scales, residual_codes, residual_scales;
   float* tapped_row_scales;
 };
 
@@ -101,86 +99,35 @@ __device__ float global_scale_of(const Params& p, const SourceRow& source, int32
   return 1.0f;
 }
 
-/// As quantize_nvfp4_block, but codes become the values that they stand for.
-__device__ uint8_t round_block(const float (&x)[kNvfp4Block], float global, float (&rounded)[kNvfp4Block]) {
-  float amax = 0.0f;
-#pragma unroll
-  for (const float value : x) amax = max_magnitude(amax, value);
-  const uint8_t scale = nvfp4_block_scale(amax, global, false);
-  const float reciprocal = nvfp4_reciprocal(scale, global);
-#pragma unroll
-  for (int i = 0; i < kNvfp4Block; ++i) rounded[i] = round_to_e2m1(__fmul_rn(x[i], reciprocal));
-  return scale;
-}
-
-/// Codes and scale of block `index`, where they are asked for.
-__device__ void store_codes(const float (&rounded)[kNvfp4Block], uint8_t scale, int32_t row, int32_t index,
-                            const Rows<uint8_t>& codes, const Rows<uint8_t>& scales) {
-  if (scales.data != nullptr) scales.row(row)[index] = scale;
-  if (codes.data == nullptr) return;
-  uint8_t* to = codes.row(row) + int64_t{index} * (kNvfp4Block / 2);
-  const bool nan = scale == kE4m3NanCode;  // then so is every value, of whatever sign
-#pragma unroll
-  for (int i = 0; i < kNvfp4Block; i += 2) {
-    const uint8_t low = encode_e2m1(rounded[i]), high = encode_e2m1(rounded[i + 1]);
-    to[i / 2] = static_cast<uint8_t>(nan ? kE2m1NanCode * 0x11 : low | high << 4);
-  }
-}
-
-/// One NVFP4 term of sixteen values: what it holds -> `decoded` (without the global scale).
-__device__ void quantize_block(const float (&x)[kNvfp4Block], float global, int32_t row, int32_t index,
-                               const Rows<uint8_t>& codes, const Rows<uint8_t>& scales,
-                               float (&decoded)[kNvfp4Block]) {
-  const uint8_t scale_code = round_block(x, global, decoded);
-  store_codes(decoded, scale_code, row, index, codes, scales);
-  const float scale = decode_e4m3(scale_code);
-#pragma unroll
-  for (float& value : decoded) value = __fmul_rn(value, scale);
-}
-
-__device__ void store_decoded(const float (&x)[kNvfp4Block], int32_t row, int32_t index,
-                              const Rows<Bf16>& to) {
-  if (to.data != nullptr) {
-    store_exact_block(x, to.row(row) + int64_t{index} * kNvfp4Block, to.aligned);
-  }
-}
-
-template <ActivationFormat kFormat>
+template <ActivationFormat kFormat, bool kStacked>
 __device__ void stage_block(const Params& p, float (&x)[kNvfp4Block], float global, int32_t row,
                             int32_t index) {
   if constexpr (kFormat == ActivationFormat::kBf16) {
 #pragma unroll
     for (float& value : x) value = static_cast<float>(encode_bf16(value));  // quiets a NaN
-    store_decoded(x, row, index, p.first);
+    store_decoded(x, row, index, p.out.first);
     store_decoded(x, row, index, p.values);
   } else if constexpr (kFormat == ActivationFormat::kFp8) {
     const float reciprocal = 1.0f / global;
 #pragma unroll
     for (int i = 0; i < kNvfp4Block; ++i) {
       const uint8_t code = encode_e4m3(__fmul_rn(x[i], reciprocal));
-      if (p.codes.data != nullptr) p.codes.row(row)[int64_t{index} * kNvfp4Block + i] = code;
+      if (p.out.codes.data != nullptr) p.out.codes.row(row)[int64_t{index} * kNvfp4Block + i] = code;
       x[i] = decode_e4m3(code);
     }
-    store_decoded(x, row, index, p.first);
+    store_decoded(x, row, index, p.out.first);
   } else {
-    float decoded[kNvfp4Block];
-    quantize_block(x, global, row, index, p.codes, p.scales, decoded);
-    store_decoded(decoded, row, index, p.first);
-    if constexpr (kFormat == ActivationFormat::kNvfp4x2) {
-#pragma unroll
-      for (int i = 0; i < kNvfp4Block; ++i) x[i] = __fsub_rn(x[i], __fmul_rn(decoded[i], global));
-      quantize_block(x, global, row, index, p.residual_codes, p.residual_scales, decoded);
-      store_decoded(decoded, row, index, p.second);
-    }
+    const RowPlace place = kStacked ? p.out.stacked.places[row] : RowPlace{};
+    quantize_block<kFormat == ActivationFormat::kNvfp4x2, kStacked>(x, global, row, index, place, p.out);
   }
 }
 
 /// Blocks of threads that a multiprocessor should hold: as many as registers allow without spilling.
-template <ActivationFormat kFormat>
-constexpr int kResidentBlocks = kFormat == ActivationFormat::kNvfp4x2 ? 2 : 3;
+template <ActivationFormat kFormat, bool kStacked>
+constexpr int kResidentBlocks = kFormat == ActivationFormat::kNvfp4x2 || kStacked ? 2 : 3;
 
-template <ActivationFormat kFormat>
-__global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
+template <ActivationFormat kFormat, bool kStacked>
+__global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat, kStacked>)
     stage_rows(const __grid_constant__ Params p) {
   start_after_previous();
   const int32_t rows = p.group_offsets[p.groups];
@@ -198,7 +145,7 @@ __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
          block += static_cast<int32_t>(blockDim.x)) {
       float x[kNvfp4Block];
       source.load(block, x);
-      stage_block<kFormat>(p, x, global, row, block);
+      stage_block<kFormat, kStacked>(p, x, global, row, block);
     }
   }
 }
@@ -239,8 +186,8 @@ __device__ void find_slot_rows(const Params& p, int64_t first_slot, int32_t coun
 }
 
 /// blockIdx.x: tokens, in turn; blockIdx.y: which slots_each of a token's slots.
-template <ActivationFormat kFormat>
-__global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
+template <ActivationFormat kFormat, bool kStacked>
+__global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat, kStacked>)
     stage_tokens(const __grid_constant__ Params p, int32_t tokens, int32_t slots_each) {
   __shared__ SlotRows slots;
   start_after_previous();
@@ -273,7 +220,7 @@ __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
           float values[kNvfp4Block];
 #pragma unroll
           for (int i = 0; i < kNvfp4Block; ++i) values[i] = x[i];
-          stage_block<kFormat>(p, values, scale_of(slot), slots.row[slot], block);
+          stage_block<kFormat, kStacked>(p, values, scale_of(slot), slots.row[slot], block);
         }
       }
     }
@@ -314,14 +261,15 @@ Params params_of(const StageArgs& args) {
   p.policy = args.policy;
   p.expert_scales = args.expert_scales;
   p.tensor_amax = args.tensor_amax;
-  p.first = Rows<Bf16>(args.decoded.first);
-  p.second = Rows<Bf16>(args.decoded.second);
+  p.out = {Rows<Bf16>(args.decoded.first),
+           Rows<Bf16>(args.decoded.second),
+           Rows<uint8_t>(staged.codes),
+           Rows<uint8_t>(staged.scales),
+           Rows<uint8_t>(staged.residual_codes),
+           Rows<uint8_t>(staged.residual_scales),
+           args.stacked};
   p.row_scales = args.decoded.row_scales;
   p.values = Rows<Bf16>(staged.values);
-  p.codes = Rows<uint8_t>(staged.codes);
-  p.scales = Rows<uint8_t>(staged.scales);
-  p.residual_codes = Rows<uint8_t>(staged.residual_codes);
-  p.residual_scales = Rows<uint8_t>(staged.residual_scales);
   p.tapped_row_scales = staged.row_scales.data();
   return p;
 }
@@ -333,10 +281,10 @@ void stage(const StageArgs& args, void* stream) {
   if (args.max_rows == 0 || cols == 0) return;
   const Params params = params_of(args);
   const bool by_token = args.source.row_of_slot != nullptr && args.source.weights.empty();
-  const auto launch = [&]<ActivationFormat kFormat> {
+  const auto launch = [&]<ActivationFormat kFormat, bool kStacked> {
     if (!by_token) {
-      return launch_after_previous("stage_rows", stage_rows<kFormat>, row_blocks(args.max_rows, cols),
-                                   row_threads(cols), 0, stream, params);
+      return launch_after_previous("stage_rows", stage_rows<kFormat, kStacked>,
+                                   row_blocks(args.max_rows, cols), row_threads(cols), 0, stream, params);
     }
     // Few tokens: several blocks of threads share one.
     const int64_t tokens = args.source.rows.rows, top_k = args.source.top_k;
@@ -344,18 +292,21 @@ void stage(const StageArgs& args, void* stream) {
     const int64_t sharing = std::clamp<int64_t>(row_blocks(args.max_rows, cols) / blocks, 1, top_k);
     const int64_t slots_each = (top_k + sharing - 1) / sharing;
     const dim3 grid(blocks, static_cast<unsigned>((top_k + slots_each - 1) / slots_each));
-    launch_after_previous("stage_tokens", stage_tokens<kFormat>, grid, row_threads(cols), 0, stream, params,
-                          static_cast<int32_t>(tokens), static_cast<int32_t>(slots_each));
+    launch_after_previous("stage_tokens", stage_tokens<kFormat, kStacked>, grid, row_threads(cols), 0, stream,
+                          params, static_cast<int32_t>(tokens), static_cast<int32_t>(slots_each));
   };
+  const bool stacked = args.stacked.codes != nullptr;
   switch (args.format) {
     case ActivationFormat::kNvfp4:
-      return launch.template operator()<ActivationFormat::kNvfp4>();
+      return stacked ? launch.template operator()<ActivationFormat::kNvfp4, true>()
+                     : launch.template operator()<ActivationFormat::kNvfp4, false>();
     case ActivationFormat::kNvfp4x2:
-      return launch.template operator()<ActivationFormat::kNvfp4x2>();
+      return stacked ? launch.template operator()<ActivationFormat::kNvfp4x2, true>()
+                     : launch.template operator()<ActivationFormat::kNvfp4x2, false>();
     case ActivationFormat::kFp8:
-      return launch.template operator()<ActivationFormat::kFp8>();
+      return launch.template operator()<ActivationFormat::kFp8, false>();
     case ActivationFormat::kBf16:
-      return launch.template operator()<ActivationFormat::kBf16>();
+      return launch.template operator()<ActivationFormat::kBf16, false>();
   }
 }
 

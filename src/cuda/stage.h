@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <span>
 
+#include "cuda/stacked_rows.h"
 #include "fourfold/activations.h"
 
 namespace fourfold::cuda {
@@ -41,6 +42,8 @@ struct StageArgs {
   const float* tensor_amax = nullptr;      ///< [1] from find_amax; policy dynamic-tensor
   DecodedRows decoded;
   StagedActivations staged = {};  ///< codes and scales, for taps; what is empty is not written
+  /// For GEMMs of native FP4: nvfp4 and nvfp4x2 alone. Padding of the scales is the caller's to clear.
+  StackedRows stacked = {};
 };
 
 /// Throws Error unless cols is a multiple of 16 and max_rows at most 2^30.

@@ -186,6 +186,9 @@ BackendChoice choose(std::string_view forced, const std::function<std::string(co
 
 std::span<const Backend* const> backends() {
   static const std::array list = {
+#if defined(FOURFOLD_WITH_BLACKWELL)
+    &blackwell_backend(),
+#endif
 #if defined(FOURFOLD_WITH_CUDA)
     &sm90_backend(),
 #endif

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "cuda/activate.cuh"
 #include "cuda/check.cuh"
 #include "sm90/activate_rows.h"
 
@@ -14,59 +15,14 @@ namespace fourfold::sm90 {
 namespace {
 
 struct Arguments {
-  ActivationKind kind;
+  ActivationFunction function;
   bool gated;
-  float alpha, beta, limit;
   const Bf16* h;
   Bf16* d;
   int64_t h_stride, d_stride;
   int32_t channels;
   const int32_t* rows;
 };
-
-__device__ float clamp_keeping_nan(float value, float low, float high) {
-  return value < low ? low : value > high ? high : value;
-}
-__device__ float sigmoid(float x) {
-  return 1.0f / (1.0f + expf(-x));
-}
-__device__ float silu(float x) {
-  return x / (1.0f + expf(-x));
-}
-/// erfc, not 1 + erf, which cancels for negative x.
-__device__ float gelu(float x) {
-  return 0.5f * x * erfcf(-x * 0.707106781f);
-}
-__device__ float gelu_tanh(float x) {
-  return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
-}
-
-__device__ float activate(const Arguments& args, float gate, float up) {
-  const float limit = args.limit;
-  switch (args.kind) {
-    case ActivationKind::kSwiglu: {
-      const float g = gate > limit ? limit : gate, u = clamp_keeping_nan(up, -limit, limit);
-      return g * sigmoid(args.alpha * g) * (args.beta == 0.0f ? u : u + args.beta);
-    }
-    case ActivationKind::kSwigluStep: {
-      const float s = silu(gate);
-      return (s > limit ? limit : s) * clamp_keeping_nan(up, -limit, limit);
-    }
-    case ActivationKind::kGeglu:
-      return gelu(gate) * up;
-    case ActivationKind::kGegluTanh:
-      return gelu_tanh(gate) * up;
-    case ActivationKind::kReluSquared: {
-      const float positive = up < 0.0f ? 0.0f : up;
-      return positive * positive;
-    }
-    case ActivationKind::kSilu:
-      return silu(up);
-    case ActivationKind::kGelu:
-      return gelu(up);
-  }
-  return up;
-}
 
 /// Eight channels a thread.
 __global__ void activate_rows_kernel(const __grid_constant__ Arguments args) {
@@ -82,7 +38,8 @@ __global__ void activate_rows_kernel(const __grid_constant__ Arguments args) {
     *reinterpret_cast<uint4*>(up) = *reinterpret_cast<const uint4*>(args.gated ? h + args.channels : h);
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      out[c] = encode_bf16(activate(args, static_cast<float>(gate[c]), static_cast<float>(up[c])));
+      out[c] =
+          encode_bf16(cuda::activate(args.function, static_cast<float>(gate[c]), static_cast<float>(up[c])));
     }
     *reinterpret_cast<uint4*>(args.d + row * args.d_stride + channel) = *reinterpret_cast<const uint4*>(out);
   }
@@ -91,17 +48,9 @@ __global__ void activate_rows_kernel(const __grid_constant__ Arguments args) {
 }  // namespace
 
 void launch_activate_rows(const ActivateRows& args, void* stream) {
-  const Arguments kernel{args.function.kind,
-                         is_gated(args.function.kind),
-                         args.function.alpha,
-                         args.function.beta,
-                         args.function.limit,
-                         args.h.data,
-                         args.d.data,
-                         args.h.stride,
-                         args.d.stride,
-                         static_cast<int32_t>(args.d.cols),
-                         args.rows};
+  const Arguments kernel{
+      args.function, is_gated(args.function.kind),      args.h.data, args.d.data, args.h.stride,
+      args.d.stride, static_cast<int32_t>(args.d.cols), args.rows};
   // Enough to fill any GPU of the architecture; the loop takes the rest.
   const int64_t blocks = std::min<int64_t>((args.d.rows * args.d.cols / 8 + 255) / 256, 132 * 16);
   activate_rows_kernel<<<static_cast<unsigned>(blocks), 256, 0, static_cast<cudaStream_t>(stream)>>>(kernel);

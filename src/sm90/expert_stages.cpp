@@ -1,6 +1,7 @@
 #include "sm90/expert_stages.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "base/fail.h"
 #include "cuda/device.h"
@@ -15,22 +16,49 @@ MatrixView<Bf16> with_rows(MatrixView<Bf16> matrix, int64_t rows) {
   return matrix;
 }
 
-ExpertGemm gemm_of(const PreparedMatrix& matrix, int64_t experts, int64_t max_rows) {
+ExpertGemm gemm_of(const cuda::PreparedMatrix& matrix, const PackedShape& shape, int64_t experts,
+                   int64_t max_rows) {
   ExpertGemm gemm;
   gemm.experts = experts;
   gemm.max_rows = max_rows;
-  gemm.weights = matrix.shape;
+  gemm.weights = shape;
   gemm.packed = matrix.packed.data();
   gemm.weight_globals = matrix.global_scales();
   gemm.bias = matrix.biases();
   return gemm;
 }
 
+/// Gate and up go into one array of paired rows.
+class Packer final : public cuda::WeightPacker {
+ public:
+  Packer(const PackedShape& gate_up, const PackedShape& down) : gate_up_(gate_up), down_(down) {}
+
+  int64_t gate_up_bytes() const override { return gate_up_.bytes(); }
+  int64_t down_bytes() const override { return down_.bytes(); }
+  void pack_gate_up(const BlockScaledView* gate, const BlockScaledView& up,
+                    std::byte* packed) const override {
+    if (gate == nullptr) return launch_pack_weights({gate_up_, up, {}, packed}, nullptr);
+    launch_pack_weights({gate_up_, *gate, up, packed}, nullptr);
+  }
+  void pack_down(const BlockScaledView& down, std::byte* packed) const override {
+    launch_pack_weights({down_, down, {}, packed}, nullptr);
+  }
+
+ private:
+  PackedShape gate_up_, down_;
+};
+
 }  // namespace
 
 ExpertStages::ExpertStages(const ExpertWeights& weights, const LayerConfig& config,
                            const LayerOptions& options, const Memory& memory)
-    : config_(config), options_(options), weights_(weights, config, options, memory) {}
+    : config_(config),
+      options_(options),
+      gate_up_shape_{is_gated(config.activation.kind) ? RowOrder::kGateUpPaired : RowOrder::kPlain,
+                     config.intermediate, config.hidden},
+      down_shape_{RowOrder::kPlain, config.hidden, config.intermediate},
+      weights_(kBackend, weights, config, options, memory,
+               std::make_unique<Packer>(gate_up_shape_, down_shape_)) {}
 
 ExpertSpace ExpertStages::carve(WorkspaceCarver& carver, int64_t rows) const {
   ExpertSpace space;
@@ -51,13 +79,13 @@ ExpertSpace ExpertStages::carve(WorkspaceCarver& carver, int64_t rows) const {
 }
 
 ExpertGemm ExpertStages::gate_up_gemm(int64_t max_rows) const {
-  ExpertGemm gemm = gemm_of(weights_.gate_up(), config_.experts, max_rows);
+  ExpertGemm gemm = gemm_of(weights_.gate_up(), gate_up_shape_, config_.experts, max_rows);
   gemm.activation = config_.activation;
   return gemm;
 }
 
 ExpertGemm ExpertStages::down_gemm(int64_t max_rows) const {
-  return gemm_of(weights_.down(), config_.experts, max_rows);
+  return gemm_of(weights_.down(), down_shape_, config_.experts, max_rows);
 }
 
 std::string ExpertStages::describe_kernels(int64_t rows) const {
@@ -236,11 +264,11 @@ void ExpertStages::run_fused(const ExpertSpace& space, const cuda::RowSource& so
   layer.top_k = config_.top_k;
   layer.group_offsets = rows.group_offsets.data();
   layer.row_of_slot = source.row_of_slot;
-  const auto matrix = [](const PreparedMatrix& prepared) {
-    return FusedMatrix{prepared.shape, prepared.packed.data(), prepared.global_scales(), prepared.biases()};
+  const auto matrix = [](const cuda::PreparedMatrix& prepared, const PackedShape& shape) {
+    return FusedMatrix{shape, prepared.packed.data(), prepared.global_scales(), prepared.biases()};
   };
-  layer.gate_up = matrix(weights_.gate_up());
-  layer.down = matrix(weights_.down());
+  layer.gate_up = matrix(weights_.gate_up(), gate_up_shape_);
+  layer.down = matrix(weights_.down(), down_shape_);
   layer.activation = config_.activation;
   layer.h = taps.h;
   layer.intermediate = space.activation;

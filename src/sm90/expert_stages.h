@@ -5,14 +5,20 @@
 #include <span>
 #include <string>
 
+#include "cuda/expert_steps.h"
+#include "cuda/prepared_weights.h"
 #include "cuda/stage.h"
 #include "fourfold/moe_layer.h"
 #include "moe/workspace.h"
 #include "sm90/expert_gemm.h"
 #include "sm90/fused_layer.h"
-#include "sm90/prepared_weights.h"
 
 namespace fourfold::sm90 {
+
+using cuda::ExpertRows;
+using cuda::ExpertTaps;
+using cuda::Step;
+using cuda::Walk;
 
 /// Part of a workspace for a number of rows at once.
 struct ExpertSpace {
@@ -28,39 +34,13 @@ struct ExpertSpace {
   std::span<int32_t> fused_counters;  ///< empty: the layer does not fuse
 };
 
-/// Which of the layer's steps a walk over all parts of its rows takes. A scale over the whole tensor has to
-/// be known before its first part is staged: where there are several parts, a walk of its own finds it.
-enum class Walk : uint8_t { kFindXAmax, kFindIntermediateAmax, kCompute };
-
-struct Step {
-  Walk walk = Walk::kCompute;
-  bool whole = true;  ///< there is one part, which finds its scales on the way
-  void* stream = nullptr;
-  StageObserver* observer = nullptr;  ///< may be null
-
-  /// Everything up to the end of `stage` is enqueued.
-  void finish(const char* stage) const {
-    if (observer != nullptr) observer->after(stage, stream);
-  }
-};
-
-/// Rows of one part.
-struct ExpertRows {
-  std::span<const int32_t> group_offsets;  ///< [E+1], in device memory
-  int64_t rows = 0;                        ///< at most
-};
-
-/// Optional outputs; those of h and z must be 16-byte aligned.
-struct ExpertTaps {
-  const StagedActivations* staged_x = nullptr;
-  MatrixView<Bf16> h, activation;
-  const StagedActivations* staged_intermediate = nullptr;
-  MatrixView<Bf16> z;
-};
-
 /// Every call enqueues alone, update() excepted.
 class ExpertStages {
  public:
+  using Space = ExpertSpace;
+  static constexpr const char* kBackend = "sm90";
+  static constexpr bool kCanFuse = true;
+
   ExpertStages(const ExpertWeights& weights, const LayerConfig& config, const LayerOptions& options,
                const Memory& memory);
 
@@ -68,6 +48,8 @@ class ExpertStages {
   ExpertSpace carve(WorkspaceCarver& carver, int64_t rows) const;
   /// The kernels of both GEMMs, for reports.
   std::string describe_kernels(int64_t rows) const;
+  /// The kernel of run_fused().
+  std::string describe_fused() const { return describe_fused_layer(); }
   /// Whether there is anything to find in such a walk.
   bool needs(Walk walk) const;
   /// To be called before the first walk.
@@ -127,7 +109,8 @@ class ExpertStages {
 
   LayerConfig config_;
   LayerOptions options_;
-  PreparedWeights weights_;
+  PackedShape gate_up_shape_, down_shape_;  ///< of one expert
+  cuda::PreparedWeights weights_;
 };
 
 }  // namespace fourfold::sm90

@@ -2,7 +2,7 @@
 // shapes:   x [T,H] bf16; gate/up and down packed (sm90/packed_layout.h); M rows sorted by expert; y [T,H]
 // needs:    H and I multiples of 64; SwiGLU; bf16 activations, or NVFP4 by scales known before
 // numerics: docs/formats.md, section 7; k split over four warpgroups, their sums added in order
-// oracle:   the reference layer in tests/sm90_layer_test.cpp
+// oracle:   the reference layer in tests/sm90_fused_layer_test.cpp
 //
 // A tile is 64 rows of weights by the rows of an expert, or some of them. Tickets stand for the gate/up tiles
 // of all experts, then for all down tiles; CTAs take them as they go. In each CTA

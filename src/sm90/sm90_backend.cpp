@@ -4,8 +4,8 @@
 #include "base/fail.h"
 #include "cuda/device.h"
 #include "cuda/permute.h"
+#include "cuda/prepared_weights.h"
 #include "fourfold/moe_layer.h"
-#include "sm90/prepared_weights.h"
 #include "sm90/sm90_layer.h"
 #include "sm90/standalone_gemm.h"
 
@@ -35,7 +35,7 @@ class Sm90Backend final : public Backend {
       return fmt::format("it permutes to at most {} experts, not {}", cuda::kMostExperts, config.experts);
     }
     const cuda::GpuProbe probe = cuda::probe_gpu();
-    return sm90::why_unpreparable(weights, probe.gpu ? probe.gpu->index : 0);
+    return cuda::why_unpreparable(name(), weights, probe.gpu ? probe.gpu->index : 0);
   }
 
   std::unique_ptr<MoeLayer> make_layer(const ExpertWeights& weights, const LayerConfig& config,

@@ -12,6 +12,7 @@
 #include "cpu/isa.h"
 #include "fourfold/cpu.h"
 #include "fourfold/error.h"
+#include "tools/compiled_code.h"
 #include "tools/layertest.h"
 #include "tools/testbed.h"
 
@@ -26,18 +27,34 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-LayertestReport test_layer(const Backend& backend, ActivationFormat activations) {
+LayerConfig test_config() {
+  LayerConfig config;
+  config.hidden = kTestLayer.hidden;
+  config.intermediate = kTestLayer.intermediate;
+  config.experts = kTestLayer.experts;
+  config.top_k = kTestTopK;
+  return config;
+}
+
+/// NVFP4 activations, and the best that the backend takes beside: bf16, or two NVFP4 terms where tensor cores
+/// multiply FP4 alone.
+std::vector<ActivationFormat> formats_to_test(const Backend& backend) {
+  LayerOptions options;
+  options.activations = ActivationFormat::kBf16;
+  const ExpertWeights weights = make_cpu_testbed()->generate(kTestLayer);
+  const bool takes_bf16 = backend.why_unsupported(weights, test_config(), options).empty();
+  return {ActivationFormat::kNvfp4, takes_bf16 ? ActivationFormat::kBf16 : ActivationFormat::kNvfp4x2};
+}
+
+LayertestReport test_layer(const Backend& backend, const LayerOptions& options) {
   const ExpertWeights weights = make_cpu_testbed()->generate(kTestLayer);
   LayerInputs inputs = make_inputs(kTestTokens, kTestLayer.hidden, kTestLayer.seed, false);
   route_at_random(inputs, kTestLayer.experts, kTestTopK, kTestLayer.seed);
   LayertestRequest request;
   request.nvfp4 = &weights;
   for (int64_t expert = 0; expert < kTestLayer.experts; ++expert) request.expert_ids.push_back(expert);
-  request.config.hidden = kTestLayer.hidden;
-  request.config.intermediate = kTestLayer.intermediate;
-  request.config.experts = kTestLayer.experts;
-  request.config.top_k = kTestTopK;
-  request.options.activations = activations;
+  request.config = test_config();
+  request.options = options;
   request.backend = &backend;
   request.inputs = &inputs;
   return run_layertest(request);
@@ -63,16 +80,26 @@ void add_gpu(Facts& facts) {
   const std::string driver = nvidia_driver_version();
   facts.emplace_back("driver", driver.empty() ? "no NVIDIA driver is loaded" : "NVIDIA " + driver);
 #if FOURFOLD_HAS_CUDA
+  std::string found;
   for (const Backend* backend : backends()) {
-    if (backend->name() != "sm90") continue;
+    if (backend->name() != "blackwell" && backend->name() != "sm90") continue;
     const std::string reason = backend->why_unavailable();
-    facts.emplace_back("gpu",
-                       reason.empty() ? make_testbed(*backend)->machine() : "none that runs: " + reason);
+    if (reason.empty()) {
+      found = make_testbed(*backend)->machine();
+      break;
+    }
+    found += fmt::format("{}{}: {}", found.empty() ? "none that runs: " : "; ", backend->name(), reason);
   }
+  facts.emplace_back("gpu", found);
 #else
   facts.emplace_back("gpu", driver.empty() ? "not looked for: this build is without CUDA"
                                            : "this build is without CUDA: build with nvcc in PATH to use it");
 #endif
+}
+
+void add_compiled_code(Facts& facts) {
+  const std::vector<std::string> lines = describe_compiled_code();
+  for (const std::string& line : lines) facts.emplace_back(&line == &lines.front() ? "gpu code" : "", line);
 }
 
 void add_backends(Facts& facts) {
@@ -87,12 +114,18 @@ void add_backends(Facts& facts) {
 }  // namespace
 
 SelfTest test_backend(const Backend& backend, const std::string& name, ActivationFormat activations) {
+  LayerOptions options;
+  options.activations = activations;
+  return test_backend(backend, name, options);
+}
+
+SelfTest test_backend(const Backend& backend, const std::string& name, const LayerOptions& options) {
   SelfTest test;
   test.backend = name;
-  test.activations = activations;
+  test.activations = options.activations;
   const auto start = std::chrono::steady_clock::now();
   try {
-    const LayertestReport report = test_layer(backend, activations);
+    const LayertestReport report = test_layer(backend, options);
     test.kernel = report.kernel;
     test.is_fine = report.findings.empty();
     test.trouble = join_findings(report);
@@ -106,7 +139,7 @@ SelfTest test_backend(const Backend& backend, const std::string& name, Activatio
 std::vector<SelfTest> run_self_tests(const std::function<void(std::string_view)>& progress) {
   std::vector<SelfTest> tests;
   const auto run = [&](const Backend& backend, const std::string& name) {
-    for (const ActivationFormat format : {ActivationFormat::kNvfp4, ActivationFormat::kBf16}) {
+    for (const ActivationFormat format : formats_to_test(backend)) {
       progress(fmt::format("self-test: {}, {}", name, to_string(format)));
       tests.push_back(test_backend(backend, name, format));
     }
@@ -135,6 +168,7 @@ Facts describe_machine() {
                                            1e-6 * static_cast<double>(host->cache_bytes())));
   add_instruction_sets(facts);
   add_gpu(facts);
+  add_compiled_code(facts);
   add_backends(facts);
   for (const char* variable : {kBackendVariable, kIsaVariable}) {
     const char* value = std::getenv(variable);

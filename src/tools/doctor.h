@@ -26,9 +26,11 @@ struct SelfTest {
 /// Generated NVFP4 weights of 8 experts, gate's and up's global scales apart, 48 tokens, some experts busier
 /// than others. Never throws Error: a backend that does is in trouble.
 SelfTest test_backend(const Backend& backend, const std::string& name, ActivationFormat activations);
+/// The same under other options.
+SelfTest test_backend(const Backend& backend, const std::string& name, const LayerOptions& options);
 
 /// Every backend that can run here and is not the reference, and every instruction set of the backend "cpu"
-/// that this CPU has; with NVFP4 and with bf16 activations.
+/// that this CPU has; with NVFP4 and with bf16 activations (two NVFP4 terms where a backend takes no bf16).
 std::vector<SelfTest> run_self_tests(const std::function<void(std::string_view)>& progress);
 
 /// Lines of the report: label and text.

@@ -13,6 +13,7 @@
 #include "fourfold/model_family.h"
 #include "tools/commands.h"
 #include "tools/doctor.h"
+#include "tools/gpu_self_test.h"
 #include "tools/terminal.h"
 
 namespace fourfold {
@@ -20,6 +21,7 @@ namespace {
 
 struct Arguments {
   std::string model, json;
+  bool self_test = false;
   std::optional<int64_t> layer;
 };
 
@@ -141,7 +143,7 @@ void print_self_tests(const std::vector<SelfTest>& tests) {
     const auto print = test.is_fine ? print_fact : print_trouble;
     print(
         &test == &tests.front() ? "self-test" : "",
-        fmt::format("{:<13} {:<6} {} in {:.2f} s{}", test.backend, to_string(test.activations),
+        fmt::format("{:<13} {:<7} {} in {:.2f} s{}", test.backend, to_string(test.activations),
                     test.is_fine ? "right" : "WRONG", test.seconds, test.is_fine ? "" : ": " + test.trouble));
   }
 }
@@ -155,6 +157,11 @@ int execute(const Arguments& arguments) {
   report.isa_trouble = forced_isa_trouble();
   const Progress progress;
   report.self_tests = run_self_tests([&](std::string_view what) { progress.show(what); });
+  if (arguments.self_test) {
+    for (SelfTest& test : run_gpu_self_tests([&](std::string_view what) { progress.show(what); })) {
+      report.self_tests.push_back(std::move(test));
+    }
+  }
   progress.clear();
 
   for (const auto& [label, text] : report.machine) print_fact(label, text);
@@ -179,6 +186,9 @@ void add_doctor(CLI::App& app, int& exit_code) {
   command->add_option("--layer", arguments->layer, "layer number (default: the first that has experts)")
       ->check(whole_number<int64_t>());
   add_isa_option(*command);
+  command->add_flag(
+      "--self-test", arguments->self_test,
+      "test every kernel of the GPU, not one of each backend; for reports of a new kind of GPU");
   command->add_option("--json", arguments->json, "write everything as JSON too (docs/inspect.md)")
       ->check(nonempty());
   command->footer("Exit code: 0 fine, 1 error, 2 usage, 3 something is wrong.");

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "blackwell/block_weights.h"
 #include "cpu/panel_matrix.h"
 #include "fourfold/moe_layer.h"
 #include "sm90/packed_layout.h"
@@ -41,6 +42,12 @@ int64_t sm90_bytes(const Expert& expert) {
          sm90::PackedShape{sm90::RowOrder::kPlain, hidden, intermediate}.bytes();
 }
 
+int64_t blackwell_bytes(const Expert& expert) {
+  const int64_t hidden = cols_of(expert.up), intermediate = rows_of(expert.up);
+  return blackwell::expert_bytes({intermediate, hidden}, expert.has_gate() ? 2 : 1) +
+         blackwell::expert_bytes({hidden, intermediate}, 1);
+}
+
 /// The mean over the experts that are there, times `experts`; and the shared one.
 int64_t of_layer(const ExpertWeights& weights, int64_t experts, int64_t (*bytes)(const Expert&)) {
   int64_t sum = 0;
@@ -54,20 +61,24 @@ int64_t of_layer(const ExpertWeights& weights, int64_t experts, int64_t (*bytes)
 std::vector<MemoryEstimate> estimate_memory(const ExpertWeights& weights, int64_t experts) {
   const bool all_nvfp4 = std::all_of(weights.experts.begin(), weights.experts.end(), is_all_nvfp4) &&
                          (!weights.shared || is_all_nvfp4(weights.shared->expert));
-  std::vector<MemoryEstimate> estimates(3);
-  estimates[0].backend = "sm90";
-  if (all_nvfp4) {
-    estimates[0].bytes = of_layer(weights, experts, sm90_bytes);
-  } else {
-    estimates[0].why_not = "it multiplies NVFP4 experts alone";
+  std::vector<MemoryEstimate> estimates(4);
+  for (const auto& [at, backend, bytes] :
+       {std::tuple(0, "blackwell", &blackwell_bytes), {1, "sm90", &sm90_bytes}}) {
+    MemoryEstimate& estimate = estimates[static_cast<size_t>(at)];
+    estimate.backend = backend;
+    if (all_nvfp4) {
+      estimate.bytes = of_layer(weights, experts, bytes);
+    } else {
+      estimate.why_not = "it multiplies NVFP4 experts alone";
+    }
   }
-  estimates[1].backend = "cpu";
+  estimates[2].backend = "cpu";
   LayerOptions options;
   options.activations = ActivationFormat::kBf16;  // which need no scales
-  estimates[1].why_not = cpu_backend().why_unsupported(weights, {}, options);
-  if (estimates[1].why_not.empty()) estimates[1].bytes = of_layer(weights, experts, cpu_bytes);
-  estimates[2].backend = "reference";
-  estimates[2].bytes = of_layer(weights, experts, stored_bytes);
+  estimates[2].why_not = cpu_backend().why_unsupported(weights, {}, options);
+  if (estimates[2].why_not.empty()) estimates[2].bytes = of_layer(weights, experts, cpu_bytes);
+  estimates[3].backend = "reference";
+  estimates[3].bytes = of_layer(weights, experts, stored_bytes);
   for (MemoryEstimate& estimate : estimates) {
     estimate.is_compiled_in = std::any_of(backends().begin(), backends().end(), [&](const Backend* backend) {
       return backend->name() == estimate.backend;

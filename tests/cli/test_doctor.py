@@ -26,6 +26,13 @@ def test_doctor_of_this_machine() -> None:
         assert part in result.stdout, str(result)
 
 
+def test_doctor_tests_the_gpu_at_length_where_there_is_one() -> None:
+    result = run("doctor", "--self-test")
+    assert result.code == FINE and "this machine is fine" in result.stdout, str(result)
+    on_gpu = "gpu          none that runs" not in result.stdout and "gpu code" in result.stdout
+    assert (" gemm 5,300,328,272" in result.stdout) == on_gpu, str(result)
+
+
 def test_doctor_names_what_forces_a_backend() -> None:
     result = run("doctor", env={"FOURFOLD_BACKEND": "reference", "FOURFOLD_ISA": "portable"})
     assert "FOURFOLD_BACKEND=reference" in result.stdout and "reference (forced by" in result.stdout

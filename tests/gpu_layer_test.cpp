@@ -1,4 +1,4 @@
-// Layers on Hopper, stage by stage, each stage's reference fed with the layer's own previous output; and the
+// Layers on a GPU, stage by stage, each stage's reference fed with the layer's own previous output; and the
 // backend's GEMMs. Exit code 77: no GPU here.
 #include <algorithm>
 #include <cmath>
@@ -7,9 +7,9 @@
 #include "fourfold/comparison.h"
 #include "fourfold/error.h"
 #include "fourfold/reference.h"
+#include "layer_soundness.h"
 #include "random_layer.h"
-#include "sm90/fused_layer.h"
-#include "sm90/sm90_layer.h"
+#include "tested_backend.h"
 #include "tools/gemmtest.h"
 #include "tools/layer_trace.h"
 #include "tools/layertest.h"
@@ -18,46 +18,7 @@
 namespace fourfold {
 namespace {
 
-LayerOptions options_for(ActivationFormat format, ScalePolicy x = ScalePolicy::kStatic,
-                         ScalePolicy intermediate = ScalePolicy::kStatic) {
-  LayerOptions options;
-  options.activations = format;
-  options.x_scale = x;
-  options.intermediate_scale = intermediate;
-  return options;
-}
-
-/// No finding in the kernel: stages within one bf16 ulp an element, staging bit for bit, permutation equal
-/// (tools/layertest.cpp derives the limits).
-void expect_sound(const RandomLayerShape& shape, const LayerOptions& options, uint64_t salt) {
-  const RandomLayer layer(shape, test_seed() + salt);
-  SCOPED_TRACE(testing::Message() << "T " << shape.tokens << ", H " << shape.hidden << ", I "
-                                  << shape.intermediate << ", E " << shape.experts << ", top-" << shape.top_k
-                                  << ", " << describe(shape.activation) << ", "
-                                  << to_string(options.activations) << ", x " << to_string(options.x_scale)
-                                  << ", intermediate " << to_string(options.intermediate_scale) << ", biases "
-                                  << static_cast<int>(shape.biases) << ", assignment "
-                                  << static_cast<int>(shape.assignment) << ", salt " << salt);
-  LayertestRequest request;
-  request.nvfp4 = &layer.weights;
-  for (int64_t e = 0; e < shape.experts; ++e) request.expert_ids.push_back(e);
-  request.config = layer.config;
-  request.options = options;
-  request.backend = &sm90_backend();
-  request.inputs = &layer.inputs;
-  const LayertestReport report = run_layertest(request);
-  // h, activation, z, y; of the shared expert h, activation and z.
-  const size_t stages = shape.shared_intermediate > 0 ? 7 : 4;
-  ASSERT_EQ(report.kernel_stages.stages.size(), stages) << report.kernel_stages.left_out;
-  for (const StageReport& stage : report.kernel_stages.stages) {
-    EXPECT_TRUE(std::isfinite(stage.rel_l2)) << kStageNames[static_cast<size_t>(stage.stage)];
-  }
-  for (const std::string& finding : report.findings) {
-    EXPECT_NE(finding.rfind("kernel", 0), 0u) << finding;  // others judge the made-up weights
-  }
-}
-
-TEST(Sm90Layer, IsSoundInEveryFormatAndScalePolicy) {
+TEST(GpuLayer, IsSoundInEveryFormatAndScalePolicy) {
   using enum ScalePolicy;
   uint64_t salt = 0;
   for (const ActivationFormat format : {ActivationFormat::kNvfp4, ActivationFormat::kNvfp4x2}) {
@@ -67,8 +28,7 @@ TEST(Sm90Layer, IsSoundInEveryFormatAndScalePolicy) {
       }
     }
   }
-  expect_sound({}, options_for(ActivationFormat::kFp8), ++salt);
-  expect_sound({}, options_for(ActivationFormat::kBf16), ++salt);
+  for (const ActivationFormat format : tested_formats()) expect_sound({}, options_for(format), ++salt);
 }
 
 const ActivationFunction kActivations[] = {
@@ -84,19 +44,19 @@ const ActivationFunction kActivations[] = {
     {ActivationKind::kGelu},
 };
 
-TEST(Sm90Layer, IsSoundForEveryActivationWithAndWithoutBiases) {
+TEST(GpuLayer, IsSoundForEveryActivationWithAndWithoutBiases) {
   uint64_t salt = 100;
   for (const ActivationFunction& activation : kActivations) {
     for (const Biases biases : {Biases::kNone, Biases::kSome, Biases::kAll}) {
       RandomLayerShape shape;
       shape.activation = activation;
       shape.biases = biases;
-      expect_sound(shape, options_for(ActivationFormat::kBf16), ++salt);
+      expect_sound(shape, options_for(tested_formats().back()), ++salt);
     }
   }
 }
 
-TEST(Sm90Layer, IsSoundForShapesOfEverySize) {
+TEST(GpuLayer, IsSoundForShapesOfEverySize) {
   const RandomLayerShape shapes[] = {
       {1, 16, 16, 1, 1},      {1, 64, 64, 8, 8},     {3, 80, 48, 300, 2},   {200, 48, 336, 2, 1},
       {5, 2880, 2880, 3, 2},  {2, 7168, 2048, 2, 2}, {129, 320, 272, 5, 4}, {1000, 128, 64, 7, 2},
@@ -105,42 +65,11 @@ TEST(Sm90Layer, IsSoundForShapesOfEverySize) {
   uint64_t salt = 200;
   for (const RandomLayerShape& shape : shapes) {
     expect_sound(shape, options_for(ActivationFormat::kNvfp4), ++salt);
-    expect_sound(shape, options_for(ActivationFormat::kBf16), ++salt);
+    expect_sound(shape, options_for(tested_formats().back()), ++salt);
   }
 }
 
-/// Few tokens and many experts: the kernel that has both GEMMs and combine (sm90/fused_layer.h), with x
-/// staged in it or before it, more rows than a tile has, and K that no number of parts divides.
-TEST(Sm90Layer, IsSoundInOneKernel) {
-  const RandomLayerShape shapes[] = {
-      {1, 64, 64, 3, 1},     {1, 2048, 768, 9, 8}, {2, 7168, 128, 12, 3}, {3, 320, 2880, 16, 4},
-      {4, 256, 128, 64, 8},  {9, 320, 192, 60, 7}, {12, 512, 64, 80, 8},  {40, 64, 448, 128, 4},
-      {30, 64, 320, 300, 8}, {1, 16384, 64, 4, 4},
-  };
-  uint64_t salt = 250;
-  for (RandomLayerShape shape : shapes) {
-    for (const Assignment assignment :
-         {Assignment::kUniform, Assignment::kOneExpert, Assignment::kRepeated}) {
-      shape.assignment = assignment;
-      shape.biases = salt % 3 == 0 ? Biases::kAll : Biases::kNone;
-      if (salt % 4 == 0) shape.activation = {ActivationKind::kSwiglu, 1.702f, 1.0f, 3.0f};
-      for (const LayerOptions& options :
-           {options_for(ActivationFormat::kNvfp4), options_for(ActivationFormat::kBf16),
-            options_for(ActivationFormat::kNvfp4, ScalePolicy::kDynamicToken,
-                        ScalePolicy::kMaxOverExperts)}) {
-        LayerConfig config;
-        config.experts = shape.experts;
-        config.hidden = shape.hidden;
-        config.intermediate = shape.intermediate;
-        config.top_k = shape.top_k;
-        ASSERT_TRUE(sm90::can_fuse(config, options, shape.tokens * shape.top_k));
-        expect_sound(shape, options, ++salt);
-      }
-    }
-  }
-}
-
-TEST(Sm90Layer, IsSoundForEveryRouting) {
+TEST(GpuLayer, IsSoundForEveryRouting) {
   uint64_t salt = 300;
   for (const Assignment assignment :
        {Assignment::kOneExpert, Assignment::kSomeAbsent, Assignment::kRepeated}) {
@@ -155,7 +84,7 @@ TEST(Sm90Layer, IsSoundForEveryRouting) {
   }
 }
 
-TEST(Sm90Layer, IsSoundForWeightsInEveryLayout) {
+TEST(GpuLayer, IsSoundForWeightsInEveryLayout) {
   uint64_t salt = 400;
   for (const ScaleLayout layout : {ScaleLayout::kRowMajor, ScaleLayout::kSwizzled128x4}) {
     for (const GlobalScaleKind kind : {GlobalScaleKind::kMultiplier, GlobalScaleKind::kDivisor}) {
@@ -167,10 +96,9 @@ TEST(Sm90Layer, IsSoundForWeightsInEveryLayout) {
   }
 }
 
-TEST(Sm90Layer, IsSoundWithASharedExpert) {
+TEST(GpuLayer, IsSoundWithASharedExpert) {
   uint64_t salt = 450;
-  for (const ActivationFormat format : {ActivationFormat::kNvfp4, ActivationFormat::kNvfp4x2,
-                                        ActivationFormat::kFp8, ActivationFormat::kBf16}) {
+  for (const ActivationFormat format : tested_formats()) {
     for (const ScalePolicy policy : {ScalePolicy::kStatic, ScalePolicy::kMaxOverExperts,
                                      ScalePolicy::kDynamicTensor, ScalePolicy::kDynamicToken}) {
       RandomLayerShape shape;
@@ -182,13 +110,12 @@ TEST(Sm90Layer, IsSoundWithASharedExpert) {
   }
 }
 
-TEST(Sm90Layer, IsSoundForRandomCombinations) {
+TEST(GpuLayer, IsSoundForRandomCombinations) {
   Engine random = engine(500);
   const auto pick = [&](const auto& list) { return list[below(random, std::ssize(list))]; };
   const std::vector<ScalePolicy> policies = {ScalePolicy::kStatic, ScalePolicy::kMaxOverExperts,
                                              ScalePolicy::kDynamicTensor, ScalePolicy::kDynamicToken};
-  const std::vector<ActivationFormat> formats = {ActivationFormat::kNvfp4, ActivationFormat::kNvfp4x2,
-                                                 ActivationFormat::kFp8, ActivationFormat::kBf16};
+  const std::vector<ActivationFormat> formats = tested_formats();
   for (uint64_t trial = 0; trial < 40; ++trial) {
     RandomLayerShape shape;
     shape.tokens = 1 + below(random, 150);
@@ -204,36 +131,37 @@ TEST(Sm90Layer, IsSoundForRandomCombinations) {
   }
 }
 
-TEST(Sm90Layer, WithoutAnyRowGivesZeros) {
+TEST(GpuLayer, WithoutAnyRowGivesZeros) {
   for (const RandomLayerShape& shape :
        {RandomLayerShape{0}, RandomLayerShape{5}, RandomLayerShape{2, 192, 128, 40, 3}}) {
     RandomLayer layer(shape, test_seed());
     std::fill(layer.inputs.topk_ids.begin(), layer.inputs.topk_ids.end(), -1);
-    const auto moe = sm90_backend().make_layer(layer.weights, layer.config, {});
-    const LayerTrace run = trace(*moe, layer.inputs, nullptr, sm90_backend().memory());
+    const auto moe = tested_backend().make_layer(layer.weights, layer.config, {});
+    const LayerTrace run = trace(*moe, layer.inputs, nullptr, tested_backend().memory());
     EXPECT_EQ(run.permutation.group_offsets, std::vector<int32_t>(static_cast<size_t>(shape.experts + 1)));
     EXPECT_TRUE(std::all_of(run.y.begin(), run.y.end(), [](Bf16 v) { return v.bits == 0; }));
     EXPECT_EQ(run.permutation.status, kStatusOk);
   }
 }
 
-TEST(Sm90Layer, CountsAnIdOutOfRangeAsAbsentAndSaysSo) {
+TEST(GpuLayer, CountsAnIdOutOfRangeAsAbsentAndSaysSo) {
   RandomLayer layer({}, test_seed());
-  const auto moe = sm90_backend().make_layer(layer.weights, layer.config, {});
+  const auto moe = tested_backend().make_layer(layer.weights, layer.config, {});
   layer.inputs.topk_ids[4] = -1;
-  const LayerTrace absent = trace(*moe, layer.inputs, nullptr, sm90_backend().memory());
+  const LayerTrace absent = trace(*moe, layer.inputs, nullptr, tested_backend().memory());
   layer.inputs.topk_ids[4] = static_cast<int32_t>(layer.config.experts);
-  const LayerTrace bad = trace(*moe, layer.inputs, nullptr, sm90_backend().memory());
+  const LayerTrace bad = trace(*moe, layer.inputs, nullptr, tested_backend().memory());
   EXPECT_EQ(absent.permutation.status, kStatusOk);
   EXPECT_EQ(bad.permutation.status, kStatusExpertOutOfRange);
   EXPECT_EQ(absent.y, bad.y);
 }
 
-TEST(Sm90Gemm, HasNoFindingForShapesOfEverySize) {
+TEST(GpuGemm, HasNoFindingForShapesOfEverySize) {
   const int64_t shapes[][4] = {{5, 300, 328, 272}, {1, 1, 1, 16},       {3, 7, 2, 32},
                                {4, 5, 130, 48},    {16, 700, 512, 512}, {2, 65, 17, 1040}};
   for (const auto& [groups, rows, columns, depth] : shapes) {
-    const GemmtestReport report = run_gemmtest({groups, rows, columns, depth, test_seed(), &sm90_backend()});
+    const GemmtestReport report =
+        run_gemmtest({groups, rows, columns, depth, test_seed(), &tested_backend()});
     for (const GemmtestRow& row : report.rows) {
       // Of the other oracle, a matmul of what was quantized, few elements are too small a sample.
       if (row.against != "emulation") continue;
@@ -247,7 +175,7 @@ TEST(Sm90Gemm, HasNoFindingForShapesOfEverySize) {
 
 /// Grouped GEMM to float32 in every activation format against the reference's float64 sums. Each of K
 /// additions in float32 errs by at most 2^-23 of a partial sum (tensor cores may truncate).
-TEST(Sm90Gemm, MultipliesEveryActivationFormatToFloat32) {
+TEST(GpuGemm, MultipliesEveryActivationFormatToFloat32) {
   constexpr int64_t kRows = 90, kColumns = 96, kDepth = 304, kGroups = 3;
   const std::vector<int32_t> offsets = {0, 50, 50, kRows};
   const std::vector<float> group_scales = {0.5f, 2.0f, 0.1f};
@@ -256,8 +184,7 @@ TEST(Sm90Gemm, MultipliesEveryActivationFormatToFloat32) {
   std::vector<WeightView> b;
   for (const Expert& expert : weights.weights.experts) b.push_back(expert.up);
   const std::vector<Bf16> x = random_rows(random, kRows, kDepth, Values::kOrdinary);
-  for (const ActivationFormat format : {ActivationFormat::kNvfp4, ActivationFormat::kNvfp4x2,
-                                        ActivationFormat::kFp8, ActivationFormat::kBf16}) {
+  for (const ActivationFormat format : tested_formats()) {
     SCOPED_TRACE(to_string(format));
     StagedBuffers staged(format, kRows, kDepth);
     if (is_nvfp4(format)) {
@@ -275,7 +202,7 @@ TEST(Sm90Gemm, MultipliesEveryActivationFormatToFloat32) {
     args.d = MatrixView<float>(expected.data(), kRows, kColumns);
     reference::grouped_gemm(args);
 
-    const Memory& memory = sm90_backend().memory();
+    const Memory& memory = tested_backend().memory();
     Mirror mirror(memory);
     args.accumulation = Accumulation::kFloat32;
     const StagedActivations brought = mirror.bring(staged.views);
@@ -290,9 +217,9 @@ TEST(Sm90Gemm, MultipliesEveryActivationFormatToFloat32) {
       blocks.scales = mirror.bring(blocks.scales, static_cast<size_t>(blocks.rows * blocks.blocks_per_row()));
     }
     args.b = device_b;
-    const AlignedWorkspace workspace(sm90_backend().gemm_workspace_bytes(args), memory);
+    const AlignedWorkspace workspace(tested_backend().gemm_workspace_bytes(args), memory);
     args.workspace = workspace.span();
-    sm90_backend().grouped_gemm(args);
+    tested_backend().grouped_gemm(args);
     mirror.fetch();
     const Comparison comparison = compare(MatrixView<const float>(expected.data(), kRows, kColumns),
                                           MatrixView<const float>(found.data(), kRows, kColumns));

@@ -1,14 +1,15 @@
-// How layers on Hopper are called: captured, from several streams, with new weights, in parts, by halves.
+// How layers on a GPU are called: captured, from several streams, with new weights, in parts, by halves.
 #include <algorithm>
 #include <memory>
 #include <optional>
 
+#include "cuda/expert_layer.h"
 #include "cuda_support.h"
 #include "fourfold/error.h"
 #include "fourfold/reference.h"
 #include "fourfold/scale_layout.h"
 #include "random_layer.h"
-#include "sm90/sm90_layer.h"
+#include "tested_backend.h"
 #include "tools/layer_trace.h"
 #include "tools/mirror.h"
 
@@ -16,11 +17,11 @@ namespace fourfold {
 namespace {
 
 const Memory& gpu() {
-  return sm90_backend().memory();
+  return tested_backend().memory();
 }
 
 std::unique_ptr<MoeLayer> make(const RandomLayer& layer, const LayerOptions& options = {}) {
-  return sm90_backend().make_layer(layer.weights, layer.config, options);
+  return tested_backend().make_layer(layer.weights, layer.config, options);
 }
 
 /// Buffers for forward() at fixed addresses, whose contents can change between calls.
@@ -102,20 +103,23 @@ LayerOptions with_format(ActivationFormat format, ScalePolicy policy) {
   return options;
 }
 
-const LayerOptions kOptions[] = {
-    with_format(ActivationFormat::kNvfp4, ScalePolicy::kStatic),
-    with_format(ActivationFormat::kNvfp4x2, ScalePolicy::kDynamicTensor),
-    with_format(ActivationFormat::kFp8, ScalePolicy::kStatic),
-    with_format(ActivationFormat::kBf16, ScalePolicy::kStatic),
-};
+/// Every format that the backend takes.
+std::vector<LayerOptions> options_of_formats() {
+  std::vector<LayerOptions> list;
+  for (const ActivationFormat format : tested_formats()) {
+    list.push_back(with_format(
+        format, format == ActivationFormat::kNvfp4x2 ? ScalePolicy::kDynamicTensor : ScalePolicy::kStatic));
+  }
+  return list;
+}
 
-TEST(Sm90Calls, CapturedOnceGiveForEveryRoutingWhatEagerCallsGive) {
+TEST(GpuCalls, CapturedOnceGiveForEveryRoutingWhatEagerCallsGive) {
   for (const int64_t tokens : {3, 150}) {
     RandomLayerShape shape;
     shape.tokens = tokens;
     shape.shared_intermediate = 48;
     const RandomLayer layer(shape, test_seed());
-    for (const LayerOptions& options : kOptions) {
+    for (const LayerOptions& options : options_of_formats()) {
       const auto moe = make(layer, options);
       Call eager(*moe, tokens), captured(*moe, tokens);
       captured.set(layer.inputs);
@@ -132,16 +136,16 @@ TEST(Sm90Calls, CapturedOnceGiveForEveryRoutingWhatEagerCallsGive) {
   }
 }
 
-TEST(Sm90Calls, RepeatToTheLastBit) {
+TEST(GpuCalls, RepeatToTheLastBit) {
   const RandomLayer layer({.tokens = 300}, test_seed());
-  for (const LayerOptions& options : kOptions) {
+  for (const LayerOptions& options : options_of_formats()) {
     const auto moe = make(layer, options);
     const std::vector<Bf16> first = run(*moe, layer.inputs, 300);
     for (int repeat = 0; repeat < 20; ++repeat) ASSERT_EQ(run(*moe, layer.inputs, 300), first);
   }
 }
 
-TEST(Sm90Calls, DoNotDependOnWhatElseIsInTheBatch) {
+TEST(GpuCalls, DoNotDependOnWhatElseIsInTheBatch) {
   const RandomLayer layer({.tokens = 200}, test_seed());
   const auto moe = make(layer);
   const std::vector<Bf16> all = run(*moe, layer.inputs, 200);
@@ -154,7 +158,7 @@ TEST(Sm90Calls, DoNotDependOnWhatElseIsInTheBatch) {
   EXPECT_TRUE(std::equal(alone.begin(), alone.end(), all.begin()));
 }
 
-TEST(Sm90Calls, FromTwoStreamsAtOnceGiveWhatOneGives) {
+TEST(GpuCalls, FromTwoStreamsAtOnceGiveWhatOneGives) {
   const RandomLayer layer({.tokens = 120}, test_seed());
   const auto moe = make(layer);
   const LayerInputs inputs[2] = {other_inputs(layer, 1), other_inputs(layer, 2)};
@@ -171,13 +175,12 @@ TEST(Sm90Calls, FromTwoStreamsAtOnceGiveWhatOneGives) {
   }
 }
 
-TEST(Sm90Calls, TappedGiveWhatUntappedGive) {
+TEST(GpuCalls, TappedGiveWhatUntappedGive) {
   // Untapped, the first GEMM quantizes its own output where the scale is known and
   // tokens are few. Every kernel of the table.
   for (const int64_t tokens : {2, 14, 50, 300}) {
     const RandomLayer layer({.tokens = tokens, .assignment = Assignment::kSomeAbsent}, test_seed());
-    for (const ActivationFormat format : {ActivationFormat::kNvfp4, ActivationFormat::kNvfp4x2,
-                                          ActivationFormat::kFp8, ActivationFormat::kBf16}) {
+    for (const ActivationFormat format : tested_formats()) {
       for (const ScalePolicy policy : {ScalePolicy::kStatic, ScalePolicy::kMaxOverExperts,
                                        ScalePolicy::kDynamicTensor, ScalePolicy::kDynamicToken}) {
         const auto moe = make(layer, with_format(format, policy));
@@ -188,7 +191,7 @@ TEST(Sm90Calls, TappedGiveWhatUntappedGive) {
   }
 }
 
-TEST(Sm90Calls, MapTheModelsExpertsToThoseOfTheRank) {
+TEST(GpuCalls, MapTheModelsExpertsToThoseOfTheRank) {
   const RandomLayer layer({.tokens = 60}, test_seed());
   const auto moe = make(layer);
   LayerInputs model = layer.inputs;  // ids of a model of 18 experts, of which 6 to 11 are here
@@ -205,7 +208,7 @@ TEST(Sm90Calls, MapTheModelsExpertsToThoseOfTheRank) {
   EXPECT_EQ(call.y(), run(*moe, rank, 60));
 }
 
-TEST(Sm90Calls, GraphsSurviveNewWeights) {
+TEST(GpuCalls, GraphsSurviveNewWeights) {
   const RandomLayerShape shape{.biases = Biases::kSome, .shared_intermediate = 80, .shared_gate = true};
   const RandomLayer before(shape, test_seed()), after(shape, test_seed() + 1);
   const auto moe = make(before);
@@ -219,7 +222,7 @@ TEST(Sm90Calls, GraphsSurviveNewWeights) {
   EXPECT_EQ(captured.y(), run(*make(after), before.inputs, shape.tokens));
 }
 
-TEST(Sm90Calls, RefuseNewWeightsOfAnotherShapeOrWithOtherBiases) {
+TEST(GpuCalls, RefuseNewWeightsOfAnotherShapeOrWithOtherBiases) {
   const RandomLayer layer({}, test_seed());
   const auto moe = make(layer);
   EXPECT_THROW(moe->update_weights(RandomLayer({.hidden = 208}, 1).weights), Error);
@@ -229,7 +232,7 @@ TEST(Sm90Calls, RefuseNewWeightsOfAnotherShapeOrWithOtherBiases) {
                Error);
 }
 
-TEST(Sm90Calls, TakeWeightsFromTheDevice) {
+TEST(GpuCalls, TakeWeightsFromTheDevice) {
   const RandomLayer layer({.biases = Biases::kSome}, test_seed());
   Mirror mirror(gpu());
   ExpertWeights weights = layer.weights;
@@ -245,7 +248,7 @@ TEST(Sm90Calls, TakeWeightsFromTheDevice) {
       (*bias)->device = gpu().device();
     }
   }
-  const auto moe = sm90_backend().make_layer(weights, layer.config, {});
+  const auto moe = tested_backend().make_layer(weights, layer.config, {});
   EXPECT_EQ(run(*moe, layer.inputs, 37), run(*make(layer), layer.inputs, 37));
 }
 
@@ -278,9 +281,9 @@ float largest_activation(const MoeLayer& layer, const LayerInputs& inputs, int64
   return absolute_maximum(MatrixView<const Bf16>(values.data(), slots, intermediate));
 }
 
-TEST(Sm90Calls, InPartsGiveWhatEachPartGivesWithTheScalesOfTheWhole) {
+TEST(GpuCalls, InPartsGiveWhatEachPartGivesWithTheScalesOfTheWhole) {
   // 80000 slots: two parts. The largest x, and so the scale of the whole tensor, is in the second.
-  constexpr int64_t kTokens = 40000, kPart = sm90::kMostRowsAtOnce / 2;
+  constexpr int64_t kTokens = 40000, kPart = cuda::kMostRowsAtOnce / 2;
   RandomLayer layer({kTokens, 64, 48, 5, 2}, test_seed());
   layer.inputs.x[static_cast<size_t>((kTokens - 7) * 64 + 3)] = encode_bf16(200.0f);
   const LayerInputs parts[] = {part_of(layer.inputs, 0, kPart),
@@ -301,7 +304,7 @@ TEST(Sm90Calls, InPartsGiveWhatEachPartGivesWithTheScalesOfTheWhole) {
   EXPECT_EQ(y, expected);
 }
 
-TEST(Sm90Calls, RefuseTapsThatDoNotFitOnePart) {
+TEST(GpuCalls, RefuseTapsThatDoNotFitOnePart) {
   const RandomLayer layer({40000, 16, 16, 2, 2}, test_seed());
   EXPECT_THROW(trace(*make(layer), layer.inputs, nullptr, gpu()), Error);
 }
@@ -373,9 +376,9 @@ class ExpertHalf {
   std::vector<uint8_t> first_, second_;
 };
 
-TEST(Sm90Calls, OfTheExpertHalfGiveWhatTheWholeLayerGives) {
+TEST(GpuCalls, OfTheExpertHalfGiveWhatTheWholeLayerGives) {
   const RandomLayer layer({.tokens = 90, .biases = Biases::kAll}, test_seed());
-  for (const LayerOptions& options : kOptions) {
+  for (const LayerOptions& options : options_of_formats()) {
     SCOPED_TRACE(to_string(options.activations));
     ExpertHalf half(layer, options);
     for (const int64_t offset : {0, 3}) {
@@ -391,7 +394,7 @@ TEST(Sm90Calls, OfTheExpertHalfGiveWhatTheWholeLayerGives) {
 /// experts() on rows staged by token, more of them than one part takes.
 class ManyRows {
  public:
-  static constexpr int64_t kRows = sm90::kMostRowsAtOnce + 4321, kHidden = 64, kIntermediate = 48;
+  static constexpr int64_t kRows = cuda::kMostRowsAtOnce + 4321, kHidden = 64, kIntermediate = 48;
 
   ManyRows() : layer_({1, kHidden, kIntermediate, 4, 1}, test_seed()), staged_(format(), kRows, kHidden) {
     Engine random = engine(700);
@@ -441,7 +444,7 @@ class ManyRows {
   StagedBuffers staged_;
 };
 
-TEST(Sm90Calls, OfTheExpertHalfInPartsGiveWhatEachPartGives) {
+TEST(GpuCalls, OfTheExpertHalfInPartsGiveWhatEachPartGives) {
   const ManyRows many;
   const LayerOptions options = with_format(ActivationFormat::kNvfp4, ScalePolicy::kStatic);
   constexpr int64_t kFirst = 30000;
@@ -451,7 +454,7 @@ TEST(Sm90Calls, OfTheExpertHalfInPartsGiveWhatEachPartGives) {
   EXPECT_EQ(many.run(options, 0, ManyRows::kRows).z, expected);
 }
 
-TEST(Sm90Calls, OfTheExpertHalfInPartsScaleTheIntermediateAsAWhole) {
+TEST(GpuCalls, OfTheExpertHalfInPartsScaleTheIntermediateAsAWhole) {
   const ManyRows many;
   const auto dynamic =
       many.run(with_format(ActivationFormat::kNvfp4, ScalePolicy::kDynamicTensor), 0, ManyRows::kRows);

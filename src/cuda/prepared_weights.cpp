@@ -1,16 +1,16 @@
 // Packing a layer's weights, expert by expert.
-#include "sm90/prepared_weights.h"
+#include "cuda/prepared_weights.h"
 
 #include <algorithm>
 #include <array>
+#include <utility>
 #include <vector>
 
 #include "base/fail.h"
 #include "cuda/device.h"
 #include "fourfold/scale_layout.h"
-#include "sm90/expert_gemm.h"
 
-namespace fourfold::sm90 {
+namespace fourfold::cuda {
 namespace {
 
 constexpr int64_t kSourceAlignment = 256;
@@ -56,13 +56,12 @@ class Staging {
     BlockScaledView brought = view;
     const int64_t code_bytes = view.cols / 2, blocks = view.blocks_per_row();
     uint8_t* codes = take(view.rows * code_bytes);
-    cuda::copy_rows_async(codes, code_bytes, view.codes.data, view.codes.stride, code_bytes, view.rows,
-                          nullptr);
+    copy_rows_async(codes, code_bytes, view.codes.data, view.codes.stride, code_bytes, view.rows, nullptr);
     uint8_t* scales = take(scale_bytes(view));
     if (view.scale_layout == ScaleLayout::kRowMajor) {
-      cuda::copy_rows_async(scales, blocks, view.scales, view.scale_stride, blocks, view.rows, nullptr);
+      copy_rows_async(scales, blocks, view.scales, view.scale_stride, blocks, view.rows, nullptr);
     } else {
-      cuda::copy_async(scales, view.scales, static_cast<size_t>(scale_bytes(view)), nullptr);
+      copy_async(scales, view.scales, static_cast<size_t>(scale_bytes(view)), nullptr);
     }
     brought.codes = {codes, view.rows, code_bytes, code_bytes, buffer_.device()};
     brought.scales = scales;
@@ -116,17 +115,18 @@ Buffer allocate_floats(const Memory& memory, int64_t count) {
   return memory.allocate(static_cast<size_t>(count) * sizeof(float));
 }
 
-PreparedMatrix allocate_matrix(const Memory& memory, const PackedShape& shape, int64_t experts, bool bias) {
-  return {shape, memory.allocate(static_cast<size_t>(experts * shape.bytes())),
-          allocate_floats(memory, experts * shape.halves()),
-          allocate_floats(memory, bias ? experts * shape.rows() : 0)};
+/// `rows`: of all matrices of an expert that this one GEMM multiplies by; `halves`: how many there are.
+PreparedMatrix allocate_matrix(const Memory& memory, int64_t experts, int64_t bytes, int64_t halves,
+                               int64_t rows, bool bias) {
+  return {memory.allocate(static_cast<size_t>(experts * bytes)), allocate_floats(memory, experts * halves),
+          allocate_floats(memory, bias ? experts * rows : 0)};
 }
 
 /// Why one matrix can't be prepared; empty when it can.
-std::string why_not(const WeightView& weight, int device) {
+std::string why_not(std::string_view backend, const WeightView& weight, int device) {
   const auto* blocks = std::get_if<BlockScaledView>(&weight);
   if (blocks == nullptr || blocks->format != QuantFormat::kNvfp4) {
-    return fmt::format("is {}: sm90 multiplies NVFP4 experts alone", format_name(weight));
+    return fmt::format("is {}: {} multiplies NVFP4 experts alone", format_name(weight), backend);
   }
   const Device where = device_of(weight);
   if (where.kind == Device::Kind::kCuda && where.index != device) {
@@ -137,7 +137,7 @@ std::string why_not(const WeightView& weight, int device) {
 
 }  // namespace
 
-std::string why_unpreparable(const ExpertWeights& weights, int device) {
+std::string why_unpreparable(std::string_view backend, const ExpertWeights& weights, int device) {
   std::vector<const Expert*> experts;
   for (const Expert& expert : weights.experts) experts.push_back(&expert);
   if (weights.shared) experts.push_back(&weights.shared->expert);
@@ -146,7 +146,7 @@ std::string why_unpreparable(const ExpertWeights& weights, int device) {
                                       {"up", &Expert::up},
                                       {"down", &Expert::down}}) {
       if (half == Half(&Expert::gate) && !expert->has_gate()) continue;
-      const std::string reason = why_not(expert->*half, device);
+      const std::string reason = why_not(backend, expert->*half, device);
       if (!reason.empty()) return fmt::format("{} {} {}", expert->name, which, reason);
     }
   }
@@ -158,7 +158,7 @@ std::vector<float> decode_to_host(const DenseView& row) {
   std::vector<std::byte> bytes;
   if (row.device.kind != Device::Kind::kHost) {
     bytes.resize(static_cast<size_t>(row.cols) * (row.type == ElementType::kF32 ? 4 : 2));
-    cuda::device_memory(row.device.index).copy_to_host(bytes.data(), row.data, bytes.size());
+    device_memory(row.device.index).copy_to_host(bytes.data(), row.data, bytes.size());
     host.data = bytes.data();
     host.device = Device::host();
   }
@@ -167,25 +167,32 @@ std::vector<float> decode_to_host(const DenseView& row) {
   return values;
 }
 
-PreparedWeights::PreparedWeights(const ExpertWeights& weights, const LayerConfig& config,
-                                 const LayerOptions& options, const Memory& memory)
-    : config_(config), options_(options), memory_(memory), described_(weights) {
+PreparedWeights::PreparedWeights(std::string_view backend, const ExpertWeights& weights,
+                                 const LayerConfig& config, const LayerOptions& options, const Memory& memory,
+                                 std::unique_ptr<const WeightPacker> packer)
+    : backend_(backend),
+      config_(config),
+      options_(options),
+      memory_(memory),
+      packer_(std::move(packer)),
+      described_(weights) {
   described_.storage.reset();
   described_.shared.reset();
-  const RowOrder order = is_gated(config.activation.kind) ? RowOrder::kGateUpPaired : RowOrder::kPlain;
-  gate_up_ = allocate_matrix(memory, {order, config.intermediate, config.hidden}, config.experts,
-                             gate_up_has_bias(weights));
-  down_ = allocate_matrix(memory, {RowOrder::kPlain, config.hidden, config.intermediate}, config.experts,
+  const int64_t experts = config.experts;
+  gate_up_ =
+      allocate_matrix(memory, experts, packer_->gate_up_bytes(), is_gated(config.activation.kind) ? 2 : 1,
+                      config.h_columns(), gate_up_has_bias(weights));
+  down_ = allocate_matrix(memory, experts, packer_->down_bytes(), 1, config.hidden,
                           any_has(weights, &Expert::down_bias));
-  x_scales_ = allocate_floats(memory, config.experts);
-  intermediate_scales_ = allocate_floats(memory, config.experts);
+  x_scales_ = allocate_floats(memory, experts);
+  intermediate_scales_ = allocate_floats(memory, experts);
   fill(weights);
 }
 
 void PreparedWeights::require_replaceable_by(const ExpertWeights& weights) const {
   validate(weights, config_, options_);
   validate_update(described_, weights);
-  const std::string reason = why_unpreparable(weights, memory_.device().index);
+  const std::string reason = why_unpreparable(backend_, weights, memory_.device().index);
   if (!reason.empty()) throw Error(ErrorCode::kUnsupported, "update_weights: " + reason);
   for (const auto& [what, had, has] :
        {std::tuple("gate/up biases", gate_up_.bias.bytes() > 0, gate_up_has_bias(weights)),
@@ -230,23 +237,19 @@ void PreparedWeights::pack(const ExpertWeights& weights) {
   std::byte* gate_up = gate_up_.packed.data();
   std::byte* down = down_.packed.data();
   for (const Expert& expert : weights.experts) {
-    PackWeights args;
-    args.shape = gate_up_.shape;
-    args.packed = gate_up;
     if (expert.has_gate()) {
-      args.matrix = staging.bring(blocks_of(expert.gate));
-      args.up = staging.bring(blocks_of(expert.up));
+      const BlockScaledView gate = staging.bring(blocks_of(expert.gate));
+      packer_->pack_gate_up(&gate, staging.bring(blocks_of(expert.up)), gate_up);
     } else {
-      args.matrix = staging.bring(blocks_of(expert.up));
+      packer_->pack_gate_up(nullptr, staging.bring(blocks_of(expert.up)), gate_up);
     }
-    launch_pack_weights(args, nullptr);
     staging.restart();
-    launch_pack_weights({down_.shape, staging.bring(blocks_of(expert.down)), {}, down}, nullptr);
+    packer_->pack_down(staging.bring(blocks_of(expert.down)), down);
     staging.restart();
-    gate_up += gate_up_.shape.bytes();
-    down += down_.shape.bytes();
+    gate_up += packer_->gate_up_bytes();
+    down += packer_->down_bytes();
   }
   memory_.synchronize();  // before the staging buffer goes
 }
 
-}  // namespace fourfold::sm90
+}  // namespace fourfold::cuda

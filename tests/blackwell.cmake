@@ -1,0 +1,42 @@
+# Tests of the Blackwell backend.
+find_package(Python3 REQUIRED COMPONENTS Interpreter)
+find_package(CUDAToolkit REQUIRED)
+
+# Without any GPU: layouts and the emulated multiply against CuTe, refusals and shapes, what is in the library.
+set(host_cutlass_includes ${FOURFOLD_CUTLASS_INCLUDE} ${CUDAToolkit_INCLUDE_DIRS})
+foreach(folder ${CUDAToolkit_INCLUDE_DIRS})
+  list(APPEND host_cutlass_includes ${folder}/cccl)  # CUDA 13
+endforeach()
+add_unit_test(blackwell_layout_test)
+target_include_directories(blackwell_layout_test SYSTEM PRIVATE ${host_cutlass_includes})
+add_unit_test(blackwell_backend_test random_layer.cpp)
+target_include_directories(blackwell_backend_test PRIVATE ${PROJECT_SOURCE_DIR})  # bench/shapes.h
+string(REPLACE ";" "," architecture_list "${FOURFOLD_BLACKWELL_ARCHITECTURES}")
+target_compile_definitions(blackwell_backend_test PRIVATE FOURFOLD_BLACKWELL_ARCHITECTURES="${architecture_list}")
+add_test(NAME embedded_kernels
+  COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/embedded_kernels_test.py
+          $<TARGET_FILE:fourfold_command> ${CMAKE_CUDA_ARCHITECTURES} ${FOURFOLD_BLACKWELL_ARCHITECTURES})
+
+# On any GPU that code of this build runs on: the stages around the GEMMs.
+add_gpu_test(blackwell_stages blackwell_stages_test.cpp)
+target_include_directories(blackwell_stages_test SYSTEM PRIVATE ${host_cutlass_includes})
+
+# On a Blackwell GPU: whole layers.
+add_gpu_test(blackwell_layer blackwell_native_backend.cpp ${gpu_layer_tests})
+
+# On a Hopper GPU: whole layers with the real sm_120 kernel, but for its multiply. Its namespaces are renamed: the
+# emulation changes what templates of CUTLASS mean, and the library has the same ones as they are.
+set(type_of_bf16 cutlass::bfloat16_t)
+set(type_of_float32 float)
+foreach(output bf16 float32)
+  set(kernel emulated_${output})
+  add_library(${kernel} OBJECT blackwell_emulated_kernels.cu)
+  target_include_directories(${kernel} PRIVATE
+    ${CMAKE_CURRENT_SOURCE_DIR} ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src)
+  target_link_libraries(${kernel} PRIVATE fourfold_cutlass)
+  target_compile_definitions(${kernel} PRIVATE
+    cutlass=emulated_cutlass cute=emulated_cute FOURFOLD_KERNEL=${kernel} FOURFOLD_OUTPUT=${type_of_${output}})
+  set_target_properties(${kernel} PROPERTIES CUDA_ARCHITECTURES 90a-real JOB_POOL_COMPILE cutlass)
+endforeach()
+add_gpu_test(blackwell_emulated blackwell_emulated_backend.cpp ${gpu_layer_tests}
+  $<TARGET_OBJECTS:emulated_bf16> $<TARGET_OBJECTS:emulated_float32>)

@@ -1,0 +1,30 @@
+// The backend "blackwell" on Hopper, with the emulated sm_120 kernels (blackwell_emulation.cuh): what the
+// layer tests beside it run. Everything but the multiply instruction is what runs on the chip.
+#include <memory>
+
+#include "blackwell/blackwell_backend.h"
+#include "cuda_support.h"
+#include "tested_backend.h"
+
+namespace fourfold {
+namespace blackwell {
+
+// One translation unit each, blackwell_emulated_kernels.cu.
+GemmKernel emulated_bf16();
+GemmKernel emulated_float32();
+
+}  // namespace blackwell
+
+const Backend& tested_backend() {
+  static const blackwell::GemmKernels kernels{
+      "sm_120a emulated on sm_90a", 9, 0, "plain code", blackwell::emulated_bf16(),
+      blackwell::emulated_float32()};
+  static const std::unique_ptr<Backend> backend = blackwell::make_backend(kernels);
+  return *backend;
+}
+
+std::string why_not_on_this_gpu() {
+  return tested_backend().why_unavailable();
+}
+
+}  // namespace fourfold

@@ -13,6 +13,7 @@ ROOMS: dict[str, set[str]] = {
     "moe": {"base", "numeric"},
     "checkpoint": {"base", "numeric", "moe"},
     "reference": {"base", "numeric", "moe"},
+    "diagnosis": {"base", "numeric", "moe", "reference"},
     "c_api": {"base", "numeric", "moe", "checkpoint"},
     "cpu": {"base", "numeric", "moe"},
     "cuda": {"base", "numeric", "moe"},

@@ -60,6 +60,30 @@ class SyntheticPair {
   ExpertLayer original_, nvfp4_;
 };
 
+/// What the report's best explanation must begin with; empty: a bug that is not known.
+std::string_view explanation_of(Fault fault) {
+  switch (fault) {
+    case Fault::kTransposedScales:
+      return "scales-transposed";
+    case Fault::kSwappedNibbles:
+      return "nibbles-swapped";
+    case Fault::kSwappedGateUp:
+      return "gate-up";
+    case Fault::kGateGlobalForUp:
+      return "gate-global-for-up";
+    case Fault::kReciprocalGlobal:
+      return "weight-global-reciprocal";
+    case Fault::kDroppedInputScale:
+      return "input-scale-dropped";
+    case Fault::kExpertOffByOne:
+      return "expert-next";
+    case Fault::kMissingRoutingWeight:
+      return "weight-missing";
+    default:
+      return "";
+  }
+}
+
 class PlantedFault : public testing::TestWithParam<Fault> {};
 
 TEST_P(PlantedFault, IsAFindingInTheKernelOfAnMxfp4BornCheckpoint) {
@@ -69,11 +93,15 @@ TEST_P(PlantedFault, IsAFindingInTheKernelOfAnMxfp4BornCheckpoint) {
   EXPECT_EQ(exit_code_of(report), 3);
 }
 
-TEST_P(PlantedFault, IsAFindingInTheKernelOfABf16BornCheckpoint) {
+TEST_P(PlantedFault, IsExplainedInTheKernelOfABf16BornCheckpoint) {
   const SyntheticPair pair(OriginalFormat::kBf16, 1);
   const LayertestReport report = pair.test(*make_faulty_backend(GetParam()), 1);
   EXPECT_EQ(report.verdict, "kernel");
   EXPECT_EQ(exit_code_of(report), 3);
+  ASSERT_FALSE(report.explanations.empty());
+  const ReportedExplanation& best = report.explanations.front();
+  EXPECT_TRUE(best.fault.starts_with(explanation_of(GetParam()))) << best.fault;
+  EXPECT_EQ(best.evidence.starts_with("the best;"), !explanation_of(GetParam()).empty()) << best.evidence;
 }
 
 INSTANTIATE_TEST_SUITE_P(All, PlantedFault, testing::ValuesIn(kPlantedFaults),

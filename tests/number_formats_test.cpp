@@ -96,6 +96,17 @@ TEST(E4m3, ReachesDownToItsSmallestSubnormal) {
   EXPECT_EQ(encode_e4m3(std::nextafter(0x1p-10f, 1.0f)), kE4m3SmallestCode);
 }
 
+// Constants against their bits, and NaN with the bits that every build writes.
+TEST(NumberFormats, HaveTheBitsThatTheStandardsGive) {
+  EXPECT_EQ(kE2m1NanCode, 7);
+  EXPECT_EQ(kE4m3NanCode, 0x7F);
+  EXPECT_EQ(kE8m0NanCode, 0xFF);
+  EXPECT_EQ(Bf16{}.bits, 0);
+  EXPECT_EQ(float_bits(decode_e4m3(0x7F)), 0x7FC00000u);
+  EXPECT_EQ(float_bits(decode_e4m3(0xFF)), 0xFFC00000u);
+  EXPECT_EQ(float_bits(decode_e8m0(0xFF)), 0x7FC00000u);
+}
+
 TEST(E8m0, IsAPowerOfTwoOrNan) {
   for (int code = 0; code < 255; ++code)
     EXPECT_EQ(decode_e8m0(static_cast<uint8_t>(code)), std::ldexp(1.0f, code - 127));
@@ -118,6 +129,26 @@ TEST(Bf16, RoundsToEvenAndOverflowsToInfinity) {
   EXPECT_EQ(encode_bf16(float_from_bits(0x3F808000)).bits, 0x3F80);  // tie, even below
   EXPECT_EQ(encode_bf16(float_from_bits(0x3F818000)).bits, 0x3F82);  // tie, even above
   EXPECT_EQ(static_cast<float>(encode_bf16(3.4e38f)), kInfinity);
+}
+
+TEST(Bf16, QuietsANanAndKeepsItsUpperBits) {
+  EXPECT_EQ(encode_bf16(float_from_bits(0x7F800001)).bits, 0x7FC0);
+  EXPECT_EQ(encode_bf16(float_from_bits(0xFFA10000)).bits, 0xFFE1);
+}
+
+TEST(F16, DecodesEveryPattern) {
+  for (int bits = 0; bits < 65536; ++bits) {
+    const int exponent = (bits >> 10) & 31, mantissa = bits & 0x3FF;
+    const float found = decode_f16(static_cast<uint16_t>(bits));
+    EXPECT_EQ(std::signbit(found), bits >= 32768);
+    if (exponent == 31) {
+      EXPECT_EQ(float_bits(found) & 0x7FFFFFFFu, 0x7F800000u | static_cast<uint32_t>(mantissa) << 13);
+    } else {
+      EXPECT_EQ(std::abs(found), exponent == 0
+                                     ? std::ldexp(static_cast<float>(mantissa), -24)
+                                     : std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25));
+    }
+  }
 }
 
 TEST(F16, DecodesTheCorners) {

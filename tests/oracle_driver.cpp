@@ -51,6 +51,7 @@ void quantize(Job& job) {
   const bool token = policy == "token", two_terms = job.option("terms", "1") == "2";
   const ScaleFloor floor =
       job.option("floor", "none") == "modelopt" ? ScaleFloor::kModelOpt : ScaleFloor::kNone;
+  const ScaleRule rule = parse_scale_rule(job.option("rule", "amax")).value();
 
   float* global = job.result<float>("global", DType::kF32, {token ? x.rows : 1});
   if (policy == "static") global[0] = job.values<float>("global")[0];
@@ -71,7 +72,7 @@ void quantize(Job& job) {
       quantize_row_nvfp4x2(values, g, row_codes, row_scales, residual_codes + row * x.cols / 2,
                            residual_scales + row * x.cols / 16);
     } else {
-      quantize_row_nvfp4(values, g, floor, row_codes, row_scales);
+      quantize_row_nvfp4(values, g, floor, rule, row_codes, row_scales);
     }
     const BlockScaledView view{QuantFormat::kNvfp4,
                                1,

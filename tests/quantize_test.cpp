@@ -3,12 +3,16 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <initializer_list>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "fourfold/error.h"
+#include "fourfold/scale_layout.h"
 #include "numeric/block_quantizer.h"
 
 namespace fourfold {
@@ -190,6 +194,217 @@ TEST(Cast, CountsBeforehandWhatItWillRound) {
     EXPECT_EQ(counted.recoded, pair != 0x00);
     EXPECT_EQ(counted.inexact, pair == 0x11);
   }
+}
+
+// ---- what hangs on a single bit ----
+
+TEST(BlockQuantizer, TakesEveryBitOfAMagnitude) {
+  const float odd = float_from_bits(0x3F800001), even = 1.0f;
+  EXPECT_EQ(max_magnitude(even, -odd), odd);
+  EXPECT_EQ(max_magnitude(odd, even), odd);
+  EXPECT_TRUE(is_finite(std::numeric_limits<float>::max()));
+  EXPECT_FALSE(is_finite(-std::numeric_limits<float>::infinity()));
+}
+
+// amax / 6 = 1.0625 and 1.1875 lie between two numbers of e4m3, the even ones of which are 1 and 1.25.
+TEST(BlockQuantizer, RoundsAScaleThatIsATieToEven) {
+  EXPECT_EQ(nvfp4_block_scale(6.375f, 1.0f, false), 0x38);
+  EXPECT_EQ(nvfp4_block_scale(7.125f, 1.0f, false), 0x3A);
+}
+
+TEST(BlockQuantizer, KeepsTheScaleOfZerosAndOfTheSmallest) {
+  EXPECT_EQ(nvfp4_block_scale(0.0f, 1.0f, true), 0x38);
+  EXPECT_EQ(nvfp4_block_scale(1e-10f, 1.0f, true), 0x01);
+  EXPECT_EQ(nvfp4_block_scale(1e-10f, 1.0f, false), 0x00);
+  EXPECT_EQ(nvfp4_reciprocal(0, 1.0f), 0.0f);
+  EXPECT_EQ(nvfp4_reciprocal(0x40, 0.5f), 1.0f);
+}
+
+TEST(DynamicScale, IsAtLeastTwoToTheMinusHundred) {
+  EXPECT_EQ(dynamic_scale(0x1p-99f, 1.0f), 0x1p-99f);
+  EXPECT_EQ(dynamic_scale(0x1p-101f, 1.0f), 0x1p-100f);
+}
+
+/// `x` over and over, quantized with g = 1 by `rule`: scale and first code.
+std::pair<int, int> choice(std::initializer_list<float> x, ScaleRule rule) {
+  std::array<float, 16> block;
+  for (size_t i = 0; i < block.size(); ++i) block[i] = x.begin()[std::min(i, x.size() - 1)];
+  std::array<uint8_t, 8> codes{};
+  uint8_t scale = 0;
+  quantize_weight_row_nvfp4(block, 1.0f, rule, codes.data(), &scale);
+  return {scale, codes[0] & 15};
+}
+
+// amax / 4 is 1.0625 and 1.1875, ties again; 15 of 16 values are exact by 1 and 1.25, and by no scale beside
+// them.
+TEST(ScaleRules, RoundTheScaleOfFourThatIsATieToEven) {
+  EXPECT_EQ(choice({4.25f, 3.0f}, ScaleRule::kFourOverSix), std::pair(0x38, 6));
+  EXPECT_EQ(choice({4.75f, 3.75f}, ScaleRule::kFourOverSix), std::pair(0x3A, 6));
+}
+
+// In units of 2^-9, where e4m3 counts in ones: 16.5, 11 and 5.5 are exact by 11 alone, eight codes above
+// round(16.5 / 6) = 3; 11 and 5.5 start from round(11 / 6) = 2, from where 11 is nine codes away.
+TEST(ScaleRules, SearchAnOctaveAndNoFarther) {
+  constexpr float kUnit = 0x1p-9f;
+  EXPECT_EQ(choice({16.5f * kUnit, 11 * kUnit, 5.5f * kUnit}, ScaleRule::kMse), std::pair(11, 3));
+  EXPECT_NE(choice({11 * kUnit, 5.5f * kUnit}, ScaleRule::kMse).first, 11);
+}
+
+TEST(ScaleRules, HaveTheirNames) {
+  for (const ScaleRule rule : {ScaleRule::kAmax, ScaleRule::kFourOverSix, ScaleRule::kMse}) {
+    EXPECT_EQ(parse_scale_rule(to_string(rule)), rule);
+  }
+  EXPECT_EQ(parse_scale_rule("max"), std::nullopt);
+}
+
+// ---- MXFP4 ----
+
+struct Mxfp4Block {
+  std::array<uint8_t, 16> codes{};
+  uint8_t scale = 0;
+};
+
+Mxfp4Block quantize_mxfp4_block(std::initializer_list<float> x) {
+  std::array<float, 32> values{};
+  std::copy(x.begin(), x.end(), values.begin());
+  Mxfp4Block block;
+  quantize_row_mxfp4(values, block.codes.data(), &block.scale);
+  return block;
+}
+
+TEST(QuantizeMxfp4, TakesTheExponentTwoBelowTheLargest) {
+  const Mxfp4Block block = quantize_mxfp4_block({7.9f, -4.0f, 0.5f});
+  EXPECT_EQ(block.scale, 127);
+  EXPECT_EQ(block.codes[0], 0xE7);
+  EXPECT_EQ(block.codes[1], 0x01);
+  EXPECT_EQ(quantize_mxfp4_block({8.0f}).scale, 128);
+}
+
+TEST(QuantizeMxfp4, HasScalesAtBothEndsOfItsRange) {
+  EXPECT_EQ(quantize_mxfp4_block({0.0f}).scale, 0);
+  EXPECT_EQ(quantize_mxfp4_block({0x1p-140f}).scale, 0);
+  EXPECT_EQ(quantize_mxfp4_block({0x1p-140f}).codes[0], 0);
+  EXPECT_EQ(quantize_mxfp4_block({std::numeric_limits<float>::max()}).scale, 252);
+  const Mxfp4Block bad = quantize_mxfp4_block({1.0f, std::numeric_limits<float>::infinity()});
+  EXPECT_EQ(bad.scale, 0xFF);
+  for (const uint8_t pair : bad.codes) EXPECT_EQ(pair, 0x77);
+}
+
+TEST(QuantizeMxfp4, QuantizesWholeMatricesRowByRow) {
+  std::vector<float> x(2 * 64, 0.0f);
+  x[0] = 4.0f;
+  x[32] = 8.0f;
+  x[64 + 33] = 16.0f;
+  const BlockScaledMatrix matrix = quantize_mxfp4({x.data(), 2, 64});
+  EXPECT_EQ(matrix.scales, (std::vector<uint8_t>{127, 128, 0, 129}));
+  EXPECT_EQ(dequantize(matrix.view()), x);
+  EXPECT_THROW(quantize_mxfp4({x.data(), 1, 48}), Error);
+}
+
+TEST(CastMxfp4, TakesLargestExponentsOfTheWholeRangeAndNoOther) {
+  const std::vector<uint8_t> codes(16, 0x11);
+  for (const auto& [scale, kmax] : {std::pair<uint8_t, int>{0, -127}, {254, 127}}) {
+    const BlockScaledView view{QuantFormat::kMxfp4, 1, 32, {codes.data(), 1, 16}, &scale, 1, {}, {}};
+    EXPECT_EQ(largest_mxfp4_exponent(view), kmax);
+    EXPECT_EQ(cast_mxfp4_to_nvfp4(view, kmax, nullptr).global.value, power_of_two(kmax - 8));
+  }
+  const uint8_t scale = 0;
+  const BlockScaledView view{QuantFormat::kMxfp4, 1, 32, {codes.data(), 1, 16}, &scale, 1, {}, {}};
+  EXPECT_THROW(cast_mxfp4_to_nvfp4(view, 128, nullptr), Error);
+  EXPECT_THROW(cast_mxfp4_to_nvfp4(view, -128, nullptr), Error);
+}
+
+TEST(CastMxfp4, OfZerosKeepsTheirScalesWithinE4m3) {
+  const std::vector<uint8_t> codes(32, 0x80), scales = {127, 254};
+  const BlockScaledView view{QuantFormat::kMxfp4, 1, 64, {codes.data(), 1, 32}, scales.data(), 2, {}, {}};
+  EXPECT_EQ(largest_mxfp4_exponent(view), kNoExponent);
+  const BlockScaledMatrix nvfp4 = cast_mxfp4_to_nvfp4(view);
+  EXPECT_EQ(nvfp4.global.value, 1.0f);
+  EXPECT_EQ(nvfp4.codes, codes);
+  EXPECT_EQ(nvfp4.scales, (std::vector<uint8_t>{0x38, 0x38, 0x78, 0x78}));  // 1 and 2^8
+}
+
+// ---- FP8 and views ----
+
+TEST(QuantizeFp8, GivesATileItsScale) {
+  // 3 x 5 in tiles of 2: the tile at (1, 2), cut short, holds one value.
+  std::vector<float> x(15, 0.0f);
+  x[0] = 448.0f, x[6] = -224.0f, x[14] = 3.0f;
+  for (const TileScaleType type : {TileScaleType::kF32, TileScaleType::kE8m0}) {
+    const Fp8Matrix matrix = quantize_fp8_tiles({x.data(), 3, 5}, type, 2);
+    const Fp8View view = matrix.view();
+    ASSERT_EQ(view.tiles_per_row(), 3);
+    EXPECT_EQ(matrix.scales.size(), type == TileScaleType::kF32 ? 24u : 6u);
+    EXPECT_EQ(view.scale(0, 0), 1.0f);
+    EXPECT_EQ(view.scale(1, 4), 1.0f);  // a tile of zeros
+    // 3 / 448 is between 2^-8 and 2^-7, to which e8m0 rounds up.
+    EXPECT_EQ(view.scale(2, 4), type == TileScaleType::kF32 ? 3.0f / 448.0f : 0x1p-7f);
+    EXPECT_EQ(matrix.codes[14], type == TileScaleType::kF32 ? 0x7E : encode_e4m3(384.0f));
+    EXPECT_EQ(dequantize(view)[6], -224.0f);
+    EXPECT_EQ(dequantize(view)[0], 448.0f);
+  }
+  EXPECT_EQ(quantize_fp8_tiles({x.data(), 3, 5}, TileScaleType::kF32).tile, 128);
+}
+
+TEST(QuantizeFp8, GivesARowItsScale) {
+  const std::vector<float> x = {448.0f, -1.0f, 0.0f, 224.0f};
+  std::vector<uint8_t> codes(4);
+  EXPECT_EQ(quantize_row_fp8(x, codes.data()), 1.0f);
+  EXPECT_EQ(codes, (std::vector<uint8_t>{0x7E, 0xB8, 0x00, 0x76}));
+}
+
+TEST(Views, AreEmptyAndOfScaleOneByDefault) {
+  const BlockScaledView blocks;
+  EXPECT_EQ(blocks.rows, 0);
+  EXPECT_EQ(blocks.cols, 0);
+  EXPECT_EQ(blocks.scale_stride, 0);
+  EXPECT_EQ(blocks.global.multiplier(), 1.0f);
+  const Fp8View fp8;
+  EXPECT_EQ(fp8.rows, 0);
+  EXPECT_EQ(fp8.cols, 0);
+  EXPECT_EQ(fp8.tile_rows, 128);
+  EXPECT_EQ(fp8.tile_cols, 128);
+  EXPECT_EQ(BlockScaledMatrix{}.rows + BlockScaledMatrix{}.cols, 0);
+  const Fp8Matrix matrix;
+  EXPECT_EQ(matrix.rows, 0);
+  EXPECT_EQ(matrix.cols, 0);
+  EXPECT_EQ(matrix.tile, 128);
+}
+
+TEST(QuantFormat, SaysWhichHasAGlobalScale) {
+  EXPECT_TRUE(traits_of(QuantFormat::kNvfp4).has_global_scale);
+  EXPECT_FALSE(traits_of(QuantFormat::kMxfp4).has_global_scale);
+}
+
+TEST(Views, ApplyAMultiplierOrADivisor) {
+  EXPECT_EQ((GlobalScale{4.0f, GlobalScaleKind::kMultiplier}.apply(3.0f)), 12.0f);
+  EXPECT_EQ((GlobalScale{4.0f, GlobalScaleKind::kDivisor}.apply(3.0f)), 0.75f);
+  EXPECT_EQ((GlobalScale{4.0f, GlobalScaleKind::kDivisor}.multiplier()), 0.25f);
+  EXPECT_EQ(global_multiplier(DenseView{}), 1.0f);
+}
+
+TEST(Views, DecodeDenseRowsOfEveryType) {
+  const std::array<uint16_t, 4> halves = {0x3F80, 0x4000, 0x4040, 0xC000};
+  const DenseView bf16{ElementType::kBf16, reinterpret_cast<const std::byte*>(halves.data()), 2, 2, 4, {}};
+  EXPECT_EQ(dequantize(bf16), (std::vector<float>{1.0f, 2.0f, 3.0f, -2.0f}));
+  const DenseView f16{ElementType::kF16, reinterpret_cast<const std::byte*>(halves.data()), 2, 2, 4, {}};
+  EXPECT_EQ(dequantize(f16), (std::vector<float>{1.875f, 2.0f, 2.125f, -2.0f}));
+  const std::array<float, 4> floats = {1.0f, -2.0f, 0.1f, 5e-42f};
+  const DenseView f32{ElementType::kF32, reinterpret_cast<const std::byte*>(floats.data()), 2, 2, 8, {}};
+  EXPECT_EQ(dequantize(f32), std::vector<float>(floats.begin(), floats.end()));
+}
+
+TEST(Views, ReadSwizzledScalesLikeRowMajorOnes) {
+  std::vector<float> x(130 * 80);
+  for (size_t i = 0; i < x.size(); ++i)
+    x[i] = static_cast<float>(1 + i % 37) * std::exp2(static_cast<float>(i / 16 % 9));
+  const BlockScaledMatrix matrix = quantize_nvfp4({x.data(), 130, 80}, 1.0f);
+  BlockScaledView view = matrix.view();
+  const std::vector<float> expected = dequantize(view);
+  const std::vector<uint8_t> swizzled = swizzle_scales({matrix.scales.data(), 130, 5});
+  view.scales = swizzled.data();
+  view.scale_layout = ScaleLayout::kSwizzled128x4;
+  EXPECT_EQ(dequantize(view), expected);
 }
 
 }  // namespace

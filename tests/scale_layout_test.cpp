@@ -88,6 +88,9 @@ TEST(ScaleLayout, RefusesSizesThatDoNotFit) {
   const std::vector<int32_t> short_offsets = {0, 2};
   EXPECT_THROW(unswizzle_scales(scales, 3, 4), Error);
   EXPECT_THROW(swizzle_expert_scales({scales.data(), 3, 4}, 2), Error);
+  EXPECT_THROW(swizzle_expert_scales({scales.data(), 3, 4}, 0), Error);
+  EXPECT_THROW(validate_group_offsets({}, 0), Error);
+  EXPECT_THROW(validate_group_offsets(std::vector<int32_t>{1, 3}, 3), Error);
   EXPECT_THROW(swizzle_scale_groups({scales.data(), 3, 4}, short_offsets), Error);
   const std::vector<int32_t> down_again = {0, 1000, 3};
   EXPECT_THROW(swizzle_scale_groups({scales.data(), 3, 4}, down_again), Error);

@@ -58,7 +58,7 @@ struct BlockScaledMatrix {
 void quantize_row_nvfp4(std::span<const float> x, float global, ScaleFloor floor, uint8_t* codes,
                         uint8_t* scales);
 
-/// How a weight's block scale is chosen, beside a given global scale g. docs/formats.md, section 1.
+/// How a block scale is chosen, beside a given global scale g. docs/formats.md, section 1.
 enum class ScaleRule : uint8_t {
   kAmax,         ///< s = e4m3(amax / 6 / g), as ModelOpt
   kFourOverSix,  ///< that or e4m3(amax / 4 / g), whichever leaves the smaller squared error
@@ -69,9 +69,13 @@ std::string_view to_string(ScaleRule rule);  ///< "amax", "four-over-six" or "ms
 /// nullopt for an unknown name.
 std::optional<ScaleRule> parse_scale_rule(std::string_view name);
 
-/// Quantizes one row of weights, with ScaleFloor::kModelOpt. Shapes as quantize_row_nvfp4. Errors are sums of
-/// (x - (e2m1 * s) * g)^2 over ascending k in double, of values rounded to float32; the first candidate wins
-/// a tie.
+/// quantize_row_nvfp4 with block scales by `rule`: of weights (kModelOpt) or activations (kNone). Errors are
+/// sums of (x - (e2m1 * s) * g)^2 over ascending k in double, of values rounded to float32; the first candidate
+/// wins a tie. Only amax's candidate can be a scale of 0.
+void quantize_row_nvfp4(std::span<const float> x, float global, ScaleFloor floor, ScaleRule rule,
+                        uint8_t* codes, uint8_t* scales);
+
+/// The same for weights, with ScaleFloor::kModelOpt.
 void quantize_weight_row_nvfp4(std::span<const float> x, float global, ScaleRule rule, uint8_t* codes,
                                uint8_t* scales);
 

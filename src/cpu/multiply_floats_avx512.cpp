@@ -36,51 +36,63 @@ FOURFOLD_AVX512 FOURFOLD_INLINE void decode_panel(const uint8_t* panel_chunk, fl
   }
 }
 
+/// Sums of a block of K run over every fourth k, and are added as (0 + 1) + (2 + 3): what keeps one row's
+/// additions from waiting for each other. Any number of rows sums in this order, so that a row's result does
+/// not depend on how many there are.
+constexpr int kSums = 4;
+
+FOURFOLD_AVX512 FOURFOLD_INLINE void add_sums(const __m512 sums[kSums], float* to) {
+  const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+  _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum));
+}
+
+/// One of the four sums after the other: all of them at once would not fit into registers.
 template <int kRows>
 FOURFOLD_AVX512 void multiply_rows(const float* weights, int64_t depth, const float* rows, int64_t row_stride,
                                    float* out) {
-  __m512 sums[kRows][2];
+  __m512 parts[kRows][2][kSums];
+  for (int part = 0; part < kSums; ++part) {
+    __m512 sums[kRows][2];
 #pragma GCC unroll 12
-  for (int row = 0; row < kRows; ++row) {
-    sums[row][0] = _mm512_loadu_ps(out + row * kPairRows);
-    sums[row][1] = _mm512_loadu_ps(out + row * kPairRows + kPanelRows);
-  }
-  for (int64_t k = 0; k < depth; ++k, weights += kPairRows) {
-    const __m512 first = _mm512_loadu_ps(weights), second = _mm512_loadu_ps(weights + kPanelRows);
+    for (int row = 0; row < kRows; ++row) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
+    for (int64_t k = part; k < depth; k += kSums) {
+      const float* const at = weights + k * kPairRows;
+      const __m512 first = _mm512_loadu_ps(at), second = _mm512_loadu_ps(at + kPanelRows);
+#pragma GCC unroll 12
+      for (int row = 0; row < kRows; ++row) {
+        const __m512 activation = _mm512_set1_ps(rows[row * row_stride + k]);
+        sums[row][0] = _mm512_fmadd_ps(activation, first, sums[row][0]);
+        sums[row][1] = _mm512_fmadd_ps(activation, second, sums[row][1]);
+      }
+    }
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
-      const __m512 activation = _mm512_set1_ps(rows[row * row_stride + k]);
-      sums[row][0] = _mm512_fmadd_ps(activation, first, sums[row][0]);
-      sums[row][1] = _mm512_fmadd_ps(activation, second, sums[row][1]);
+      parts[row][0][part] = sums[row][0];
+      parts[row][1][part] = sums[row][1];
     }
   }
-#pragma GCC unroll 12
   for (int row = 0; row < kRows; ++row) {
-    _mm512_storeu_ps(out + row * kPairRows, sums[row][0]);
-    _mm512_storeu_ps(out + row * kPairRows + kPanelRows, sums[row][1]);
+    for (int panel = 0; panel < 2; ++panel) {
+      add_sums(parts[row][panel], out + row * kPairRows + panel * kPanelRows);
+    }
   }
 }
 
-/// One row: four sums a panel, or the additions would wait for each other.
 FOURFOLD_AVX512 void multiply_single_row(const float* weights, int64_t depth, const float* row, float* out) {
-  constexpr int kSums = 4;
-  __m512 sums[kSums][2];
-  for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
+  __m512 sums[2][kSums];
+  for (auto& panel : sums) {
+    for (__m512& sum : panel) sum = _mm512_setzero_ps();
+  }
   for (int64_t k = 0; k < depth; k += kSums) {
 #pragma GCC unroll 4
     for (int i = 0; i < kSums; ++i) {
       const __m512 activation = _mm512_set1_ps(row[k + i]);
       const float* const at = weights + (k + i) * kPairRows;
-      sums[i][0] = _mm512_fmadd_ps(activation, _mm512_loadu_ps(at), sums[i][0]);
-      sums[i][1] = _mm512_fmadd_ps(activation, _mm512_loadu_ps(at + kPanelRows), sums[i][1]);
+      sums[0][i] = _mm512_fmadd_ps(activation, _mm512_loadu_ps(at), sums[0][i]);
+      sums[1][i] = _mm512_fmadd_ps(activation, _mm512_loadu_ps(at + kPanelRows), sums[1][i]);
     }
   }
-  for (int panel = 0; panel < 2; ++panel) {
-    const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0][panel], sums[1][panel]),
-                                     _mm512_add_ps(sums[2][panel], sums[3][panel]));
-    float* const to = out + panel * kPanelRows;
-    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum));
-  }
+  for (int panel = 0; panel < 2; ++panel) add_sums(sums[panel], out + panel * kPanelRows);
 }
 
 using MultiplyRows = void (*)(const float*, int64_t, const float*, int64_t, float*);
@@ -102,7 +114,7 @@ FOURFOLD_AVX512 void decode_floats(const uint8_t* pair, int64_t chunks, float* w
 
 void multiply_floats(const float* weights, int64_t depth, const float* rows, int64_t row_stride,
                      int64_t row_count, float* sums) {
-  if (row_count == 1 && depth % 4 == 0) return multiply_single_row(weights, depth, rows, sums);
+  if (row_count == 1 && depth % kSums == 0) return multiply_single_row(weights, depth, rows, sums);
   for (int64_t row = 0; row < row_count; row += kRowsAtATime) {
     const int64_t count = std::min<int64_t>(kRowsAtATime, row_count - row);
     kMultiplyRows[count](weights, depth, rows + row * row_stride, row_stride, sums + row * kPairRows);

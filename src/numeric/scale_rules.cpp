@@ -1,4 +1,4 @@
-// Rules that choose the block scales of weights.
+// Rules that choose block scales.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -44,8 +44,8 @@ bool is_searchable(float amax) {
   return amax > 0.0f && is_finite(amax);
 }
 
-Candidate best_of_block(const float* x, float amax, float global, ScaleRule rule) {
-  const uint8_t first = nvfp4_block_scale(amax, global, true);
+Candidate best_of_block(const float* x, float amax, float global, bool modelopt_floor, ScaleRule rule) {
+  const uint8_t first = nvfp4_block_scale(amax, global, modelopt_floor);
   Candidate best = quantize_with(x, global, first);
   const auto consider = [&](uint8_t scale) {
     const Candidate other = quantize_with(x, global, scale);
@@ -79,17 +79,23 @@ std::optional<ScaleRule> parse_scale_rule(std::string_view name) {
 
 void quantize_weight_row_nvfp4(std::span<const float> x, float global, ScaleRule rule, uint8_t* codes,
                                uint8_t* scales) {
-  if (rule == ScaleRule::kAmax) return quantize_row_nvfp4(x, global, ScaleFloor::kModelOpt, codes, scales);
+  quantize_row_nvfp4(x, global, ScaleFloor::kModelOpt, rule, codes, scales);
+}
+
+void quantize_row_nvfp4(std::span<const float> x, float global, ScaleFloor floor, ScaleRule rule,
+                        uint8_t* codes, uint8_t* scales) {
+  if (rule == ScaleRule::kAmax) return quantize_row_nvfp4(x, global, floor, codes, scales);
+  const bool modelopt_floor = floor == ScaleFloor::kModelOpt;
   for (size_t block = 0; block < x.size() / kNvfp4Block; ++block) {
     const float* values = x.data() + block * kNvfp4Block;
     uint8_t* block_codes = codes + block * kNvfp4Block / 2;
     float amax = 0.0f;
     for (int i = 0; i < kNvfp4Block; ++i) amax = max_magnitude(amax, values[i]);
     if (!is_searchable(amax)) {
-      scales[block] = quantize_nvfp4_block(values, global, true, block_codes);
+      scales[block] = quantize_nvfp4_block(values, global, modelopt_floor, block_codes);
       continue;
     }
-    const Candidate best = best_of_block(values, amax, global, rule);
+    const Candidate best = best_of_block(values, amax, global, modelopt_floor, rule);
     scales[block] = best.scale;
     std::memcpy(block_codes, best.codes.data(), best.codes.size());
   }

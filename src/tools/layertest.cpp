@@ -9,6 +9,7 @@
 #include "base/fail.h"
 #include "fourfold/reference.h"
 #include "tools/exit_codes.h"
+#include "tools/explanation.h"
 #include "tools/input_scale_check.h"
 #include "tools/layer_trace.h"
 #include "tools/stage_comparison.h"
@@ -311,6 +312,7 @@ class Layertest {
     request_.progress("the emulation, fed with the backend's stages");
     kernel.stages = teacher_forced(run);
     judge("kernel", kernel.stages);
+    if (first_culprit_ == "kernel") report_.explanations = explain_backend(request_, run);
   }
 
   /// Stages can be compared only if rows mean the same on both sides.

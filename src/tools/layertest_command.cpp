@@ -10,6 +10,7 @@
 #include "fourfold/checkpoint.h"
 #include "fourfold/model_family.h"
 #include "tools/commands.h"
+#include "tools/diagnosis_command.h"
 #include "tools/input_routing.h"
 #include "tools/layertest.h"
 #include "tools/layertest_report.h"
@@ -33,6 +34,7 @@ struct Arguments : RuleArguments {
   std::string activations = "nvfp4", activation_scale, gate_up = "exact", backend, accumulate = "f32", json;
   std::string layers, html;
   bool double_quantize = false, all_layers = false, stress = false;
+  DiagnosisArguments diagnosis;
 
   bool wants_many_layers() const { return all_layers || !layers.empty(); }
 };
@@ -386,7 +388,11 @@ int execute(const Arguments& arguments) {
     if (!file.empty()) require_creatable(file);
   }
   if (arguments.stress) return stress(arguments);
+  const DiagnosisTask diagnosis{arguments.diagnosis, arguments,      arguments.nvfp4, arguments.input,
+                                arguments.json,      arguments.html, arguments.layer, arguments.seed};
+  if (arguments.diagnosis.self_test) return test_itself(diagnosis);
   if (arguments.nvfp4.empty()) throw CLI::RequiredError("--nvfp4");
+  if (!arguments.diagnosis.candidate.empty()) return diagnose_candidate(diagnosis);
   return arguments.wants_many_layers() ? test_many_layers(arguments) : test_one_layer(arguments);
 }
 
@@ -466,6 +472,7 @@ void add_layertest(CLI::App& app, int& exit_code) {
                    "write the report as a page to look at: verdict, stages, charts; it loads nothing")
       ->check(nonempty())
       ->excludes("--stress");
+  add_diagnosis_options(*command, arguments->diagnosis);
   command->footer(
       "Exit code: 0 fine, 1 error, 2 usage, 3 a finding. Of several layers: 1 if one can't be read, else 3 "
       "if one has "

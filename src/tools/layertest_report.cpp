@@ -59,29 +59,6 @@ Json numbers_json(const std::vector<T>& values) {
   return json;
 }
 
-Json charts_json(const LayerCharts& charts) {
-  Json json = {{"expert_errors", Json::array()},
-               {"block_scales", histograms_json(charts.block_scales)},
-               {"errors", histograms_json(charts.errors)}};
-  for (const ExpertErrors& errors : charts.expert_errors) {
-    json["expert_errors"].push_back({{"comparison", errors.comparison},
-                                     {"stages", errors.stages},
-                                     {"experts", errors.experts},
-                                     {"rows", errors.rows},
-                                     {"rel_l2", numbers_json(errors.rel_l2)}});
-  }
-  if (charts.worst_token) {
-    const TokenScatter& scatter = *charts.worst_token;
-    json["worst_token"] = {{"token", scatter.token},
-                           {"columns", scatter.columns},
-                           {"reference_name", scatter.reference_name},
-                           {"candidate_name", scatter.candidate_name},
-                           {"reference", numbers_json(scatter.reference)},
-                           {"candidate", numbers_json(scatter.candidate)}};
-  }
-  return json;
-}
-
 /// Enough digits to see how far from 1 a cosine is.
 std::string cosine_text(double cosine) {
   const double distance = std::abs(1.0 - cosine);
@@ -157,6 +134,38 @@ std::string limits_text(const LayertestReport& report) {
 
 }  // namespace
 
+Json charts_json(const LayerCharts& charts) {
+  Json json = {{"expert_errors", Json::array()},
+               {"block_scales", histograms_json(charts.block_scales)},
+               {"errors", histograms_json(charts.errors)}};
+  for (const ExpertErrors& errors : charts.expert_errors) {
+    json["expert_errors"].push_back({{"comparison", errors.comparison},
+                                     {"stages", errors.stages},
+                                     {"experts", errors.experts},
+                                     {"rows", errors.rows},
+                                     {"rel_l2", numbers_json(errors.rel_l2)}});
+  }
+  if (charts.worst_token) {
+    const TokenScatter& scatter = *charts.worst_token;
+    json["worst_token"] = {{"token", scatter.token},
+                           {"columns", scatter.columns},
+                           {"reference_name", scatter.reference_name},
+                           {"candidate_name", scatter.candidate_name},
+                           {"reference", numbers_json(scatter.reference)},
+                           {"candidate", numbers_json(scatter.candidate)}};
+  }
+  return json;
+}
+
+Json explanations_json(const std::vector<ReportedExplanation>& explanations) {
+  Json json = Json::array();
+  for (const ReportedExplanation& one : explanations) {
+    json.push_back(
+        {{"fault", one.fault}, {"distance", json_number(one.distance)}, {"evidence", one.evidence}});
+  }
+  return json;
+}
+
 std::vector<std::pair<std::string, InputScaleReport>> input_scales_of(const LayertestReport& report) {
   std::vector<std::pair<std::string, InputScaleReport>> scales;
   if (report.x_scale) scales.emplace_back("x", *report.x_scale);
@@ -187,6 +196,8 @@ std::string format_table(const LayerResult& result) {
   text += counts_text(report) + "\n" + (limits.empty() ? "" : "limits on relative L2\n" + limits + "\n");
   for (const std::string& finding : report.findings)
     text += red("finding") + "  " + printable(finding) + "\n";
+  for (const ReportedExplanation& one : report.explanations)
+    text += fmt::format("explanation  {} ({})\n", one.fault, one.evidence);
   if (report.verdict == "fine") return text + bold(green("verdict: fine")) + ": nothing exceeds its limit\n";
   return text + bold(red("verdict: " + report.verdict)) + ": see the findings above\n";
 }
@@ -225,10 +236,7 @@ Json layer_json(const LayerResult& result) {
           {"different", report.staging->intermediate_different}}}};
   }
   for (const auto& [label, fact] : subject.facts) json["facts"][label] = fact;
-  for (const ReportedExplanation& one : report.explanations) {
-    json["explanations"].push_back(
-        {{"fault", one.fault}, {"distance", json_number(one.distance)}, {"evidence", one.evidence}});
-  }
+  if (!report.explanations.empty()) json["explanations"] = explanations_json(report.explanations);
   json["charts"] = charts_json(report.charts);
   return json;
 }

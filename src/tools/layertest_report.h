@@ -29,6 +29,8 @@ struct LayerResult {
 std::vector<std::pair<std::string, InputScaleReport>> input_scales_of(const LayertestReport& report);
 
 std::string format_table(const LayerResult& result);
+nlohmann::ordered_json charts_json(const LayerCharts& charts);
+nlohmann::ordered_json explanations_json(const std::vector<ReportedExplanation>& explanations);
 /// The stable schema of docs/layertest.md.
 nlohmann::ordered_json layer_json(const LayerResult& result);
 std::string format_json(const LayerResult& result);

@@ -5,59 +5,18 @@
 #include <algorithm>
 #include <cmath>
 
-#include "tools/doctor.h"
 #include "tools/exit_codes.h"
 #include "tools/report_charts.h"
-#include "tools/terminal.h"
+#include "tools/report_parts.h"
 
 namespace fourfold {
 namespace {
-
-constexpr size_t kLineBytes = 2000;  // of text that comes from files
-
-std::string replaced(std::string text, std::string_view slot, std::string_view value) {
-  const size_t at = text.find(slot);
-  return at == std::string::npos ? text : text.replace(at, slot.size(), value);
-}
-
-std::string page(const std::string& title, const std::string& body) {
-  // From the back, so that no slot is looked for in text that was put in.
-  std::string text = replaced(std::string(kReportPage), "{{body}}", body);
-  text = replaced(std::move(text), "{{style}}", kReportStyle);
-  return replaced(std::move(text), "{{title}}", html_text(title));
-}
-
-std::string verdict_banner(bool is_fine, const std::string& verdict, const std::string& sentence) {
-  return fmt::format("<div class=\"verdict{}\"><strong>{}</strong> <span>{}</span></div>\n",
-                     is_fine ? "" : " bad", html_text(verdict), html_text(sentence));
-}
 
 std::string verdict_sentence(const LayertestReport& report) {
   if (report.verdict == "fine") return "Nothing exceeds its limit.";
   if (report.verdict == "kernel") return "The backend computes something else than what is specified.";
   if (report.verdict == "checkpoint") return "The checkpoint lost more than its conversion should.";
   return "Quantizing activations with these input scales loses too much.";
-}
-
-std::string list_of(const std::vector<std::string>& lines) {
-  std::string text = "<ul class=\"findings\">\n";
-  for (const std::string& one : lines) text += "<li>" + html_text(one) + "</li>\n";
-  return text + "</ul>\n";
-}
-
-std::string explanations(const LayertestReport& report, const char* heading) {
-  if (report.explanations.empty()) return "";
-  std::string text = fmt::format(
-      "<{0}>Explanation</{0}>\n<div class=\"scroll\"><table><thead><tr><th scope=\"col\">rank</th><th "
-      "scope=\"col\">distance</th><th class=\"text\" scope=\"col\">explanation</th></tr></thead><tbody>\n",
-      heading);
-  for (size_t i = 0; i < report.explanations.size(); ++i) {
-    const ReportedExplanation& one = report.explanations[i];
-    text +=
-        fmt::format("<tr><td>{}</td><td>{:.3g}</td><td class=\"wide\"><strong>{}</strong><br>{}</td></tr>\n",
-                    i + 1, one.distance, html_text(one.fault), html_text(one.evidence));
-  }
-  return text + "</tbody></table></div>\n";
 }
 
 std::string stage_rows(const std::string& comparison, const ComparisonReport& report) {
@@ -103,10 +62,6 @@ std::string stage_table(const LayertestReport& report) {
          stage_rows("kernel, end to end", end_to_end) + "</tbody></table></div>\n";
 }
 
-std::string figure(const std::string& caption, const std::string& svg) {
-  return "<figure><figcaption>" + html_text(caption) + "</figcaption>\n" + svg + "</figure>\n";
-}
-
 std::string charts(const LayertestReport& report, const char* heading) {
   const LayerCharts& drawn = report.charts;
   const auto head = [&](const char* text) { return fmt::format("<{0}>{1}</{0}>\n", heading, text); };
@@ -117,27 +72,7 @@ std::string charts(const LayertestReport& report, const char* heading) {
         errors.comparison + (is_kernel ? ": each stage fed with the backend's own previous output" : ""),
         heat_map_svg(errors, is_kernel ? std::optional(kKernelLimit) : std::nullopt));
   }
-  text += head("Distributions") + "<div class=\"pair\">\n";
-  if (!drawn.errors.empty()) {
-    std::string exact;
-    for (const Histogram& one : drawn.errors) {
-      if (one.zeros > 0) exact += fmt::format("; {}: {} tokens exact", one.name, one.zeros);
-      if (one.not_finite > 0)
-        exact += fmt::format("; {}: {} tokens NaN or infinite", one.name, one.not_finite);
-    }
-    text += figure("Errors: tokens by the relative L2 of their output" + exact,
-                   histogram_svg(drawn.errors, "tokens", "relative L2 of a token's output"));
-  }
-  if (!drawn.block_scales.empty()) {
-    std::string rest;
-    for (const Histogram& one : drawn.block_scales) {
-      if (one.zeros > 0) rest += fmt::format("; {}: {} zero", one.name, one.zeros);
-      if (one.not_finite > 0) rest += fmt::format("; {}: {} NaN or negative", one.name, one.not_finite);
-    }
-    text += figure("Block scales of the weights, as stored (e4m3)" + rest,
-                   histogram_svg(drawn.block_scales, "blocks", "block scale, up to the next power of two"));
-  }
-  text += "</div>\n";
+  text += head("Distributions") + distributions(drawn);
   if (drawn.worst_token) {
     const TokenScatter& scatter = *drawn.worst_token;
     text += head("The worst token") + "<div class=\"single\">" +
@@ -149,35 +84,17 @@ std::string charts(const LayertestReport& report, const char* heading) {
   return text;
 }
 
-std::string facts(const LayertestSubject& subject) {
-  std::string text = "<dl>\n";
-  for (const auto& [label, fact] : subject.facts) {
-    text += "<dt>" + html_text(label) + "</dt><dd>" + html_text(fact) + "</dd>\n";
-  }
-  for (const std::string& note : subject.notes) text += "<dt>note</dt><dd>" + html_text(note) + "</dd>\n";
-  return text + "</dl>\n";
-}
-
 /// The report of a layer, below its heading.
 std::string layer_body(const LayerResult& result, const char* heading) {
   const auto& [subject, report] = result;
   const auto head = [&](const char* text) { return fmt::format("<{0}>{1}</{0}>\n", heading, text); };
   std::string text = verdict_banner(report.verdict == "fine", report.verdict, verdict_sentence(report));
   if (!report.findings.empty()) text += head("Findings") + list_of(report.findings);
-  text += explanations(report, heading);
+  text += explanations_table(report.explanations, heading);
   text += head("Stage by stage") + stage_table(report) +
           "<p class=\"quiet\">A row in red exceeds its limit. Limits are on relative L2.</p>\n";
   text += charts(report, heading);
-  return text + head("What was tested") + facts(subject);
-}
-
-std::string machine_footer() {
-  std::string text = "<footer><h2>Machine and versions</h2>\n<dl>\n";
-  text += fmt::format("<dt>fourfold</dt><dd>{}</dd>\n", FOURFOLD_VERSION);
-  for (const auto& [label, fact] : describe_machine()) {
-    text += "<dt>" + html_text(label) + "</dt><dd>" + html_text(fact) + "</dd>\n";
-  }
-  return text + "</dl></footer>\n";
+  return text + head("What was tested") + facts_list(subject.facts, subject.notes);
 }
 
 std::string overview_row(const ModelRow& row) {
@@ -226,32 +143,6 @@ std::string overview(const ModelReport& report) {
 }
 
 }  // namespace
-
-std::string html_text(std::string_view text) {
-  std::string escaped;
-  for (const char c : printable(text, kLineBytes)) {
-    switch (c) {
-      case '&':
-        escaped += "&amp;";
-        break;
-      case '<':
-        escaped += "&lt;";
-        break;
-      case '>':
-        escaped += "&gt;";
-        break;
-      case '"':
-        escaped += "&quot;";
-        break;
-      case '\'':
-        escaped += "&#39;";
-        break;
-      default:
-        escaped += c;
-    }
-  }
-  return escaped;
-}
 
 std::string format_html(const LayerResult& result) {
   const std::string title =

@@ -163,17 +163,18 @@ def quantize_nvfp4(x: Array, global_scale: Scale, modelopt_floor: bool = False) 
     return Nvfp4(codes, scales, global_scale, decode_nvfp4(codes, scales) * row_global)
 
 
-def quantize_nvfp4_searching(x: Array, global_scale: np.float32, rule: str) -> Nvfp4:
-    """Weights (R, K), the block scale by rule: "four-over-six" takes amax / 4 for amax / 6 where the squared
+def quantize_nvfp4_searching(x: Array, global_scale: Scale, rule: str, modelopt_floor: bool = True) -> Nvfp4:
+    """float32 (R, K), the block scale by rule: "four-over-six" takes amax / 4 for amax / 6 where the squared
     error is smaller, "mse" the best code within 8 of the one of amax / 6. Errors are summed in float64 in
     order; the first candidate keeps a tie, lower codes go first.
     """
-    first = quantize_nvfp4(x, global_scale, modelopt_floor=True)
+    first = quantize_nvfp4(x, global_scale, modelopt_floor)
+    row_global = np.broadcast_to(global_scale, x.shape[:1])[:, None]
     blocks = blocked(x, NVFP4_BLOCK)
     amax = largest_magnitude(blocks, axis=-1)
     candidates = [first.scales]
     if rule == "four-over-six":
-        fourths = encode_e4m3(amax / np.float32(4) / global_scale)
+        fourths = encode_e4m3(amax / np.float32(4) / row_global)
         candidates.append(np.maximum(fourths, np.uint8(E4M3_SMALLEST)))
     else:
         offsets = range(-8, 9)
@@ -181,8 +182,9 @@ def quantize_nvfp4_searching(x: Array, global_scale: np.float32, rule: str) -> N
     best_scales, best_codes, best_error = first.scales, blocked(unpack(first.codes), NVFP4_BLOCK), np.inf
     for scales in candidates:
         decoded = decode_e4m3(scales)[..., None]
-        codes = encode_e2m1(blocks * (np.float32(1) / (decoded * global_scale)))
-        values = (decode_e2m1(codes) * decoded) * global_scale
+        reciprocal = np.where(decoded == 0, np.float32(0), np.float32(1) / (decoded * row_global[..., None]))
+        codes = encode_e2m1(blocks * reciprocal)
+        values = (decode_e2m1(codes) * decoded) * row_global[..., None]
         squares = (blocks.astype(np.float64) - values.astype(np.float64)) ** 2
         error = np.zeros(amax.shape)
         for k in range(NVFP4_BLOCK):
@@ -192,7 +194,7 @@ def quantize_nvfp4_searching(x: Array, global_scale: np.float32, rule: str) -> N
         best_scales = np.where(is_better, scales, best_scales)
         best_codes = np.where(is_better[..., None], codes, best_codes)
     packed = pack(unblocked(best_codes))
-    return Nvfp4(packed, best_scales, global_scale, decode_nvfp4(packed, best_scales) * global_scale)
+    return Nvfp4(packed, best_scales, global_scale, decode_nvfp4(packed, best_scales) * row_global)
 
 
 def quantize_nvfp4_residual(x: Array, first: Nvfp4) -> Nvfp4:

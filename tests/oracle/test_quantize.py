@@ -147,6 +147,26 @@ def test_dynamic_global(name: str, policy: str, floor: str) -> None:
 
 
 @pytest.mark.parametrize("floor", ["none", "modelopt"])
+@pytest.mark.parametrize("rule", ["four-over-six", "mse"])
+@pytest.mark.parametrize("name", [name for name in INPUTS if name != "huge"])
+def test_scale_rules(name: str, rule: str, floor: str) -> None:
+    """Weights (ModelOpt's floor) and activations (none), a global scale a row."""
+    x = INPUTS[name]
+    global_scale = oracle.nvfp4_global_of_rows(x)
+    expected = oracle.quantize_nvfp4_searching(x, global_scale, rule, floor == "modelopt")
+    result = run_driver("quantize", {"x": x}, policy="token", floor=floor, rule=rule)
+    assert_all_same(
+        result,
+        {
+            "codes": expected.codes,
+            "scales": expected.scales,
+            "global": global_scale,
+            "dequantized": expected.dequantized,
+        },
+    )
+
+
+@pytest.mark.parametrize("floor", ["none", "modelopt"])
 @pytest.mark.parametrize("static", [1 / 2688, 0.37, 1.0, 2.0**-3], ids="{:.3g}".format)
 @pytest.mark.parametrize("name", INPUTS)
 def test_static_global(name: str, static: float, floor: str) -> None:

@@ -1,4 +1,4 @@
-"""The shared library from a language that has no headers: loaded by ctypes, a layer's numbers against the command's."""
+"""The shared library from a language that has no headers: loaded by ctypes, two backends agree on a layer."""
 
 import ctypes
 import threading

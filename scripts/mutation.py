@@ -238,10 +238,8 @@ inline int wanted_mutant() {
 """
 
 
-def make_program_of_all(mutants: list[Mutant]) -> tuple[Workplace, float]:
-    """A program that holds every mutant, and how long its tests may take."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(parents=True)
+def make_program_of_all(mutants: list[Mutant], workplace: Workplace) -> float:
+    """A program that holds every mutant; how long its tests may take."""
     header = FOLDER / "precompiled.h"
     header.write_text("#pragma once\n" + "".join(f"#include <{name}>\n" for name in PRECOMPILED) + SELECT)
     done = subprocess.run(["g++", *FLAGS, "-x", "c++-header", header, "-o", f"{header}.gch"], capture_output=True,
@@ -249,7 +247,6 @@ def make_program_of_all(mutants: list[Mutant]) -> tuple[Workplace, float]:
     if done.returncode:
         die(f"the precompiled header does not compile:\n{done.stderr}")
 
-    workplace = Workplace(FOLDER / "all")
     by_constant = collections.defaultdict(list)
     for number, mutant in enumerate(mutants):
         by_constant[mutant.file, mutant.start].append((number, mutant))
@@ -266,17 +263,18 @@ def make_program_of_all(mutants: list[Mutant]) -> tuple[Workplace, float]:
     failed = workplace.failing_test(600)
     if failed:
         die(f"a test fails without a mutant: {failed}")
-    return workplace, max(30.0, SLOWER * (time.monotonic() - began))
+    return max(30.0, SLOWER * (time.monotonic() - began))
 
 
 def run_all(mutants: list[Mutant], jobs: int, report: Callable[[Outcome], None]) -> list[Outcome]:
-    everything, patience = make_program_of_all(mutants)
-    plain = Workplace(FOLDER / "plain")
-    if problem := plain.compile("tests"):
-        die(f"the tests do not compile:\n{problem}")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    everything, plain = Workplace(FOLDER / "all"), Workplace(FOLDER / "plain")
     alone: queue.Queue[Workplace] = queue.Queue()
     for number in range(jobs):
         alone.put(Workplace(FOLDER / f"alone{number}"))
+    patience = make_program_of_all(mutants, everything)
+    if problem := plain.compile("tests"):
+        die(f"the tests do not compile:\n{problem}")
 
     def run_one(number: int) -> Outcome:
         killer = everything.failing_test(patience, number)

@@ -344,6 +344,7 @@ TEST(QuantizeFp8, GivesATileItsScale) {
     EXPECT_EQ(dequantize(view)[0], 448.0f);
   }
   EXPECT_EQ(quantize_fp8_tiles({x.data(), 3, 5}, TileScaleType::kF32).tile, 128);
+  EXPECT_EQ(quantize_fp8_tiles({x.data(), 3, 4}, TileScaleType::kF32, 2).view().tiles_per_row(), 2);
 }
 
 TEST(QuantizeFp8, GivesARowItsScale) {

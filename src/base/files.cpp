@@ -76,7 +76,11 @@ void write_file(const std::filesystem::path& path, std::string_view content) {
 }
 
 void require_creatable(const std::filesystem::path& path) {
-  if (const auto target = replaceable_file(path)) const PartialFile dropped(*target);
+  if (const auto target = replaceable_file(path)) {
+    const PartialFile dropped(*target);
+  } else if (std::filesystem::is_directory(path)) {
+    fail(ErrorCode::kIo, "{}: expected a file to write, found a directory", path.string());
+  }
 }
 
 void require_memory(int64_t bytes, const std::string& what) {

@@ -1,10 +1,14 @@
 #include "tools/candidate_file.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <regex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
 
 #include "base/fail.h"
 #include "base/files.h"
@@ -52,6 +56,37 @@ DType dtype_of_numpy(const std::string& code, const std::string& file) {
   return found->second;
 }
 
+/// What an .npy header, a dictionary of Python, has under `key`: between `begin` and the next `end`. nullopt
+/// where it has no such entry.
+std::optional<std::string_view> entry_of(std::string_view header, std::string_view key,
+                                         std::string_view begin, char end) {
+  const std::string quoted = fmt::format("'{}':", key);
+  size_t at = header.find(quoted);
+  if (at == std::string_view::npos) return std::nullopt;
+  at = header.find_first_not_of(' ', at + quoted.size());
+  if (at == std::string_view::npos || !header.substr(at).starts_with(begin)) return std::nullopt;
+  at += begin.size();
+  const size_t last = header.find(end, at);
+  if (last == std::string_view::npos) return std::nullopt;
+  return header.substr(at, last - at);
+}
+
+/// A tuple's numbers: "3, 4", "3," or nothing.
+std::vector<int64_t> extents_in(std::string_view text, const std::string& file) {
+  std::vector<int64_t> extents;
+  for (size_t at = text.find_first_not_of(", "); at != std::string_view::npos;
+       at = text.find_first_not_of(", ", at)) {
+    int64_t extent = -1;
+    const auto [end, error] = std::from_chars(text.data() + at, text.data() + text.size(), extent);
+    if (error != std::errc() || extent < 0) {
+      bad_file(file, "a shape of numbers from 0 on", fmt::format("({})", text));
+    }
+    extents.push_back(extent);
+    at = static_cast<size_t>(end - text.data());
+  }
+  return extents;
+}
+
 /// One .npy file: magic, version, a Python dictionary, the elements.
 DumpedTensor parse_npy(std::string_view bytes, const std::string& file) {
   constexpr std::string_view kMagic = "\x93NUMPY";
@@ -61,21 +96,14 @@ DumpedTensor parse_npy(std::string_view bytes, const std::string& file) {
   const size_t length = is_first_version ? number_at<uint16_t>(bytes, 8) : number_at<uint32_t>(bytes, 8);
   if (length > 65536 || bytes.size() - start < length)
     bad_file(file, "a whole .npy header", "an end before it");
-  const std::string header(bytes.substr(start, length));
-  static const std::regex kDescription("'descr': *'([^']{1,40})'"), kOrder("'fortran_order': *(True|False)"),
-      kShape("'shape': *\\(([0-9, ]*)\\)");
-  std::smatch type, order, shape;
-  if (!std::regex_search(header, type, kDescription) || !std::regex_search(header, order, kOrder) ||
-      !std::regex_search(header, shape, kShape)) {
+  const std::string_view header = bytes.substr(start, length);
+  const auto type = entry_of(header, "descr", "'", '\''), shape = entry_of(header, "shape", "(", ')'),
+             order = entry_of(header, "fortran_order", "", ',');
+  if (!type || !shape || (order != "True" && order != "False")) {
     bad_file(file, "a .npy header with descr, fortran_order and shape", "something else");
   }
-  if (order[1] == "True") bad_file(file, "elements in C order (np.ascontiguousarray)", "Fortran order");
-  DumpedTensor tensor{dtype_of_numpy(type[1], file), {}, {}, file};
-  static const std::regex kNumber("[0-9]{1,15}");
-  const std::string extents = shape[1];
-  for (std::sregex_iterator it(extents.begin(), extents.end(), kNumber), end; it != end; ++it) {
-    tensor.shape.push_back(std::stoll(it->str()));
-  }
+  if (order == "True") bad_file(file, "elements in C order (np.ascontiguousarray)", "Fortran order");
+  DumpedTensor tensor{dtype_of_numpy(std::string(*type), file), extents_in(*shape, file), {}, file};
   const int64_t size = elements_of(tensor.shape, file) * bits_of(tensor.dtype) / 8;
   const std::string_view data = bytes.substr(start + length);
   if (static_cast<int64_t>(data.size()) < size) {

@@ -70,8 +70,8 @@ std::string_view to_string(ScaleRule rule);  ///< "amax", "four-over-six" or "ms
 std::optional<ScaleRule> parse_scale_rule(std::string_view name);
 
 /// quantize_row_nvfp4 with block scales by `rule`: of weights (kModelOpt) or activations (kNone). Errors are
-/// sums of (x - (e2m1 * s) * g)^2 over ascending k in double, of values rounded to float32; the first candidate
-/// wins a tie. Only amax's candidate can be a scale of 0.
+/// sums of (x - (e2m1 * s) * g)^2 over ascending k in double, of values rounded to float32; the first
+/// candidate wins a tie. Only amax's candidate can be a scale of 0.
 void quantize_row_nvfp4(std::span<const float> x, float global, ScaleFloor floor, ScaleRule rule,
                         uint8_t* codes, uint8_t* scales);
 

@@ -23,26 +23,38 @@ bool is_byte(const nb::dlpack::dtype& type) {
   const bool is_float8 = type.code >= static_cast<uint8_t>(Code::Float8_E3M4) &&
                          type.code <= static_cast<uint8_t>(Code::Float8_E8M0FNU);
   return type.bits == 8 && type.lanes == 1 &&
-         (is_float8 || type.code == static_cast<uint8_t>(Code::UInt) || type.code == static_cast<uint8_t>(Code::Int));
+         (is_float8 || type.code == static_cast<uint8_t>(Code::UInt) ||
+          type.code == static_cast<uint8_t>(Code::Int));
 }
 
 std::string_view expected_types(Element element) {
   switch (element) {
-    case Element::kByte: return "bytes (uint8, float8_e4m3fn, float8_e8m0fnu or float4_e2m1fn_x2)";
-    case Element::kBf16: return "bfloat16 (or its bits as uint16)";
-    case Element::kF16: return "float16";
-    case Element::kF32: return "float32";
-    case Element::kI32: return "int32";
-    case Element::kI64: return "int64";
+    case Element::kByte:
+      return "bytes (uint8, float8_e4m3fn, float8_e8m0fnu or float4_e2m1fn_x2)";
+    case Element::kBf16:
+      return "bfloat16 (or its bits as uint16)";
+    case Element::kF16:
+      return "float16";
+    case Element::kF32:
+      return "float32";
+    case Element::kI32:
+      return "int32";
+    case Element::kI64:
+      return "int64";
   }
   return "";
 }
 
 std::string type_name(const nb::dlpack::dtype& type) {
-  if (type.code == static_cast<uint8_t>(Code::Float4_E2M1FN)) return fmt::format("float4_e2m1fn_x{}", type.lanes);
+  if (type.code == static_cast<uint8_t>(Code::Float4_E2M1FN))
+    return fmt::format("float4_e2m1fn_x{}", type.lanes);
   const std::pair<Code, std::string_view> prefixes[] = {
-      {Code::Int, "int"},         {Code::UInt, "uint"}, {Code::Float, "float"},
-      {Code::Bfloat, "bfloat"},   {Code::Bool, "bool"}, {Code::Complex, "complex"},
+      {Code::Int, "int"},
+      {Code::UInt, "uint"},
+      {Code::Float, "float"},
+      {Code::Bfloat, "bfloat"},
+      {Code::Bool, "bool"},
+      {Code::Complex, "complex"},
       {Code::Float8_E4M3FN, "float8_e4m3fn, bits "},
   };
   for (const auto& [code, prefix] : prefixes) {
@@ -55,10 +67,13 @@ Device device_of(int type, int index, const std::string& name) {
   switch (type) {
     case nb::device::none::value:
     case nb::device::cpu::value:
-    case nb::device::cuda_host::value: return Device::host();
+    case nb::device::cuda_host::value:
+      return Device::host();
     case nb::device::cuda::value:
-    case nb::device::cuda_managed::value: return Device::cuda(index);
-    default: break;
+    case nb::device::cuda_managed::value:
+      return Device::cuda(index);
+    default:
+      break;
   }
   reject(name, "memory of the host or of a CUDA device",
          fmt::format("DLPack device type {}; copy it to one of them", type));
@@ -79,15 +94,17 @@ ArrayView make_view(const AnyArray& array, std::string name) {
 }
 
 [[noreturn]] void reject_layout(const ArrayView& array, std::string_view expected) {
-  reject(array.name, expected,
-         fmt::format("{} with strides [{}]; copy it, e.g. by numpy.ascontiguousarray(a) or tensor.contiguous()",
-                     array.describe(), fmt::join(array.strides, ", ")));
+  reject(
+      array.name, expected,
+      fmt::format("{} with strides [{}]; copy it, e.g. by numpy.ascontiguousarray(a) or tensor.contiguous()",
+                  array.describe(), fmt::join(array.strides, ", ")));
 }
 
 /// Elements from one row's start to the next.
 int64_t row_stride(const ArrayView& array) {
   const int64_t rows = array.shape[0], cols = array.shape[1];
-  if (rows > 0 && cols > 1 && array.strides[1] != 1) reject_layout(array, "the elements of a row side by side");
+  if (rows > 0 && cols > 1 && array.strides[1] != 1)
+    reject_layout(array, "the elements of a row side by side");
   if (rows <= 1) return cols;
   if (array.strides[0] < cols) reject_layout(array, "rows one after another");
   return array.strides[0];
@@ -97,7 +114,8 @@ template <class T>
 MatrixView<T> matrix(const ArrayView& array, Element element) {
   array.require(element);
   array.require_dimensions(2);
-  return {reinterpret_cast<T*>(array.data), array.shape.at(0), array.shape.at(1), row_stride(array), array.device};
+  return {reinterpret_cast<T*>(array.data), array.shape.at(0), array.shape.at(1), row_stride(array),
+          array.device};
 }
 
 size_t count_without_gaps(const ArrayView& array) {
@@ -119,7 +137,8 @@ std::span<T> vector(const ArrayView& array, Element element) {
 }  // namespace
 
 std::string ArrayView::describe() const {
-  const std::string where = device.kind == Device::Kind::kHost ? "" : fmt::format(" on cuda:{}", device.index);
+  const std::string where =
+      device.kind == Device::Kind::kHost ? "" : fmt::format(" on cuda:{}", device.index);
   return fmt::format("{} [{}]{}", type_name(type), fmt::join(shape, ", "), where);
 }
 
@@ -133,12 +152,18 @@ void ArrayView::require_shape(const std::vector<int64_t>& expected) const {
 
 bool ArrayView::is(Element element) const {
   switch (element) {
-    case Element::kByte: return is_byte(type);
-    case Element::kBf16: return is_type(type, Code::Bfloat, 16) || is_type(type, Code::UInt, 16);
-    case Element::kF16: return is_type(type, Code::Float, 16);
-    case Element::kF32: return is_type(type, Code::Float, 32);
-    case Element::kI32: return is_type(type, Code::Int, 32);
-    case Element::kI64: return is_type(type, Code::Int, 64);
+    case Element::kByte:
+      return is_byte(type);
+    case Element::kBf16:
+      return is_type(type, Code::Bfloat, 16) || is_type(type, Code::UInt, 16);
+    case Element::kF16:
+      return is_type(type, Code::Float, 16);
+    case Element::kF32:
+      return is_type(type, Code::Float, 32);
+    case Element::kI32:
+      return is_type(type, Code::Int, 32);
+    case Element::kI64:
+      return is_type(type, Code::Int, 64);
   }
   return false;
 }
@@ -188,7 +213,8 @@ DenseView dense_matrix(const ArrayView& array) {
     rows.strides.insert(rows.strides.begin(), rows.shape[1]);
   }
   const auto view = [&](ElementType type, int64_t bytes_each) {
-    return DenseView{type, rows.data, rows.shape.at(0), rows.shape.at(1), row_stride(rows) * bytes_each, rows.device};
+    return DenseView{type,       rows.data, rows.shape.at(0), rows.shape.at(1), row_stride(rows) * bytes_each,
+                     rows.device};
   };
   if (rows.shape.size() == 2) {
     if (rows.is(Element::kBf16)) return view(ElementType::kBf16, 2);

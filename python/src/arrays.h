@@ -1,5 +1,5 @@
-// Arrays of Python's frameworks, by DLPack or the buffer protocol, as views of the library. Nothing is copied:
-// a layout that a view can't express is an error that says what to do.
+// Arrays of Python's frameworks, by DLPack or the buffer protocol, as views of the library. Nothing is
+// copied: a layout that a view can't express is an error that says what to do.
 #pragma once
 
 #include <nanobind/nanobind.h>

@@ -29,12 +29,14 @@ struct Router {
   std::string description;
 };
 
-std::shared_ptr<ExpertLayer> load(const CheckpointPtr& checkpoint, int64_t layer, const std::vector<int64_t>& experts,
-                                  const std::string& order_name, const std::string& scheme_name) {
+std::shared_ptr<ExpertLayer> load(const CheckpointPtr& checkpoint, int64_t layer,
+                                  const std::vector<int64_t>& experts, const std::string& order_name,
+                                  const std::string& scheme_name) {
   std::optional<GateUpOrder> order;
   std::optional<WeightScheme> scheme;
   if (!order_name.empty()) {
-    order = parse_name("gate_up_order", order_name, parse_gate_up_order, "gate-first, up-first or interleaved");
+    order =
+        parse_name("gate_up_order", order_name, parse_gate_up_order, "gate-first, up-first or interleaved");
   }
   if (!scheme_name.empty()) {
     scheme = parse_name("scheme", scheme_name, parse_weight_scheme, "modelopt, compressed-tensors or mxfp4");
@@ -82,10 +84,11 @@ std::shared_ptr<ExpertWeights> weights_of(const ExpertLayer& layer, bool shared)
 }
 
 /// One expert from arrays; `gate` is None where the activation has none. Biases are vectors.
-void add_expert(ExpertWeights& weights, const std::string& name, const std::optional<Weight>& gate, const Weight& up,
-                const Weight& down, const std::optional<Array>& gate_bias, const std::optional<Array>& up_bias,
-                const std::optional<Array>& down_bias, std::optional<float> gate_input_scale,
-                std::optional<float> up_input_scale, std::optional<float> down_input_scale) {
+void add_expert(ExpertWeights& weights, const std::string& name, const std::optional<Weight>& gate,
+                const Weight& up, const Weight& down, const std::optional<Array>& gate_bias,
+                const std::optional<Array>& up_bias, const std::optional<Array>& down_bias,
+                std::optional<float> gate_input_scale, std::optional<float> up_input_scale,
+                std::optional<float> down_input_scale) {
   Expert expert;
   std::vector<Array> biases;
   const auto bias = [&](const std::optional<Array>& array, const char* which) -> std::optional<DenseView> {
@@ -110,7 +113,8 @@ void add_expert(ExpertWeights& weights, const std::string& name, const std::opti
   weights.experts.push_back(std::move(expert));
   // A chain: what the earlier experts need, and what this one does.
   using Owners = std::vector<std::shared_ptr<const void>>;
-  auto owners = std::make_shared<Owners>(Owners{weights.storage, up.owner, down.owner, keep_alive(std::move(biases))});
+  auto owners =
+      std::make_shared<Owners>(Owners{weights.storage, up.owner, down.owner, keep_alive(std::move(biases))});
   if (gate) owners->push_back(gate->owner);
   weights.storage = std::move(owners);
 }
@@ -184,7 +188,8 @@ void bind_checkpoint(nb::module_& module) {
   nb::class_<Checkpoint>(module, "Checkpoint", "An opened model directory, mapped.")
       .def_prop_ro("config", [](const Checkpoint& checkpoint) { return checkpoint.config(); })
       .def_prop_ro("path", [](const Checkpoint& checkpoint) { return checkpoint.path().string(); })
-      .def_prop_ro("family", [](const Checkpoint& checkpoint) { return std::string(family_name(checkpoint.config())); })
+      .def_prop_ro("family",
+                   [](const Checkpoint& checkpoint) { return std::string(family_name(checkpoint.config())); })
       .def("layers", [](const Checkpoint& checkpoint) { return layers_with_experts(checkpoint); })
       .def("tensor_names", [](const Checkpoint& checkpoint) {
         std::vector<std::string> names;
@@ -209,14 +214,17 @@ void bind_checkpoint(nb::module_& module) {
   module.def(
       "load_experts",
       [](const std::shared_ptr<Checkpoint>& checkpoint, int64_t layer, const std::vector<int64_t>& experts,
-         const std::string& order, const std::string& scheme) { return load(checkpoint, layer, experts, order, scheme); },
-      nb::arg("checkpoint"), nb::arg("layer"), nb::arg("experts"), nb::arg("gate_up_order"), nb::arg("scheme"));
+         const std::string& order,
+         const std::string& scheme) { return load(checkpoint, layer, experts, order, scheme); },
+      nb::arg("checkpoint"), nb::arg("layer"), nb::arg("experts"), nb::arg("gate_up_order"),
+      nb::arg("scheme"));
 
   nb::class_<ExpertWeights>(module, "ExpertWeights", "The expert weights of one layer.")
       .def(nb::init<>())
       .def("add_expert", add_expert, nb::arg("name"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),
            nb::arg("gate_bias").none(), nb::arg("up_bias").none(), nb::arg("down_bias").none(),
-           nb::arg("gate_input_scale").none(), nb::arg("up_input_scale").none(), nb::arg("down_input_scale").none())
+           nb::arg("gate_input_scale").none(), nb::arg("up_input_scale").none(),
+           nb::arg("down_input_scale").none())
       .def("validate", [](const ExpertWeights& weights) { validate(weights); })
       .def("matrix", matrix_of, nb::arg("expert"), nb::arg("which"))
       .def_ro("hidden", &ExpertWeights::hidden)
@@ -233,10 +241,10 @@ void bind_checkpoint(nb::module_& module) {
       .def_ro("shared_intermediate", &LayerConfig::shared_intermediate)
       .def_prop_ro("h_columns", [](const LayerConfig& config) { return config.h_columns(); })
       .def_prop_ro("activation", [](const LayerConfig& config) { return describe(config.activation); });
-  module.def("config_of_checkpoint", config_of, nb::arg("checkpoint"), nb::arg("layer"), nb::arg("activation"),
-             nb::arg("top_k"), nb::arg("shared"));
-  module.def("config_of_weights", config_of_arrays, nb::arg("weights"), nb::arg("top_k"), nb::arg("activation"),
-             nb::arg("weight_on_input"));
+  module.def("config_of_checkpoint", config_of, nb::arg("checkpoint"), nb::arg("layer"),
+             nb::arg("activation"), nb::arg("top_k"), nb::arg("shared"));
+  module.def("config_of_weights", config_of_arrays, nb::arg("weights"), nb::arg("top_k"),
+             nb::arg("activation"), nb::arg("weight_on_input"));
 
   nb::class_<Router>(module, "Router", "A layer's router.")
       .def_prop_ro("top_k", [](const Router& router) { return router.router.config.top_k; })

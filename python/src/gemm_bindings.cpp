@@ -25,15 +25,19 @@ OutputView output(const ArrayView& array) {
 void require_device(const Backend& backend, std::string_view what, Device found) {
   if (found == backend.memory().device()) return;
   const auto name = [](Device device) {
-    return device.kind == Device::Kind::kHost ? std::string("the host") : fmt::format("cuda:{}", device.index);
+    return device.kind == Device::Kind::kHost ? std::string("the host")
+                                              : fmt::format("cuda:{}", device.index);
   };
-  reject(what, fmt::format("memory of {}, where the backend {} computes", name(backend.memory().device()), backend.name()),
+  reject(what,
+         fmt::format("memory of {}, where the backend {} computes", name(backend.memory().device()),
+                     backend.name()),
          fmt::format("memory of {}; copy it, or name another backend", name(found)));
 }
 
 /// Computes d = a . b^T by groups of rows; one group: a plain GEMM. Returns the backend's name.
-std::string multiply(const Activations& a, const std::vector<const Weight*>& b, const std::optional<Array>& offset_array,
-                     const WritableArray& d_array, const std::string& backend_name, uintptr_t stream) {
+std::string multiply(const Activations& a, const std::vector<const Weight*>& b,
+                     const std::optional<Array>& offset_array, const WritableArray& d_array,
+                     const std::string& backend_name, uintptr_t stream) {
   const ArrayView d = view_of(d_array, "out");
   const Backend& backend = *choose_backend(backend_name).backend;
   require_device(backend, "a", device_of(a.view));
@@ -93,8 +97,8 @@ void bind_gemm(nb::module_& module) {
         return nb::make_tuple(std::string(choice.backend->name()), choice.reason);
       },
       nb::arg("forced"));
-  module.def("multiply", multiply, nb::arg("a"), nb::arg("b"), nb::arg("group_offsets").none(), nb::arg("out"),
-             nb::arg("backend"), nb::arg("stream"));
+  module.def("multiply", multiply, nb::arg("a"), nb::arg("b"), nb::arg("group_offsets").none(),
+             nb::arg("out"), nb::arg("backend"), nb::arg("stream"));
 }
 
 }  // namespace fourfold::python

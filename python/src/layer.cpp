@@ -186,7 +186,8 @@ void bring(ForwardArgs& args, Taps& taps, DeviceCopies& copies) {
 Buffer WorkspacePool::take(size_t bytes) {
   {
     const std::scoped_lock lock(mutex_);
-    const auto fits = std::find_if(free_.begin(), free_.end(), [&](const Buffer& one) { return one.bytes() >= bytes; });
+    const auto fits =
+        std::find_if(free_.begin(), free_.end(), [&](const Buffer& one) { return one.bytes() >= bytes; });
     if (fits != free_.end()) {
       Buffer taken = std::move(*fits);
       free_.erase(fits);
@@ -202,8 +203,8 @@ void WorkspacePool::give_back(Buffer buffer) {
   free_.push_back(std::move(buffer));
 }
 
-Layer::Layer(std::shared_ptr<const ExpertWeights> weights, const LayerConfig& config, const LayerOptions& options,
-             const std::string& backend)
+Layer::Layer(std::shared_ptr<const ExpertWeights> weights, const LayerConfig& config,
+             const LayerOptions& options, const std::string& backend)
     : choice_(choose_backend(backend, *weights, config, options)),
       memory_(choice_.backend->memory()),
       layer_(choice_.backend->make_layer(*weights, config, options)),
@@ -220,7 +221,8 @@ int32_t Layer::forward(const LayerPlan& plan, const ForwardArrays& arrays, void*
   const Device expected = through_copies ? Device::host() : memory_.device();
   const auto require_place = [&](const ArrayView& array) {
     if (array.device == expected) return;
-    reject(array.name, fmt::format("memory of {}, like the layer (backend {})", place_name(expected), backend().name()),
+    reject(array.name,
+           fmt::format("memory of {}, like the layer (backend {})", place_name(expected), backend().name()),
            array.describe());
   };
   for (const ArrayView* array : {&x, &ids, &weights, &y}) require_place(*array);

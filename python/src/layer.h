@@ -30,7 +30,8 @@ class WorkspacePool {
   std::vector<Buffer> free_;
 };
 
-/// The arrays of a call, by their names in ForwardArgs; taps by theirs in StageTaps, "staged_x.codes" and so on.
+/// The arrays of a call, by their names in ForwardArgs; taps by theirs in StageTaps, "staged_x.codes" and so
+/// on.
 struct ForwardArrays {
   Array x, topk_ids, topk_weights;
   WritableArray y;

@@ -15,8 +15,8 @@ namespace fourfold::python {
 namespace {
 
 /// Empty policies: the defaults.
-LayerOptions options_of(const ExpertWeights& weights, const std::string& activations, const std::string& x_scale,
-                        const std::string& intermediate_scale) {
+LayerOptions options_of(const ExpertWeights& weights, const std::string& activations,
+                        const std::string& x_scale, const std::string& intermediate_scale) {
   LayerOptions options;
   options.activations = activation_format(activations);
   if (!x_scale.empty()) options.x_scale = scale_policy(x_scale);
@@ -47,11 +47,12 @@ std::string shared_activations(const ExpertWeights& weights, const std::string& 
   return std::string(to_string(options.activations));
 }
 
-int32_t forward(Layer& layer, const LayerPlan& plan, const Array& x, const Array& topk_ids, const Array& topk_weights,
-                const WritableArray& y, const std::optional<WritableArray>& workspace,
-                const std::optional<WritableArray>& status, const std::map<std::string, WritableArray>& taps,
-                uintptr_t stream) {
-  return layer.forward(plan, {x, topk_ids, topk_weights, y, workspace, status, taps}, reinterpret_cast<void*>(stream));
+int32_t forward(Layer& layer, const LayerPlan& plan, const Array& x, const Array& topk_ids,
+                const Array& topk_weights, const WritableArray& y,
+                const std::optional<WritableArray>& workspace, const std::optional<WritableArray>& status,
+                const std::map<std::string, WritableArray>& taps, uintptr_t stream) {
+  return layer.forward(plan, {x, topk_ids, topk_weights, y, workspace, status, taps},
+                       reinterpret_cast<void*>(stream));
 }
 
 }  // namespace
@@ -67,27 +68,33 @@ void bind_layer(nb::module_& module) {
       .def_prop_ro("backend", [](const Layer& layer) { return std::string(layer.backend().name()); })
       .def_prop_ro("reason", &Layer::reason)
       .def_prop_ro("config", [](const Layer& layer) { return layer.layer().config(); })
-      .def_prop_ro("activations",
-                   [](const Layer& layer) { return std::string(to_string(layer.layer().options().activations)); })
+      .def_prop_ro(
+          "activations",
+          [](const Layer& layer) { return std::string(to_string(layer.layer().options().activations)); })
       .def_prop_ro("x_scale",
                    [](const Layer& layer) { return std::string(to_string(layer.layer().options().x_scale)); })
       .def_prop_ro("intermediate_scale",
-                   [](const Layer& layer) { return std::string(to_string(layer.layer().options().intermediate_scale)); })
+                   [](const Layer& layer) {
+                     return std::string(to_string(layer.layer().options().intermediate_scale));
+                   })
       .def_prop_ro("cuda_device",
                    [](const Layer& layer) -> std::optional<int> {
                      if (layer.device() == Device::host()) return std::nullopt;
                      return layer.device().index;
                    })
-      .def("plan", [](const Layer& layer, int64_t max_tokens) { return layer.layer().plan(max_tokens); },
-           nb::arg("max_tokens"))
-      .def("update_weights",
-           [](Layer& layer, const std::shared_ptr<ExpertWeights>& weights) {
-             const nb::gil_scoped_release release;
-             layer.update_weights(weights);
-           },
-           nb::arg("weights"))
+      .def(
+          "plan", [](const Layer& layer, int64_t max_tokens) { return layer.layer().plan(max_tokens); },
+          nb::arg("max_tokens"))
+      .def(
+          "update_weights",
+          [](Layer& layer, const std::shared_ptr<ExpertWeights>& weights) {
+            const nb::gil_scoped_release release;
+            layer.update_weights(weights);
+          },
+          nb::arg("weights"))
       .def("forward", forward, nb::arg("plan"), nb::arg("x"), nb::arg("topk_ids"), nb::arg("topk_weights"),
-           nb::arg("out"), nb::arg("workspace").none(), nb::arg("status").none(), nb::arg("taps"), nb::arg("stream"));
+           nb::arg("out"), nb::arg("workspace").none(), nb::arg("status").none(), nb::arg("taps"),
+           nb::arg("stream"));
   module.def("make_layer", make_layer, nb::arg("weights"), nb::arg("config"), nb::arg("activations"),
              nb::arg("x_scale"), nb::arg("intermediate_scale"), nb::arg("backend"));
   module.def("shared_activations", shared_activations, nb::arg("weights"), nb::arg("activations"));

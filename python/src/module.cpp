@@ -9,12 +9,18 @@ namespace {
 /// The classes of fourfold.errors, by code.
 const char* class_name(ErrorCode code) {
   switch (code) {
-    case ErrorCode::kInvalidArgument: return "InvalidArgumentError";
-    case ErrorCode::kBadFile: return "BadFileError";
-    case ErrorCode::kNotFound: return "NotFoundError";
-    case ErrorCode::kUnsupported: return "UnsupportedError";
-    case ErrorCode::kIo: return "InputOutputError";
-    case ErrorCode::kDevice: return "DeviceError";
+    case ErrorCode::kInvalidArgument:
+      return "InvalidArgumentError";
+    case ErrorCode::kBadFile:
+      return "BadFileError";
+    case ErrorCode::kNotFound:
+      return "NotFoundError";
+    case ErrorCode::kUnsupported:
+      return "UnsupportedError";
+    case ErrorCode::kIo:
+      return "InputOutputError";
+    case ErrorCode::kDevice:
+      return "DeviceError";
   }
   return "Error";
 }

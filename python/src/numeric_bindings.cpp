@@ -65,7 +65,8 @@ ScaleLayout scale_layout(const std::string& name) {
 
 /// Returns the global scale. An empty `rule` is that of activations.
 float quantize(const Array& x_array, const std::string& format_name, const std::string& rule_name,
-               std::optional<float> global_scale, const WritableArray& code_array, const WritableArray& scale_array) {
+               std::optional<float> global_scale, const WritableArray& code_array,
+               const WritableArray& scale_array) {
   const ArrayView x = view_of(x_array, "x"), codes = view_of(code_array, "codes"),
                   scales = view_of(scale_array, "scales");
   const QuantFormat format = quant_format(format_name);
@@ -84,7 +85,8 @@ float quantize(const Array& x_array, const std::string& format_name, const std::
   }
   const nb::gil_scoped_release release;
   float global = 1.0f;
-  if (format == QuantFormat::kNvfp4) global = global_scale ? *global_scale : nvfp4_global_scale(largest_magnitude(values));
+  if (format == QuantFormat::kNvfp4)
+    global = global_scale ? *global_scale : nvfp4_global_scale(largest_magnitude(values));
 #pragma omp parallel
   {
     std::vector<float> row(static_cast<size_t>(values.cols));
@@ -118,7 +120,8 @@ Weight block_scaled_weight(const std::string& format_name, const Array& code_arr
   view.rows = view.codes.rows;
   view.cols = view.codes.cols * 2;
   if (view.cols % traits_of(view.format).block_size != 0) {
-    reject("codes", fmt::format("whole blocks of {} along K", traits_of(view.format).block_size), codes.describe());
+    reject("codes", fmt::format("whole blocks of {} along K", traits_of(view.format).block_size),
+           codes.describe());
   }
   view.scale_layout = scale_layout(layout_name);
   view.global = {global_scale, divides ? GlobalScaleKind::kDivisor : GlobalScaleKind::kMultiplier};
@@ -154,7 +157,8 @@ Weight fp8_weight(const Array& code_array, const Array& scale_array, int64_t til
   scales.require_shape({(view.rows + tile_rows - 1) / tile_rows, view.tiles_per_row()});
   if (scales.is(Element::kF32)) {
     const MatrixView<float> tiles = f32_matrix(scales);
-    if (tiles.rows > 1 && tiles.stride != tiles.cols) reject("scales", "an array without gaps", scales.describe());
+    if (tiles.rows > 1 && tiles.stride != tiles.cols)
+      reject("scales", "an array without gaps", scales.describe());
     view.scale_type = TileScaleType::kF32;
   } else {
     bytes(scales);
@@ -169,13 +173,15 @@ void dequantize_into(const Weight& weight, const WritableArray& out_array) {
   const int64_t rows = rows_of(weight.view), cols = cols_of(weight.view);
   out.require_shape({rows, cols});
   const MatrixView<float> values = f32_matrix(out);
-  if (device_of(weight.view) != Device::host()) reject("dequantize", "host memory", "a CUDA device's; copy it");
+  if (device_of(weight.view) != Device::host())
+    reject("dequantize", "host memory", "a CUDA device's; copy it");
   const nb::gil_scoped_release release;
 #pragma omp parallel for
   for (int64_t r = 0; r < rows; ++r) dequantize_row(weight.view, r, values.row(r));
 }
 
-StagedActivations staged_views(const std::optional<WritableArray>& values, const std::optional<WritableArray>& codes,
+StagedActivations staged_views(const std::optional<WritableArray>& values,
+                               const std::optional<WritableArray>& codes,
                                const std::optional<WritableArray>& scales,
                                const std::optional<WritableArray>& residual_codes,
                                const std::optional<WritableArray>& residual_scales,
@@ -194,7 +200,8 @@ StagedActivations staged_views(const std::optional<WritableArray>& values, const
 void stage(const Array& x_array, const std::string& format_name, const std::string& policy_name,
            std::optional<float> global_scale, const std::optional<WritableArray>& codes,
            const std::optional<WritableArray>& scales, const std::optional<WritableArray>& residual_codes,
-           const std::optional<WritableArray>& residual_scales, const std::optional<WritableArray>& row_scales) {
+           const std::optional<WritableArray>& residual_scales,
+           const std::optional<WritableArray>& row_scales) {
   const ArrayView x = view_of(x_array, "x");
   require_host(x);
   const MatrixView<Bf16> rows = bf16_matrix(x);
@@ -215,7 +222,8 @@ void stage(const Array& x_array, const std::string& format_name, const std::stri
 Activations staged_activations(const std::string& format_name, int64_t rows, int64_t cols,
                                const std::optional<Array>& values, const std::optional<Array>& codes,
                                const std::optional<Array>& scales, const std::optional<Array>& residual_codes,
-                               const std::optional<Array>& residual_scales, const std::optional<Array>& row_scales) {
+                               const std::optional<Array>& residual_scales,
+                               const std::optional<Array>& row_scales) {
   const ActivationFormat format = activation_format(format_name);
   StagedActivations staged;
   std::vector<Array> kept;
@@ -267,29 +275,32 @@ void bind_numeric(nb::module_& module) {
       .def_prop_ro("cols", [](const Weight& weight) { return cols_of(weight.view); })
       .def_prop_ro("format", [](const Weight& weight) { return std::string(format_name(weight.view)); });
   module.def("dense_weight", dense_weight, nb::arg("array"));
-  module.def("block_scaled_weight", block_scaled_weight, nb::arg("format"), nb::arg("codes"), nb::arg("scales"),
-             nb::arg("layout"), nb::arg("global_scale"), nb::arg("divides"));
+  module.def("block_scaled_weight", block_scaled_weight, nb::arg("format"), nb::arg("codes"),
+             nb::arg("scales"), nb::arg("layout"), nb::arg("global_scale"), nb::arg("divides"));
   module.def("fp8_weight", fp8_weight, nb::arg("codes"), nb::arg("scales"), nb::arg("tile_rows"),
              nb::arg("tile_cols"));
-  nb::class_<Activations>(module, "Activations", "Staged activations [rows, cols]: views that keep arrays alive.")
+  nb::class_<Activations>(module, "Activations",
+                          "Staged activations [rows, cols]: views that keep arrays alive.")
       .def_prop_ro("rows", [](const Activations& staged) { return staged.view.rows; })
       .def_prop_ro("cols", [](const Activations& staged) { return staged.view.cols; });
   module.def("activations", staged_activations, nb::arg("format"), nb::arg("rows"), nb::arg("cols"),
              nb::arg("values") = nb::none(), nb::arg("codes") = nb::none(), nb::arg("scales") = nb::none(),
              nb::arg("residual_codes") = nb::none(), nb::arg("residual_scales") = nb::none(),
              nb::arg("row_scales") = nb::none());
-  module.def("quantize", quantize, nb::arg("x"), nb::arg("format"), nb::arg("rule"), nb::arg("global_scale").none(),
-             nb::arg("codes"), nb::arg("scales"));
+  module.def("quantize", quantize, nb::arg("x"), nb::arg("format"), nb::arg("rule"),
+             nb::arg("global_scale").none(), nb::arg("codes"), nb::arg("scales"));
   module.def("dequantize", dequantize_into, nb::arg("weight"), nb::arg("out"));
-  module.def("stage", stage, nb::arg("x"), nb::arg("format"), nb::arg("policy"), nb::arg("global_scale").none(),
-             nb::arg("codes") = nb::none(), nb::arg("scales") = nb::none(), nb::arg("residual_codes") = nb::none(),
-             nb::arg("residual_scales") = nb::none(), nb::arg("row_scales") = nb::none());
+  module.def("stage", stage, nb::arg("x"), nb::arg("format"), nb::arg("policy"),
+             nb::arg("global_scale").none(), nb::arg("codes") = nb::none(), nb::arg("scales") = nb::none(),
+             nb::arg("residual_codes") = nb::none(), nb::arg("residual_scales") = nb::none(),
+             nb::arg("row_scales") = nb::none());
   module.def("swizzled_scale_bytes", swizzled_scale_bytes, nb::arg("rows"), nb::arg("k_sf"));
   module.def(
       "padded_group_rows", [](const std::vector<int32_t>& offsets) { return padded_group_rows(offsets); },
       nb::arg("group_offsets"));
   module.def(
-      "swizzle_scales", [](const Array& scales, const WritableArray& out) { fill(out, swizzle_scales(host_scales(scales))); },
+      "swizzle_scales",
+      [](const Array& scales, const WritableArray& out) { fill(out, swizzle_scales(host_scales(scales))); },
       nb::arg("scales"), nb::arg("out"));
   module.def(
       "swizzle_scale_groups",

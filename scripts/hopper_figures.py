@@ -78,13 +78,19 @@ def require_checked(case: dict) -> None:
         sys.exit(f"error: {case['case']} {case['activations']}: expected a checked time, found {case['status']}")
 
 
+def result_of(folder: Path, name: str) -> str:
+    """The text of one of gpu_check's files."""
+    if not (folder / name).is_file():
+        sys.exit(f"error: {folder}: expected what scripts/gpu_check.sh --out wrote, found no {name}")
+    return (folder / name).read_text()
+
+
 def record(folder: Path, commit: str) -> None:
-    grid = json.loads((folder / "grid.json").read_text())
-    control = json.loads((folder / "control.json").read_text())
+    grid, control = json.loads(result_of(folder, "grid.json")), json.loads(result_of(folder, "control.json"))
     for case in grid["cases"]:
         require_checked(case)
     machine = grid["machines"][0]
-    driver = re.search(r"^fourfold on .*, ([\d.]+)$", (folder / "summary.txt").read_text(), re.MULTILINE)
+    driver = re.search(r"^fourfold on .*, ([\d.]+)$", result_of(folder, "summary.txt"), re.MULTILINE)
     measured = {
         "machine": machine["machine"],
         "driver": driver.group(1) if driver else None,

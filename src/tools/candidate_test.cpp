@@ -60,7 +60,7 @@ class CandidateTest {
     report_.experts = diagnose(subject(), candidate, options);
     map_error(candidate);
     report_.explanations = reported_explanations(report_.experts);
-    judge();
+    judge(candidate);
     return std::move(report_);
   }
 
@@ -342,12 +342,25 @@ class CandidateTest {
     return points;
   }
 
-  void judge() {
+  /// An output of zeros alone, and no stage before it: whatever underflows does that, and so does nothing.
+  static bool is_nothing(const Candidate& candidate) {
+    return candidate.h.empty() && candidate.activation.empty() &&
+           std::all_of(candidate.output.begin(), candidate.output.end(), [](float v) { return v == 0.0f; });
+  }
+
+  void judge(const Candidate& candidate) {
     const diagnosis::Diagnosis& experts = report_.experts;
     const bool is_routed_well = !report_.routing || report_.routing->verdict == Verdict::kFine;
     const auto wrongly_staged = std::find_if(report_.staged.begin(), report_.staged.end(),
                                              [](const StagedReport& staged) { return !staged.is_right(); });
-    if (experts.verdict == Verdict::kExplained && !is_routed_well && factor_cancels()) {
+    if (experts.verdict != Verdict::kFine && is_nothing(candidate)) {
+      say("unexplained",
+          "the output is zero everywhere: nothing was written to it, or everything underflowed; zeros can't "
+          "tell "
+          "one fault from another",
+          "whether the hook ran after the layer, and whether any expert was computed; a dump of h tells "
+          "more");
+    } else if (experts.verdict == Verdict::kExplained && !is_routed_well && factor_cancels()) {
       say("fine",
           "the routed scaling factor is applied after the experts instead of in the routing weights: the "
           "same",

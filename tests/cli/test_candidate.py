@@ -206,6 +206,18 @@ def test_nan_does_not_hide(tmp_path: Path, folder: Path, bug: str) -> None:
     assert report["verdict"] == ("activation" if bug else "unexplained")
 
 
+def test_zeros_alone_name_no_fault(tmp_path: Path, folder: Path) -> None:
+    """Whatever underflows explains them, and so does a hook that ran too early."""
+
+    def change(output: Array) -> None:
+        output[:] = 0.0
+
+    engine = engine_of(folder, "qwen3-moe", "")
+    _, report = diagnosis(tmp_path, engine.model, dump(tmp_path / "d.safetensors", damaged(engine, change)))
+    assert report["verdict"] == "unexplained" and "the output is zero everywhere" in report["explanation"]
+    assert "hook" in report["remedy"]
+
+
 # ---- what was quantized ----
 
 

@@ -248,14 +248,17 @@ class XStaging {
     return staging_.format == ActivationFormat::kFp8 || staging_.policy == ScalePolicy::kDynamicToken;
   }
 
-  /// The row of x that lies behind this one.
+  /// The rows of x that lie behind this one; zeros behind the last. A narrow row needs several to fill a
+  /// tile.
   void read_beyond(int64_t slot, StagedRow& row) const {
     const int64_t cols = subject_.hidden(), tile = deviation_.reading.tail_tile;
     const int64_t next = permutation_.row_of_slot[static_cast<size_t>(slot)] + 1;
-    row.beyond.assign(static_cast<size_t>((cols + tile - 1) / tile * tile - cols), 0.0f);
-    if (next >= permutation_.rows()) return;
-    const StagedRow behind = stage_permuted(next);
-    std::copy_n(behind.values.begin(), row.beyond.size(), row.beyond.begin());
+    const int64_t missing = round_up(cols, tile) - cols;
+    row.beyond.assign(static_cast<size_t>(missing), 0.0f);
+    for (int64_t filled = 0; filled < missing && next + filled / cols < permutation_.rows(); filled += cols) {
+      const StagedRow behind = stage_permuted(next + filled / cols);
+      std::copy_n(behind.values.begin(), std::min(cols, missing - filled), row.beyond.begin() + filled);
+    }
   }
 
   /// Groups are padded to 128 rows; the engine looks for this row's group as if they were not.

@@ -163,25 +163,29 @@ void multiply(const WeightReader& weights, std::span<const StagedRow> rows, std:
   const std::vector<Group> groups = groups_of(experts);
   const int64_t width = weights.rows(), chunks = (width + kChunk - 1) / kChunk;
   const auto count = static_cast<int64_t>(groups.size());
-  ThreadScratch scratch(2 * weights.cols());
-#pragma omp parallel if (count * width * weights.cols() > kWorthThreads)
+  const int64_t cols = weights.cols();
+  int64_t beyond = 0;  // the same for every row that has an expert
+  for (const StagedRow& row : rows) beyond = std::max(beyond, std::ssize(row.beyond));
+  // A row of weights and, whole, those behind it that an engine reads of.
+  const int64_t rows_behind = (beyond + cols - 1) / cols;
+  ThreadScratch scratch((1 + rows_behind) * cols);
+#pragma omp parallel if (count * width * cols > kWorthThreads)
   {
     float* const weight = scratch.mine().data();
-    float* const next_weight = weight + weights.cols();
+    float* const behind = weight + cols;
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t g = 0; g < count; ++g) {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const Group& group = groups[static_cast<size_t>(g)];
-        const bool reads_beyond = !rows[group.rows.front()].beyond.empty();
         for (int64_t n = chunk * kChunk; n < std::min(width, (chunk + 1) * kChunk); ++n) {
           weights.read_row(group.expert, n, weight);
-          if (reads_beyond && n + 1 < width) weights.read_row(group.expert, n + 1, next_weight);
+          const int64_t present = std::min(rows_behind, width - n - 1);
+          for (int64_t i = 0; i < present; ++i) weights.read_row(group.expert, n + 1 + i, behind + i * cols);
           const float global = weights.global(group.expert, n), bias = weights.bias(group.expert, n);
           for (const size_t r : group.rows) {
             float sum = dot(sums, rows[r].values.data(), weight, first_k, last_k);
-            if (reads_beyond && n + 1 < width) {
-              sum += dot(sums, rows[r].beyond.data(), next_weight, 0,
-                         static_cast<int64_t>(rows[r].beyond.size()));
+            if (present > 0) {
+              sum += dot(sums, rows[r].beyond.data(), behind, 0, std::min(beyond, present * cols));
             }
             const float factor = bias_factor.empty() ? 1.0f : bias_factor[r];
             out[static_cast<int64_t>(r) * width + n] = rows[r].alpha * global * sum + factor * bias;

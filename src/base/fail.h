@@ -3,7 +3,10 @@
 
 #include <fmt/format.h>
 
+#include <cerrno>
 #include <cstdint>
+#include <cstring>
+#include <filesystem>
 #include <string>
 #include <utility>
 
@@ -20,6 +23,11 @@ template <class... Args>
 template <class Expected, class Found>
 [[noreturn]] void reject(const std::string& what, const Expected& expected, const Found& found) {
   fail(ErrorCode::kInvalidArgument, "{}: expected {}, found {}", what, expected, found);
+}
+
+/// The system's refusal, as errno has it. `action`: what could not be done, a verb.
+[[noreturn]] inline void fail_io(const std::filesystem::path& path, const char* action) {
+  fail(ErrorCode::kIo, "{}: can't {} it: {}", path.string(), action, std::strerror(errno));
 }
 
 inline std::string shape_text(int64_t rows, int64_t cols) {

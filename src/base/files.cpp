@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
 #include <fstream>
 #include <optional>
 #include <system_error>
@@ -14,10 +13,6 @@
 
 namespace fourfold {
 namespace {
-
-[[noreturn]] void fail_io(const std::filesystem::path& path, const char* action) {
-  fail(ErrorCode::kIo, "{}: can't {} it: {}", path.string(), action, std::strerror(errno));
-}
 
 void write_in_place(const std::filesystem::path& path, std::string_view content) {
   std::ofstream file(path, std::ios::binary);

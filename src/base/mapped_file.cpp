@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cerrno>
 #include <csignal>
-#include <cstring>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -35,10 +34,6 @@ std::atomic<void*> registrations = nullptr;  // the list's head, a MappedFile::R
 std::string* first_damage = nullptr;         // of mappings that are gone
 struct sigaction previous_action = {};
 const auto page_size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-
-[[noreturn]] void fail_io(const std::filesystem::path& path, const char* action) {
-  fail(ErrorCode::kIo, "{}: can't {} it: {}", path.string(), action, std::strerror(errno));
-}
 
 bool is_shorter(int descriptor, size_t size) {
   struct stat status = {};

@@ -7,7 +7,6 @@
 
 #include <cerrno>
 #include <cstdio>
-#include <cstring>
 #include <string>
 #include <system_error>
 
@@ -18,10 +17,6 @@ namespace {
 
 /// Says whose a directory is, and is locked while it is being filled.
 constexpr const char* kMarker = ".fourfold-partial";
-
-[[noreturn]] void fail_io(const std::filesystem::path& path, const char* action) {
-  fail(ErrorCode::kIo, "{}: can't {} it: {}", path.string(), action, std::strerror(errno));
-}
 
 /// Of a file or a directory: what is in it survives a power cut.
 void bring_to_disk(const std::filesystem::path& path) {

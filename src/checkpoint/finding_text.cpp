@@ -9,7 +9,7 @@
 namespace fourfold {
 namespace {
 
-constexpr std::array<std::pair<FindingKind, std::string_view>, 19> kNames = {{
+constexpr std::array<std::pair<FindingKind, std::string_view>, 19> kKindNames = {{
     {FindingKind::kDamagedFile, "damaged-file"},
     {FindingKind::kMissingTensor, "missing-tensor"},
     {FindingKind::kBadTensor, "bad-tensor"},
@@ -34,7 +34,7 @@ constexpr std::array<std::pair<FindingKind, std::string_view>, 19> kNames = {{
 }  // namespace
 
 std::string_view to_string(FindingKind kind) {
-  for (const auto& [entry, name] : kNames) {
+  for (const auto& [entry, name] : kKindNames) {
     if (entry == kind) return name;
   }
   return "?";

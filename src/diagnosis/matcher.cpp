@@ -21,7 +21,7 @@ constexpr int64_t kMostTokens = 6;
 constexpr size_t kSeeds = 10;     // single faults from which pairs are made, by each measure
 constexpr size_t kFinalists = 6;  // hypotheses that are tried in every staging
 
-struct Sums {
+struct FitSums {
   double candidate = 0.0, run = 0.0, product = 0.0, difference = 0.0;
 };
 
@@ -30,7 +30,7 @@ Fit fit_stage(const std::vector<float>& candidate, const std::vector<float>& run
   const size_t width = candidate.size() / static_cast<size_t>(tokens);
   double distance = 0.0, shape = 0.0;
   for (size_t token = 0; token < static_cast<size_t>(tokens); ++token) {
-    Sums sums;
+    FitSums sums;
     for (size_t i = token * width; i < (token + 1) * width; ++i) {
       const double c = candidate[i], r = run[i];
       if (!(std::abs(c) < kOverflowing)) continue;

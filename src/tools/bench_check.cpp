@@ -98,7 +98,7 @@ struct DeviceStaged {
 };
 
 /// Which rows of the permuted order are looked at, ascending, and whose they are.
-struct RowSample {
+struct SampledRows {
   std::vector<int32_t> rows, expert_of;
   int64_t whole_experts = 0;
   std::vector<int32_t> group_offsets;  // [E+1], of the sample
@@ -106,8 +106,8 @@ struct RowSample {
   int64_t count() const { return static_cast<int64_t>(rows.size()); }
 };
 
-RowSample with_experts(std::vector<int32_t> rows, std::span<const int32_t> group_offsets) {
-  RowSample sample;
+SampledRows with_experts(std::vector<int32_t> rows, std::span<const int32_t> group_offsets) {
+  SampledRows sample;
   std::sort(rows.begin(), rows.end());
   rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
   sample.group_offsets.assign(group_offsets.size(), 0);
@@ -124,7 +124,7 @@ RowSample with_experts(std::vector<int32_t> rows, std::span<const int32_t> group
 
 /// All rows of the largest, the smallest and a middle group (as far as the oracle can afford), and others at
 /// even distances, at least kLeastRows in all where there are as many.
-RowSample sample_rows(std::span<const int32_t> group_offsets, int64_t most_rows_of_expert) {
+SampledRows sample_rows(std::span<const int32_t> group_offsets, int64_t most_rows_of_expert) {
   const auto size_of = [&](size_t e) { return group_offsets[e + 1] - group_offsets[e]; };
   std::vector<size_t> by_size;
   for (size_t e = 0; e + 1 < group_offsets.size(); ++e) {
@@ -146,7 +146,7 @@ RowSample sample_rows(std::span<const int32_t> group_offsets, int64_t most_rows_
   }
   const int64_t total = group_offsets.back(), spread = std::min(total, kLeastRows);
   for (int64_t i = 0; i < spread; ++i) rows.push_back(static_cast<int32_t>(i * total / spread));
-  RowSample sample = with_experts(std::move(rows), group_offsets);
+  SampledRows sample = with_experts(std::move(rows), group_offsets);
   sample.whole_experts = std::min<int64_t>(whole, static_cast<int64_t>(by_size.size()));
   return sample;
 }
@@ -240,7 +240,7 @@ class LayerCheck {
     if (y != y_untapped) add_finding("a run with taps gives another y than one without");
     if (!same_permutation(offsets.download(), slot_of_row.download(), row_of_slot.download())) return;
 
-    const RowSample sample =
+    const SampledRows sample =
         sample_rows(permutation_.group_offsets, subject_.testbed->most_checked_rows_of_expert());
     report_.rows = sample.count();
     report_.whole_experts = sample.whole_experts;
@@ -277,7 +277,7 @@ class LayerCheck {
   }
 
   /// Staging bit for bit, then the GEMM fed with what the backend staged.
-  void compare_gemm(const std::string& stage, ExpertGemm gemm, const RowSample& sample,
+  void compare_gemm(const std::string& stage, ExpertGemm gemm, const SampledRows& sample,
                     const std::vector<Bf16>& source, ScalePolicy policy,
                     const std::vector<float>& expert_scales, const DeviceStaged& staged,
                     const MatrixView<Bf16>& output) {
@@ -321,7 +321,7 @@ class LayerCheck {
   }
 
   /// The specification's staging of sampled rows.
-  StagedBuffers stage_rows(const std::vector<Bf16>& source, int64_t cols, const RowSample& sample,
+  StagedBuffers stage_rows(const std::vector<Bf16>& source, int64_t cols, const SampledRows& sample,
                            ScalePolicy policy, const std::vector<float>& expert_scales,
                            std::optional<float> tensor_scale) const {
     const ActivationFormat format = options_.activations;
@@ -357,7 +357,7 @@ class LayerCheck {
   }
 
   /// -> the backend's activation of the sampled rows.
-  std::vector<Bf16> compare_activation(const RowSample& sample, const MatrixView<Bf16>& h_rows,
+  std::vector<Bf16> compare_activation(const SampledRows& sample, const MatrixView<Bf16>& h_rows,
                                        const MatrixView<Bf16>& activation_rows) {
     const std::vector<Bf16> h = download_rows(memory_, h_rows, sample.rows);
     std::vector<Bf16> found = download_rows(memory_, activation_rows, sample.rows);
@@ -410,7 +410,7 @@ class LayerCheck {
         if (row >= 0) rows.push_back(row);
       }
     }
-    const RowSample sample = with_experts(std::move(rows), permutation_.group_offsets);
+    const SampledRows sample = with_experts(std::move(rows), permutation_.group_offsets);
     report_.rows = sample.count();
     const std::vector<Bf16> h =
         multiply_again(ExpertGemm::kGateUp, sample, gather_x(sample.rows), config_.hidden, options_.x_scale,
@@ -427,8 +427,8 @@ class LayerCheck {
   }
 
   /// Stages and multiplies sampled rows by the specification, all columns, rounded to bf16.
-  std::vector<Bf16> multiply_again(ExpertGemm gemm, const RowSample& sample, const std::vector<Bf16>& source,
-                                   int64_t cols, ScalePolicy policy,
+  std::vector<Bf16> multiply_again(ExpertGemm gemm, const SampledRows& sample,
+                                   const std::vector<Bf16>& source, int64_t cols, ScalePolicy policy,
                                    const std::vector<float>& expert_scales) const {
     if (sample.count() == 0) return {};
     const StagedBuffers staged = stage_rows(source, cols, sample, policy, expert_scales, std::nullopt);

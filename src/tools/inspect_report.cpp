@@ -17,7 +17,7 @@ namespace fourfold {
 namespace {
 
 constexpr size_t kTensorsShown = 8;  // of a group of findings
-constexpr size_t kLineBytes = 700;
+constexpr size_t kFindingLineBytes = 700;
 
 std::string size_text(int64_t bytes) {
   const auto value = static_cast<double>(bytes);
@@ -33,7 +33,7 @@ std::string percent(int64_t part, int64_t whole) {
 }
 
 void fact(std::string& text, const std::string& label, const std::string& value) {
-  text += fmt::format("{:<12} {}\n", label, printable(value, kLineBytes));
+  text += fmt::format("{:<12} {}\n", label, printable(value, kFindingLineBytes));
 }
 
 // ---- problems ----
@@ -59,10 +59,10 @@ std::string problems_text(const std::vector<Finding>& findings) {
             "\n";
     for (size_t i = begin; i < std::min(end, begin + kTensorsShown); ++i) {
       const std::string subject = findings[i].tensor.empty() ? findings[i].file : findings[i].tensor;
-      text += fmt::format(
-          "    {}\n      {}\n",
-          printable(subject + (findings[i].tensor.empty() ? "" : file_name(findings[i].file)), kLineBytes),
-          printable(findings[i].found, kLineBytes));
+      text += fmt::format("    {}\n      {}\n",
+                          printable(subject + (findings[i].tensor.empty() ? "" : file_name(findings[i].file)),
+                                    kFindingLineBytes),
+                          printable(findings[i].found, kFindingLineBytes));
     }
     if (end - begin > kTensorsShown) {
       text += fmt::format("    ... and {} more (--json FILE has all)\n", end - begin - kTensorsShown);

@@ -13,8 +13,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr size_t kLineBytes = 1000;  // of text that comes from files
-
 Json index_or_null(int64_t index) {
   return index < 0 ? Json(nullptr) : Json(index);
 }
@@ -181,9 +179,9 @@ std::string format_table(const LayerResult& result) {
   const auto& [subject, report] = result;
   std::string text;
   for (const auto& [label, fact] : subject.facts)
-    text += fmt::format("{:<12} {}\n", label, printable(fact, kLineBytes));
+    text += fmt::format("{:<12} {}\n", label, printable(fact, kReportLineBytes));
   for (const std::string& note : subject.notes)
-    text += fmt::format("{:<12} {}\n", "note", printable(note, kLineBytes));
+    text += fmt::format("{:<12} {}\n", "note", printable(note, kReportLineBytes));
   text += "\n" +
           bold(fmt::format("  {:<12} {:<17} {:>12} {:>11} {:>10} {:>10} {:>7} {:>7}", "comparison", "stage",
                            "cosine", "norm ratio", "rel L2", "limit", "token", "expert")) +

@@ -14,8 +14,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr size_t kLineBytes = 1000;  // of text that comes from files
-
 /// The figures of a layer that could be tested.
 std::string result_columns(const LayertestReport& report) {
   const auto worst = worst_figure(report);
@@ -29,7 +27,8 @@ std::string result_columns(const LayertestReport& report) {
 
 std::string table_row(const ModelRow& row) {
   if (!row.result) {
-    return red(fmt::format("  {:>5} {:<12} {}", row.layer, "not read", printable(row.error, kLineBytes))) +
+    return red(fmt::format("  {:>5} {:<12} {}", row.layer, "not read",
+                           printable(row.error, kReportLineBytes))) +
            "\n";
   }
   const std::string line =
@@ -49,7 +48,7 @@ std::string skipped_text(const ModelReport& report) {
   std::string text;
   for (const auto& [reason, layers] : reasons) {
     text += fmt::format("{:<12} layer{} {}: {}\n", "skipped", layers.size() == 1 ? "" : "s",
-                        format_list(layers), printable(reason, kLineBytes));
+                        format_list(layers), printable(reason, kReportLineBytes));
   }
   return text;
 }
@@ -65,7 +64,7 @@ std::string common_facts(const ModelReport& report) {
         const auto& facts = other.result->subject.facts;
         return std::find(facts.begin(), facts.end(), std::pair(label, fact)) != facts.end();
       });
-      if (is_common) text += fmt::format("{:<12} {}\n", label, printable(fact, kLineBytes));
+      if (is_common) text += fmt::format("{:<12} {}\n", label, printable(fact, kReportLineBytes));
     }
     break;
   }
@@ -84,7 +83,7 @@ std::string remarks(const ModelReport& report) {
   for (const ModelRow& row : report.rows) {
     if (!row.result) continue;
     for (const std::string& note : row.result->subject.notes) {
-      text += fmt::format("note     layer {}: {}\n", row.layer, printable(note, kLineBytes));
+      text += fmt::format("note     layer {}: {}\n", row.layer, printable(note, kReportLineBytes));
     }
   }
   return text;
@@ -119,11 +118,11 @@ std::string verdict_of(const ModelReport& report) {
 }
 
 std::string format_model_table(const ModelReport& report) {
-  std::string text = fmt::format("{:<12} {}: {}\n", "model", printable(report.directory, kLineBytes),
-                                 printable(report.model, kLineBytes));
+  std::string text = fmt::format("{:<12} {}: {}\n", "model", printable(report.directory, kReportLineBytes),
+                                 printable(report.model, kReportLineBytes));
   text += common_facts(report) + skipped_text(report);
   for (const std::string& damage : report.damage) {
-    text += red(fmt::format("{:<12} {}", "damage", printable(damage, kLineBytes))) + "\n";
+    text += red(fmt::format("{:<12} {}", "damage", printable(damage, kReportLineBytes))) + "\n";
   }
   text += "\n" +
           bold(fmt::format("  {:>5} {:<12} {:<28} {:>10} {:>9} {:>9} {:>11} {:>9}  {:>7}", "layer", "verdict",

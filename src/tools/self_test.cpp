@@ -193,9 +193,9 @@ void in_parallel(size_t count, const Work& work) {
   if (error) std::rethrow_exception(error);
 }
 
-class SelfTest {
+class SelfTestRun {
  public:
-  explicit SelfTest(const SelfTestRequest& request)
+  explicit SelfTestRun(const SelfTestRequest& request)
       : request_(request),
         folder_(std::filesystem::temp_directory_path()),
         random_(request.seed, Random::Purpose::kOperand, kStream) {}
@@ -404,7 +404,7 @@ bool SelfTestReport::passes() const {
 }
 
 SelfTestReport run_self_test(const SelfTestRequest& request) {
-  return SelfTest(request).run();
+  return SelfTestRun(request).run();
 }
 
 }  // namespace fourfold

@@ -16,6 +16,9 @@ std::string bold(std::string_view text);
 /// and an end.
 std::string printable(std::string_view text, size_t most_bytes = 2000);
 
+/// As many bytes of one text from files stand on a line of a report.
+inline constexpr size_t kReportLineBytes = 1000;
+
 /// One line on stderr that says what is being done; nothing where stderr is no terminal.
 class Progress {
  public:

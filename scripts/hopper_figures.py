@@ -13,15 +13,14 @@ tables; docs/measured/hopper_peers.json holds figures of programs that were meas
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from measured_pages import ROOT, digest, pyplot, report_stale, row, save_plot, with_tables
+
 MEASURED = ROOT / "docs/measured/hopper.json"
 PEERS = ROOT / "docs/measured/hopper_peers.json"
 PLOT = ROOT / "docs/measured/hopper.svg"
@@ -117,10 +116,6 @@ def record(folder: Path, commit: str) -> None:
 # ---- tables ----
 
 
-def row(columns: list[str]) -> str:
-    return "| " + " | ".join(columns) + " |\n"
-
-
 def table_of(model: str) -> str:
     found = cells()[model]
     programs = list(next(iter(found.values())).others)
@@ -141,22 +136,6 @@ def readme_table() -> str:
     return text
 
 
-def replace_section(text: str, name: str, content: str, file: Path) -> str:
-    """What stands between `<!-- NAME -->` and `<!-- end of NAME -->`."""
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-    replaced, count = pattern.subn(lambda match: match.group(1) + content + match.group(2), text)
-    if count != 1:
-        sys.exit(f"error: {file}: expected the section '{name}' once, found it {count} times")
-    return replaced
-
-
-def with_tables(file: Path, sections: dict[str, Callable[[], str]]) -> str:
-    text = file.read_text()
-    for name, content in sections.items():
-        text = replace_section(text, name, "\n" + content() + "\n", file)
-    return text
-
-
 def documents() -> dict[Path, str]:
     """The files that hold tables, as they have to be."""
     by_model = {f"measured: {model}": lambda model=model: table_of(model) for model in TITLES}
@@ -167,23 +146,10 @@ def documents() -> dict[Path, str]:
 # ---- the plot ----
 
 
-def digest() -> str:
-    """Of the data: a plot of other data is known by it."""
-    return hashlib.sha256(MEASURED.read_bytes() + PEERS.read_bytes()).hexdigest()
-
-
 def plot() -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("error: expected the package matplotlib, found none; pip install matplotlib")
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "fourfold", "svg.fonttype": "none", "font.family": "sans-serif"})
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     found = cells()
     figure, axes = plt.subplots(1, len(TITLES), figsize=(15, 5), layout="constrained")
-    figure.patch.set_facecolor("white")
     for axis, (model, title) in zip(axes, TITLES.items(), strict=True):
         tokens = list(found[model])
         one = next(iter(found[model].values()))
@@ -198,19 +164,15 @@ def plot() -> None:
         axis.title.set_size(9)
         axis.grid(True, which="major", alpha=0.3)
     axes[0].legend(fontsize=8)
-    figure.savefig(PLOT, metadata={"Date": None, "Description": digest()})
+    save_plot(figure, PLOT, digest(MEASURED, PEERS))
 
 
 # ---- the command ----
 
 
 def check() -> int:
-    stale = [file for file, text in documents().items() if file.read_text() != text]
-    if not PLOT.exists() or digest() not in PLOT.read_text():
-        stale.append(PLOT)
-    for file in stale:
-        print(f"{file.relative_to(ROOT)}: not what docs/measured/hopper.json says; run {Path(__file__).name} write")
-    return 1 if stale else 0
+    plots = {PLOT: digest(MEASURED, PEERS)}
+    return report_stale(documents(), plots, "docs/measured/hopper.json", Path(__file__).name)
 
 
 def main() -> int:

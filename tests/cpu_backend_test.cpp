@@ -15,6 +15,7 @@
 #include "fourfold/error.h"
 #include "fourfold/reference.h"
 #include "random_layer.h"
+#include "sanitized.h"
 #include "tools/gemmtest.h"
 #include "tools/layer_trace.h"
 #include "tools/layertest.h"
@@ -179,8 +180,9 @@ TEST_P(CpuLayers, AreSoundInEveryFormatAndScalePolicy) {
   uint64_t salt = 0;
   for (const ActivationFormat format : {ActivationFormat::kNvfp4, ActivationFormat::kNvfp4x2}) {
     for (const ScalePolicy x : kPolicies) {
-      for (const ScalePolicy intermediate : kPolicies)
-        expect_sound({}, options_for(format, x, intermediate), ++salt);
+      for (const ScalePolicy intermediate : kPolicies) {
+        if (runs_here(++salt)) expect_sound({}, options_for(format, x, intermediate), salt);
+      }
     }
   }
   expect_sound({}, options_for(ActivationFormat::kFp8), ++salt);
@@ -208,7 +210,9 @@ TEST_P(CpuLayers, AreSoundForShapesOfEverySize) {
   };
   uint64_t salt = 200;
   for (const RandomLayerShape& shape : shapes) {
-    for (const ActivationFormat format : kFormats) expect_sound(shape, options_for(format), ++salt);
+    for (const ActivationFormat format : kFormats) {
+      if (runs_here(++salt)) expect_sound(shape, options_for(format), salt);
+    }
   }
 }
 

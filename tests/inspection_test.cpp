@@ -13,6 +13,7 @@
 #include "fourfold/weight_statistics.h"
 #include "planted_faults.h"
 #include "random_layer.h"
+#include "sanitized.h"
 #include "tools/doctor.h"
 #include "tools/memory_estimate.h"
 
@@ -290,7 +291,9 @@ TEST(Memory, IsWhatTheLayoutsTake) {
 
 TEST(Doctor, FindsEveryPlantedFault) {
   EXPECT_TRUE(test_backend(*make_faulty_backend(Fault::kNone), "sound", ActivationFormat::kNvfp4).is_fine);
-  for (const Fault fault : kPlantedFaults) {
+  for (size_t i = 0; i < std::size(kPlantedFaults); ++i) {
+    if (!runs_here(i)) continue;
+    const Fault fault = kPlantedFaults[i];
     const SelfTest test = test_backend(*make_faulty_backend(fault), name_of(fault), ActivationFormat::kNvfp4);
     EXPECT_FALSE(test.is_fine) << name_of(fault);
     EXPECT_FALSE(test.trouble.empty()) << name_of(fault);

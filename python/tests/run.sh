@@ -22,6 +22,7 @@ python3 -c 'import ensurepip, venv' 2>/dev/null || need_packages python3 python3
 say "python: installing the package into build/python-test (log: build/python-test.log)"
 {
   "$venv/bin/python" -m pip install -q 'pytest>=7' 'mypy>=1.10'
+  "$venv/bin/python" -m pip install -q --no-deps -r "$root/scripts/requirements.txt"  # for scripts/evaluate.py
   "$venv/bin/python" -m pip install -q --force-reinstall --no-deps "$root" -C cmake.define.FOURFOLD_CUDA=OFF
   "$venv/bin/python" -m pip install -q "$root$extras" -C cmake.define.FOURFOLD_CUDA=OFF
 } >"$build_folder/python-test.log" 2>&1 || { tail -n 40 "$build_folder/python-test.log" >&2; die "pip install failed"; }
@@ -29,3 +30,6 @@ say "python: tests"
 (cd "$root" && OMP_WAIT_POLICY=passive "$venv/bin/python" -m pytest -q -p no:cacheprovider python/tests)
 say "python: types"
 (cd "$root" && "$venv/bin/python" -m mypy --cache-dir "$build_folder/mypy")
+say "python: the stub against the module"
+"$venv/bin/python" -m mypy.stubtest fourfold._native --mypy-config-file "$root/pyproject.toml" --ignore-disjoint-bases \
+  --allowlist "$root/python/tests/stubtest_allowlist.txt"

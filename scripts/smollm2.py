@@ -12,8 +12,11 @@ import importlib
 import importlib.util
 import io
 import math
+import os
 import sys
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,10 +59,14 @@ def find_gguf() -> Path:
 
 
 class SourceModel:
-    """The dense model in the GGUF file: its dimensions, and its tensors decoded to float32 on request."""
+    """The dense model in the GGUF file: its dimensions, and its tensors decoded to float32 on request.
 
-    def __init__(self, path: Path) -> None:
+    keep_decoded: each tensor is decoded once, and stays in memory (540 MB in all).
+    """
+
+    def __init__(self, path: Path, keep_decoded: bool = False) -> None:
         self.path = path
+        self.kept: dict[str, np.ndarray] | None = {} if keep_decoded else None
         self.reader = gguf.GGUFReader(path)
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         for key, expected in (
@@ -99,9 +106,13 @@ class SourceModel:
 
     def weight(self, name: str) -> np.ndarray:
         """The tensor `name`.weight as float32, [out, in] or [out]; refuses NaN and infinity."""
+        if self.kept is not None and name in self.kept:
+            return self.kept[name]
         tensor = self.tensors[f"{name}.weight"]
         decoded = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         self.check(f"finite values in {name}.weight", decoded.size, int(np.isfinite(decoded).sum()))
+        if self.kept is not None:
+            self.kept[name] = decoded
         return decoded
 
     def stored_as(self, ffn_alone: bool = False) -> dict[str, int]:
@@ -132,22 +143,24 @@ def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * scale
 
 
-def rope(x: np.ndarray, theta: float) -> np.ndarray:
+def rope(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
     """Rotates the pairs (2i, 2i+1) of x [T,heads,D] by position * theta^(-2i/D).
 
     Hugging Face's llama rotates (i, i + D/2); the conversion to GGUF permutes the rows of q and k to match.
     """
-    tokens, _, dim = x.shape
-    angles = np.outer(np.arange(tokens), theta ** (-np.arange(0, dim, 2) / dim))[:, None, :]
+    dim = x.shape[2]
+    angles = np.outer(positions, theta ** (-np.arange(0, dim, 2) / dim))[:, None, :]
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     even, odd = x[..., 0::2], x[..., 1::2]
     return np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
-    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+    """Over the last axis, in place: new arrays of this size cost more than the arithmetic."""
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return scores
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -160,35 +173,50 @@ def swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) ->
     return (silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-def attention(model: SourceModel, layer: int, x: np.ndarray) -> np.ndarray:
-    """Causal attention of x [T,H]; a key/value head serves heads / kv_heads query heads. Returns [T,H]."""
+def attention(model: SourceModel, layer: int, x: np.ndarray, window: int) -> np.ndarray:
+    """Causal attention of x [T,H] within windows of so many tokens; a key/value head serves heads / kv_heads
+    query heads. Returns [T,H]."""
     tokens = x.shape[0]
     q, k, v = (
         (x @ model.weight(f"blk.{layer}.attn_{name}").T).reshape(tokens, -1, model.head_dim) for name in "qkv"
     )
-    q, k = rope(q, model.rope_theta), rope(k, model.rope_theta)
-    future = np.triu(np.full((tokens, tokens), -np.inf, np.float32), k=1)
+    positions = np.arange(tokens) % window
+    q, k = rope(q, positions, model.rope_theta), rope(k, positions, model.rope_theta)
+    future = np.triu(np.full((window, window), -np.inf, np.float32), k=1)
     mixed = np.empty_like(q)
-    for head in range(model.heads):
-        kv_head = head * model.kv_heads // model.heads
-        scores = q[:, head] @ k[:, kv_head].T / np.float32(math.sqrt(model.head_dim)) + future
-        mixed[:, head] = softmax(scores) @ v[:, kv_head]
+
+    def attend(start: int) -> None:
+        rows = slice(start, min(start + window, tokens))
+        for head in range(model.heads):
+            kv_head = head * model.kv_heads // model.heads
+            scores = q[rows, head] @ k[rows, kv_head].T
+            scores /= np.float32(math.sqrt(model.head_dim))
+            scores += future[: len(scores), : len(scores)]
+            mixed[rows, head] = softmax(scores) @ v[rows, kv_head]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(attend, range(0, tokens, window)))
     return mixed.reshape(tokens, -1) @ model.weight(f"blk.{layer}.attn_output").T
 
 
-def forward(model: SourceModel, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Runs the model on ids [T]; returns each layer's FFN input, BF16 [T,H], and the final state, [T,H]."""
+Ffn = Callable[[int, np.ndarray], np.ndarray]  # layer, what enters its FFN [T,H] -> what the FFN adds, float32 [T,H]
+
+
+def dense_ffn(model: SourceModel) -> Ffn:
+    """The model's own, in float32."""
+    return lambda layer, x: swiglu(x, *(model.weight(f"blk.{layer}.ffn_{name}") for name in FFN))
+
+
+def forward(model: SourceModel, ids: np.ndarray, ffn: Ffn, window: int | None = None) -> np.ndarray:
+    """Runs the model on ids [T], cut into windows that do not see each other (None: one); the final state [T,H]."""
     state = model.weight("token_embd")[ids]
-    ffn_inputs = []
     for layer in range(model.layers):
         progress(f"forward pass, layer {layer + 1} of {model.layers}")
         block = f"blk.{layer}"
         x = rms_norm(state, model.weight(f"{block}.attn_norm"), model.rms_eps)
-        state = state + attention(model, layer, x)
-        x = rms_norm(state, model.weight(f"{block}.ffn_norm"), model.rms_eps)
-        ffn_inputs.append(x.astype(bfloat16))
-        state = state + swiglu(x, *(model.weight(f"{block}.ffn_{name}") for name in FFN))
-    return ffn_inputs, rms_norm(state, model.weight("output_norm"), model.rms_eps)
+        state = state + attention(model, layer, x, window or len(ids))
+        state = state + ffn(layer, rms_norm(state, model.weight(f"{block}.ffn_norm"), model.rms_eps))
+    return rms_norm(state, model.weight("output_norm"), model.rms_eps)
 
 
 def measure_perplexity(model: SourceModel, state: np.ndarray, ids: np.ndarray) -> float:
@@ -222,19 +250,28 @@ class HiddenStates:
     perplexity: float  # of the forward pass on the tokens that x belongs to
 
 
-def compute_hidden_states(model: SourceModel, ids: np.ndarray) -> HiddenStates:
-    """Runs ids [T] through the model, after the forward pass has shown on the default text that it is right.
+def check_perplexity(model: SourceModel) -> float:
+    """Of CHECK_TOKENS tokens of the default text; refuses a forward pass that does not predict them.
 
     A text of the user's choice cannot show it: a right pass may find the text hard (a short or odd one).
     """
-    check_ids = model.encode(default_text())[:CHECK_TOKENS]
-    ffn_inputs, state = forward(model, check_ids)
-    check_perplexity = perplexity = measure_perplexity(model, state, check_ids)
-    if not check_perplexity <= WORST_PERPLEXITY:
+    ids = model.encode(default_text())[:CHECK_TOKENS]
+    perplexity = measure_perplexity(model, forward(model, ids, dense_ffn(model)), ids)
+    if not perplexity <= WORST_PERPLEXITY:
         thing = f"perplexity of {CHECK_TOKENS} tokens of the Zen of Python"
         remedy = "the forward pass is wrong: install the package versions in real_checkpoint.py's docstring"
-        raise Failure(thing, f"at most {WORST_PERPLEXITY:g}", f"{check_perplexity:.1f}", remedy)
-    if not np.array_equal(ids, check_ids):
-        ffn_inputs, state = forward(model, ids)
-        perplexity = measure_perplexity(model, state, ids)
-    return HiddenStates(ffn_inputs, check_perplexity, perplexity)
+        raise Failure(thing, f"at most {WORST_PERPLEXITY:g}", f"{perplexity:.1f}", remedy)
+    return perplexity
+
+
+def compute_hidden_states(model: SourceModel, ids: np.ndarray) -> HiddenStates:
+    """Runs ids [T] through the model, after the forward pass has shown on the default text that it is right."""
+    checked = check_perplexity(model)
+    ffn, ffn_inputs = dense_ffn(model), []
+
+    def observed(layer: int, x: np.ndarray) -> np.ndarray:
+        ffn_inputs.append(x.astype(bfloat16))
+        return ffn(layer, x)
+
+    state = forward(model, ids, observed)
+    return HiddenStates(ffn_inputs, checked, measure_perplexity(model, state, ids))

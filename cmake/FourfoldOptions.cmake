@@ -50,6 +50,14 @@ if(FOURFOLD_SANITIZE)
   target_link_options(fourfold_options INTERFACE -fsanitize=${FOURFOLD_SANITIZE})
 endif()
 
+# Counters of executed lines, for scripts/coverage.sh. Atomic: OpenMP's threads count, too.
+option(FOURFOLD_COVERAGE "Count executed lines, for gcov" OFF)
+if(FOURFOLD_COVERAGE)
+  target_compile_options(fourfold_options INTERFACE
+    $<$<COMPILE_LANGUAGE:CXX>:--coverage -fprofile-update=atomic>)
+  target_link_options(fourfold_options INTERFACE --coverage)
+endif()
+
 # Executables for another machine with the same kind of system: what such a machine may lack, or have in
 # another version, is linked statically.
 option(FOURFOLD_PORTABLE "Link fmt, libstdc++, libgcc and OpenMP statically" OFF)
@@ -63,8 +71,9 @@ if(FOURFOLD_PORTABLE)
   set(OpenMP_gomp_LIBRARY "${FOURFOLD_STATIC_OPENMP}" CACHE FILEPATH "OpenMP runtime" FORCE)
 endif()
 
-# Statically linked runtimes are not made for shared libraries, nor are libFuzzer's counters.
+# Statically linked runtimes are not made for shared libraries, nor are libFuzzer's counters, and gcov's would be
+# another library's.
 set(FOURFOLD_SHARED ON)
-if(FOURFOLD_PORTABLE OR FOURFOLD_FUZZ)
+if(FOURFOLD_PORTABLE OR FOURFOLD_FUZZ OR FOURFOLD_COVERAGE)
   set(FOURFOLD_SHARED OFF)
 endif()

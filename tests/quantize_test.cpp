@@ -8,6 +8,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -111,6 +112,31 @@ TEST(QuantizeNvfp4x2, LeavesLessThanOneTerm) {
   }
 }
 
+// With g = 4: block 0 has scale 1 and loses 5.25 - 6 and 5.25 - 6 to rounding, whose scale is 0.75 / 6; block
+// 1 twice that; block 2 is exact, so that a residual of zeros stores no scale.
+TEST(QuantizeNvfp4x2, QuantizesWhatEveryBlockLost) {
+  constexpr float kGlobal = 4.0f;
+  std::vector<float> x(48, 0.0f);
+  x[0] = 6, x[1] = 5.25f, x[15] = -5.25f;
+  x[16] = 10.5f, x[17] = 12, x[31] = 10.5f;
+  x[32] = 6;
+  for (float& value : x) value *= kGlobal;
+  std::array<uint8_t, 24> codes, residual_codes;
+  std::array<uint8_t, 3> scales, residual_scales;
+  quantize_row_nvfp4x2(x, kGlobal, codes.data(), scales.data(), residual_codes.data(),
+                       residual_scales.data());
+  EXPECT_EQ(scales, (std::array<uint8_t, 3>{0x38, 0x40, 0x38}));           // 1, 2, 1
+  EXPECT_EQ(residual_scales, (std::array<uint8_t, 3>{0x20, 0x28, 0x00}));  // 1/8, 1/4, 0
+  std::array<uint8_t, 24> expected{}, expected_residual{};
+  expected[0] = 0x77, expected[7] = 0xF0;
+  expected[8] = 0x77, expected[15] = 0x70;
+  expected[16] = 0x07;
+  expected_residual[0] = 0xF0, expected_residual[7] = 0x70;
+  expected_residual[8] = 0x0F, expected_residual[15] = 0xF0;
+  EXPECT_EQ(codes, expected);
+  EXPECT_EQ(residual_codes, expected_residual);
+}
+
 TEST(DynamicScale, HasAFloorThatKeepsReciprocalsFinite) {
   EXPECT_EQ(nvfp4_global_scale(0.0f), 1.0f);
   EXPECT_EQ(nvfp4_global_scale(2688.0f), 1.0f);
@@ -196,6 +222,88 @@ TEST(Cast, CountsBeforehandWhatItWillRound) {
   }
 }
 
+/// A matrix of MXFP4 whose blocks all have scale 2^0 and codes 0, but for what is changed.
+struct Mxfp4Matrix {
+  int64_t rows, blocks;  ///< blocks a row
+  std::vector<uint8_t> codes = std::vector<uint8_t>(static_cast<size_t>(rows * blocks * 16));
+  std::vector<uint8_t> scales = std::vector<uint8_t>(static_cast<size_t>(rows * blocks), 127);
+
+  void set_code(int64_t row, int64_t col, int code) {
+    uint8_t& pair = codes[static_cast<size_t>(row * blocks * 16 + col / 2)];
+    pair = static_cast<uint8_t>(col % 2 == 0 ? (pair & 0xF0) | code : (pair & 0x0F) | (code << 4));
+  }
+  BlockScaledView view() const {
+    return {QuantFormat::kMxfp4, rows,   blocks * 32, {codes.data(), rows, blocks * 16},
+            scales.data(),       blocks, {},          {}};
+  }
+};
+
+// What counts is whether a block holds a nonzero code, whichever and wherever: one that does decides the
+// largest exponent, and, 18 octaves below another, is recoded.
+TEST(CastMxfp4, FindsANonzeroCodeWhereverItStands) {
+  for (int position = 0; position < 32; ++position) {
+    for (int code = 0; code < 16; ++code) {
+      const bool nonzero = (code & 7) != 0;
+      Mxfp4Matrix matrix{2, 2};
+      matrix.scales = {127, 127, 127, 127 - 18};
+      matrix.set_code(1, 32 + position, code);
+      EXPECT_EQ(largest_mxfp4_exponent(matrix.view()), nonzero ? -18 : kNoExponent)
+          << position << " " << code;
+      matrix.set_code(0, 0, 1);
+      CastReport done;
+      cast_mxfp4_to_nvfp4(matrix.view(), &done);
+      EXPECT_EQ(done.recoded, nonzero) << position << " " << code;
+      EXPECT_EQ(count_cast(matrix.view(), 0).recoded, nonzero) << position << " " << code;
+    }
+  }
+}
+
+// Magnitudes 0, 0.5, 1, 1.5, 2, 3, 4 and 6 divided by 2, 4, 8, 16 and 32, as codes; ties to even.
+TEST(CastMxfp4, RoundsEveryCodeOfABlockThatIsTooSmall) {
+  constexpr std::array<std::array<uint8_t, 8>, 5> kShifted = {{{0, 0, 1, 2, 2, 3, 4, 5},
+                                                               {0, 0, 0, 1, 1, 2, 2, 3},
+                                                               {0, 0, 0, 0, 0, 1, 1, 2},
+                                                               {0, 0, 0, 0, 0, 0, 0, 1},
+                                                               {0, 0, 0, 0, 0, 0, 0, 0}}};
+  for (const int shift : {1, 2, 3, 4, 5, 100}) {
+    const std::array<uint8_t, 8>& shifted = kShifted[static_cast<size_t>(std::min(shift, 5) - 1)];
+    Mxfp4Matrix matrix{2, 2};
+    matrix.set_code(0, 5, 7);
+    matrix.scales[3] = static_cast<uint8_t>(127 - 17 - shift);
+    Mxfp4Matrix expected = matrix;
+    for (int i = 0; i < 32; ++i) {
+      const int code = (i * 5 + i / 16) % 16;  // each code at an even and at an odd position
+      matrix.set_code(1, 32 + i, code);
+      expected.set_code(1, 32 + i, shifted[static_cast<size_t>(code & 7)] | (code & 8));
+    }
+    CastReport report;
+    const BlockScaledMatrix nvfp4 = cast_mxfp4_to_nvfp4(matrix.view(), &report);
+    EXPECT_EQ(nvfp4.codes, expected.codes) << shift;
+    EXPECT_EQ(nvfp4.scales, (std::vector<uint8_t>{0x78, 0x78, 0x78, 0x78, 0x78, 0x78, 0x01, 0x01})) << shift;
+    EXPECT_EQ(report.recoded, 1);
+    EXPECT_EQ(report.inexact, 1);
+    EXPECT_EQ(count_cast(matrix.view(), 0).inexact, 1);
+  }
+}
+
+// One code in a block of zeros, wherever it stands, is what makes the block inexact: 1 / 2 is a number of
+// e2m1, 0.5 / 2 is none.
+TEST(CastMxfp4, CountsAsInexactWhatChangesAValueWhereverItStands) {
+  for (int position = 0; position < 32; ++position) {
+    for (const int code : {2, 10, 1, 9}) {
+      Mxfp4Matrix matrix{1, 2};
+      matrix.set_code(0, 0, 1);
+      matrix.set_code(0, 32 + position, code);
+      matrix.scales[1] = 127 - 18;
+      const bool inexact = code % 2 == 1;
+      CastReport done;
+      cast_mxfp4_to_nvfp4(matrix.view(), &done);
+      EXPECT_EQ(done.inexact, inexact) << position << " " << code;
+      EXPECT_EQ(count_cast(matrix.view(), 0).inexact, inexact) << position << " " << code;
+    }
+  }
+}
+
 // ---- what hangs on a single bit ----
 
 TEST(BlockQuantizer, TakesEveryBitOfAMagnitude) {
@@ -204,6 +312,8 @@ TEST(BlockQuantizer, TakesEveryBitOfAMagnitude) {
   EXPECT_EQ(max_magnitude(odd, even), odd);
   EXPECT_TRUE(is_finite(std::numeric_limits<float>::max()));
   EXPECT_FALSE(is_finite(-std::numeric_limits<float>::infinity()));
+  EXPECT_FALSE(is_finite(float_from_bits(0x7F800001)));  // a signalling NaN: its lowest bit alone
+  EXPECT_FALSE(is_finite(std::numeric_limits<float>::quiet_NaN()));
 }
 
 // amax / 6 = 1.0625 and 1.1875 lie between two numbers of e4m3, the even ones of which are 1 and 1.25.
@@ -250,11 +360,47 @@ TEST(ScaleRules, SearchAnOctaveAndNoFarther) {
   EXPECT_NE(choice({11 * kUnit, 5.5f * kUnit}, ScaleRule::kMse).first, 11);
 }
 
+// Errors of tiny values count, too: 4 and 3 in turn, times 2^-30.
+TEST(ScaleRules, CompareErrorsOfAnySize) {
+  std::array<float, 16> x;
+  for (size_t i = 0; i < x.size(); ++i) x[i] = (i % 2 == 0 ? 4.0f : 3.0f) * 0x1p-30f;
+  for (const ScaleRule rule : {ScaleRule::kFourOverSix, ScaleRule::kMse}) {
+    std::array<uint8_t, 8> codes{};
+    uint8_t scale = 0;
+    quantize_weight_row_nvfp4(x, 0x1p-30f, rule, codes.data(), &scale);
+    EXPECT_EQ(scale, 0x38) << to_string(rule);
+    EXPECT_EQ(codes[0], 0x56) << to_string(rule);
+  }
+}
+
+// A row of blocks is its blocks one by one, and nothing is written behind it.
+TEST(ScaleRules, TreatEveryBlockOfARowAlone) {
+  std::array<float, 48> x;
+  for (size_t i = 0; i < x.size(); ++i)
+    x[i] = std::sin(static_cast<float>(i)) * static_cast<float>(1 + i / 16);
+  for (const ScaleRule rule : {ScaleRule::kAmax, ScaleRule::kFourOverSix, ScaleRule::kMse}) {
+    std::array<uint8_t, 32> codes, expected;
+    codes.fill(0xAA), expected.fill(0xAA);
+    std::array<uint8_t, 4> scales, expected_scales;
+    scales.fill(0xAA), expected_scales.fill(0xAA);
+    quantize_weight_row_nvfp4(x, 0.01f, rule, codes.data(), scales.data());
+    for (size_t block = 0; block < 3; ++block) {
+      std::array<uint8_t, 16> room;  // of one block's codes and more
+      quantize_weight_row_nvfp4(std::span(x).subspan(16 * block, 16), 0.01f, rule, room.data(),
+                                &expected_scales[block]);
+      std::copy_n(room.begin(), 8, expected.begin() + static_cast<int64_t>(8 * block));
+    }
+    EXPECT_EQ(codes, expected) << to_string(rule);
+    EXPECT_EQ(scales, expected_scales) << to_string(rule);
+  }
+}
+
 TEST(ScaleRules, HaveTheirNames) {
   for (const ScaleRule rule : {ScaleRule::kAmax, ScaleRule::kFourOverSix, ScaleRule::kMse}) {
     EXPECT_EQ(parse_scale_rule(to_string(rule)), rule);
   }
   EXPECT_EQ(parse_scale_rule("max"), std::nullopt);
+  EXPECT_EQ(parse_scale_rule(""), std::nullopt);
 }
 
 // ---- MXFP4 ----
@@ -312,6 +458,9 @@ TEST(CastMxfp4, TakesLargestExponentsOfTheWholeRangeAndNoOther) {
   const BlockScaledView view{QuantFormat::kMxfp4, 1, 32, {codes.data(), 1, 16}, &scale, 1, {}, {}};
   EXPECT_THROW(cast_mxfp4_to_nvfp4(view, 128, nullptr), Error);
   EXPECT_THROW(cast_mxfp4_to_nvfp4(view, -128, nullptr), Error);
+  const std::vector<uint8_t> zeros(16, 0);  // which no exponent is too small for
+  const BlockScaledView empty{QuantFormat::kMxfp4, 1, 32, {zeros.data(), 1, 16}, &scale, 1, {}, {}};
+  EXPECT_THROW(cast_mxfp4_to_nvfp4(empty, -128, nullptr), Error);
 }
 
 TEST(CastMxfp4, OfZerosKeepsTheirScalesWithinE4m3) {
@@ -345,6 +494,28 @@ TEST(QuantizeFp8, GivesATileItsScale) {
   }
   EXPECT_EQ(quantize_fp8_tiles({x.data(), 3, 5}, TileScaleType::kF32).tile, 128);
   EXPECT_EQ(quantize_fp8_tiles({x.data(), 3, 4}, TileScaleType::kF32, 2).view().tiles_per_row(), 2);
+}
+
+TEST(QuantizeFp8, ShowsNanAndInfinityInATilesScale) {
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+    const std::vector<float> x = {1.0f, bad, 1.0f, 448.0f};
+    const Fp8Matrix e8m0 = quantize_fp8_tiles({x.data(), 1, 4}, TileScaleType::kE8m0, 2);
+    EXPECT_EQ(e8m0.scales, (std::vector<std::byte>{std::byte{0xFF}, std::byte{127}}));
+    const std::vector<float> values = dequantize(e8m0.view());
+    EXPECT_TRUE(std::isnan(values[0]) && std::isnan(values[1]));
+    EXPECT_EQ(values[3], 448.0f);
+    const Fp8Matrix f32 = quantize_fp8_tiles({x.data(), 1, 4}, TileScaleType::kF32, 2);
+    EXPECT_FALSE(std::isfinite(f32.view().scale(0, 0)));
+    EXPECT_TRUE(std::isnan(dequantize(f32.view())[1]));
+  }
+}
+
+// Scale 1, by which 1.0625 and 1.1875 are ties: a reciprocal that is not 1 tips one of them.
+TEST(QuantizeFp8, RoundsTiesOfARowToEven) {
+  const std::vector<float> x = {448.0f, 1.0625f, 1.1875f};
+  std::vector<uint8_t> codes(3);
+  EXPECT_EQ(quantize_row_fp8(x, codes.data()), 1.0f);
+  EXPECT_EQ(codes, (std::vector<uint8_t>{0x7E, 0x38, 0x3A}));
 }
 
 TEST(QuantizeFp8, GivesARowItsScale) {
@@ -382,6 +553,15 @@ TEST(Views, ApplyAMultiplierOrADivisor) {
   EXPECT_EQ((GlobalScale{4.0f, GlobalScaleKind::kDivisor}.apply(3.0f)), 0.75f);
   EXPECT_EQ((GlobalScale{4.0f, GlobalScaleKind::kDivisor}.multiplier()), 0.25f);
   EXPECT_EQ(global_multiplier(DenseView{}), 1.0f);
+}
+
+TEST(Buffer, IsAlignedAndAsLargeAsWasAsked) {
+  for (const size_t bytes : {0u, 1u, 63u, 64u, 65u, 1000u}) {
+    const Buffer buffer(bytes);
+    EXPECT_EQ(buffer.bytes(), bytes);
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data()) % 64, 0u);
+    std::fill_n(buffer.data(), bytes, std::byte{0xFF});
+  }
 }
 
 TEST(Views, DecodeDenseRowsOfEveryType) {

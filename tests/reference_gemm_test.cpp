@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <string>
 
 #include "fourfold/error.h"
 #include "fourfold/quantize.h"
@@ -126,6 +127,56 @@ TEST(Gemm, RefusesArgumentsThatDoNotFit) {
   const std::vector<WeightView> two = {b.view(), b.view()};
   EXPECT_THROW(reference::grouped_gemm({activations_of(a), two, descending, out}), Error);
   EXPECT_NO_THROW(reference::grouped_gemm({activations_of(a), one, good, out}));
+}
+
+/// Runs `call`, which must be refused: the message.
+template <class Call>
+std::string refusal_of(const Call& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "not refused";
+}
+
+TEST(Gemm, NamesTheScalesThatDoNotFit) {
+  const BlockScaledMatrix a = random_matrix(5, 32, 1), b = random_matrix(8, 32, 2);
+  const std::vector<float> four(4, 1.0f), five(5, 1.0f);
+  const auto refusal_of_activations = [&](const ActivationView& view) {
+    return refusal_of([&] { validate(view, 2); });
+  };
+  ActivationView view = activations_of(a);
+  view.row_scales = four;
+  EXPECT_EQ(refusal_of_activations(view), "row scales: expected 5, found 4");
+  view.group_scales = five;
+  EXPECT_EQ(refusal_of_activations(view), "activation scales: expected one a row or one a group, found both");
+  view.row_scales = {};
+  EXPECT_EQ(refusal_of_activations(view), "group scales: expected 2, found 5");
+  view = activations_of(a);
+  view.format = ActivationFormat::kNvfp4x2;
+  view.residual_codes = view.codes;
+  EXPECT_EQ(refusal_of_activations(view), "nvfp4x2 activations: expected residual scales, found none");
+
+  std::vector<float> d(40);
+  const MatrixView<float> out(d.data(), 5, 8);
+  const auto refusal_of_weight = [&](const WeightView& weight) {
+    return refusal_of([&] { validate(GemmArgs{activations_of(a), weight, out}); });
+  };
+  BlockScaledView blocks = b.view();
+  blocks.scale_stride = 1;
+  EXPECT_TRUE(refusal_of_weight(blocks).ends_with("expected a row stride of at least 2, found 1"))
+      << refusal_of_weight(blocks);
+  const std::vector<float> values(8 * 32, 1.0f);
+  const Fp8Matrix matrix = quantize_fp8_tiles({values.data(), 8, 32}, TileScaleType::kF32);
+  Fp8View fp8 = matrix.view();
+  EXPECT_EQ(refusal_of_weight(fp8), "not refused");
+  fp8.tile_cols = 0;
+  EXPECT_TRUE(refusal_of_weight(fp8).ends_with("expected tiles of at least one value, found [128, 0]"))
+      << refusal_of_weight(fp8);
+  fp8.scales = nullptr;
+  EXPECT_TRUE(refusal_of_weight(fp8).ends_with("expected tile scales, found a null pointer"))
+      << refusal_of_weight(fp8);
 }
 
 }  // namespace

@@ -94,6 +94,8 @@ TEST(ScaleLayout, RefusesSizesThatDoNotFit) {
   EXPECT_THROW(swizzle_scale_groups({scales.data(), 3, 4}, short_offsets), Error);
   const std::vector<int32_t> down_again = {0, 1000, 3};
   EXPECT_THROW(swizzle_scale_groups({scales.data(), 3, 4}, down_again), Error);
+  const std::vector<int32_t> down_at_once = {0, -1, 3};
+  EXPECT_THROW(swizzle_scale_groups({scales.data(), 3, 4}, down_at_once), Error);
 }
 
 }  // namespace

@@ -102,7 +102,7 @@ struct TensorSpec {
 class SafetensorsWriter {
  public:
   /// `metadata`: the header's "__metadata__"; loaders for PyTorch want {"format": "pt"}.
-  SafetensorsWriter(std::filesystem::path path, std::vector<TensorSpec> tensors,
+  SafetensorsWriter(std::filesystem::path path, const std::vector<TensorSpec>& tensors,
                     const std::map<std::string, std::string>& metadata = {});
   ~SafetensorsWriter();
   SafetensorsWriter(const SafetensorsWriter&) = delete;

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cinttypes>
 #include <fstream>
 #include <optional>
 #include <system_error>
@@ -81,8 +82,8 @@ void require_creatable(const std::filesystem::path& path) {
 void require_memory(int64_t bytes, const std::string& what) {
   std::ifstream info("/proc/meminfo");
   for (std::string line; std::getline(info, line);) {
-    long long kilobytes = 0;
-    if (std::sscanf(line.c_str(), "MemAvailable: %lld kB", &kilobytes) != 1) continue;
+    int64_t kilobytes = 0;
+    if (std::sscanf(line.c_str(), "MemAvailable: %" SCNd64 " kB", &kilobytes) != 1) continue;
     if (bytes > kilobytes * 1024) {
       fail(ErrorCode::kInvalidArgument,
            "{}: expected to fit the {} MB of memory that are available, found a need of "

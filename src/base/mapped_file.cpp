@@ -33,7 +33,7 @@ std::mutex registry_mutex;                   // of all but what the handler read
 std::atomic<void*> registrations = nullptr;  // the list's head, a MappedFile::Registration
 std::string* first_damage = nullptr;         // of mappings that are gone
 struct sigaction previous_action = {};
-const auto page_size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+const auto kPageSize = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
 
 bool is_shorter(int descriptor, size_t size) {
   struct stat status = {};
@@ -62,7 +62,7 @@ void advise_mapped(std::span<const std::byte> bytes, int advice) {
   auto* entry = static_cast<MappedFile::Registration*>(registrations.load());
   while (entry != nullptr && !(entry->begin <= begin && end <= entry->end)) entry = entry->next;
   if (entry == nullptr || bytes.empty()) return;
-  const uintptr_t first = begin / page_size * page_size;
+  const uintptr_t first = begin / kPageSize * kPageSize;
   madvise(reinterpret_cast<void*>(first), end - first, advice);  // advice may fail
 }
 
@@ -146,11 +146,11 @@ void guard_mapped_files() {
     auto* entry = static_cast<MappedFile::Registration*>(registrations.load());
     if (info->si_code <= 0) entry = nullptr;  // sent by a program: there is no address
     for (; entry != nullptr; entry = entry->next) {
-      const uintptr_t page = address / page_size * page_size;
+      const uintptr_t page = address / kPageSize * kPageSize;
       // The file's last page belongs to it to its end.
-      if (page + page_size <= entry->begin || page >= entry->end) continue;
+      if (page + kPageSize <= entry->begin || page >= entry->end) continue;
       const int saved_errno = errno;
-      void* zeros = mmap(reinterpret_cast<void*>(page), page_size, PROT_READ,
+      void* zeros = mmap(reinterpret_cast<void*>(page), kPageSize, PROT_READ,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
       errno = saved_errno;
       if (zeros == MAP_FAILED) break;

@@ -75,11 +75,11 @@ std::string string_in(const nlohmann::json& object, const char* key) {
 
 }  // namespace
 
-void require_no_way_out(const std::filesystem::path& directory, const std::string& shard,
-                        const std::string& index) {
+void require_no_way_out(const std::filesystem::path& directory, const std::string& file,
+                        const std::string& where) {
   std::error_code error;
-  if (!std::filesystem::is_symlink(directory / shard, error)) return;
-  const auto target = std::filesystem::canonical(directory / shard, error);
+  if (!std::filesystem::is_symlink(directory / file, error)) return;
+  const auto target = std::filesystem::canonical(directory / file, error);
   if (error) return;  // a link to nothing, or to itself: what opens it says so
   const auto folder = std::filesystem::canonical(directory, error);
   if (!error && lies_in(target, folder)) return;
@@ -89,7 +89,7 @@ void require_no_way_out(const std::filesystem::path& directory, const std::strin
       ErrorCode::kBadFile,
       "{}: shard '{}': expected a file in this directory, found a symbolic link to {}; copy it here, or open "
       "the directory that it is in",
-      index, shard, target.string());
+      where, file, target.string());
 }
 
 void require_apart(const std::filesystem::path& source, const std::filesystem::path& target,

@@ -168,7 +168,8 @@ WriteTask separate_task(std::vector<SourceMatrix> matrices, TargetFormat to, con
   return task;
 }
 
-WriteTask fused_task(FusedSource source, const std::string& name, ExpertLayout layout, Recoding recoding) {
+WriteTask fused_task(FusedSource source, const std::string& name, ExpertLayout layout,
+                     const Recoding& recoding) {
   const LinearNames names = fused_names(recoding.to);
   WriteTask task;
   task.first_tensor = name + std::string(names.weight);

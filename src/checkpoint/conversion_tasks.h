@@ -56,6 +56,7 @@ struct FusedSource {
 };
 
 /// A task that stores one expert's matrix into the fused tensors `name`.
-WriteTask fused_task(FusedSource source, const std::string& name, ExpertLayout layout, Recoding recoding);
+WriteTask fused_task(FusedSource source, const std::string& name, ExpertLayout layout,
+                     const Recoding& recoding);
 
 }  // namespace fourfold

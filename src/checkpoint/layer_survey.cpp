@@ -447,7 +447,7 @@ class LayerSurveyor {
         slice.packed = {codes, matrix.cols / 2, matrix.rows};
         slice.scales = {scales, blocks, matrix.rows};
       }
-      matrix.slices.push_back(std::move(slice));
+      matrix.slices.push_back(slice);
     }
   }
 

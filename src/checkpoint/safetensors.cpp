@@ -253,7 +253,7 @@ const Tensor& SafetensorsFile::at(std::string_view name) const {
   std::vector<std::string> names;
   for (const auto& [other, tensor] : tensors_) {
     if (names.size() == 6) {
-      names.push_back("...");
+      names.emplace_back("...");
       break;
     }
     names.push_back(other);
@@ -272,7 +272,7 @@ int64_t TensorSpec::bytes() const {
   return bits / 8;
 }
 
-SafetensorsWriter::SafetensorsWriter(std::filesystem::path path, std::vector<TensorSpec> tensors,
+SafetensorsWriter::SafetensorsWriter(std::filesystem::path path, const std::vector<TensorSpec>& tensors,
                                      const std::map<std::string, std::string>& metadata)
     : path_(std::move(path)) {
   nlohmann::ordered_json header = nlohmann::ordered_json::object();

@@ -356,7 +356,7 @@ class CpuLayer final : public MoeLayer {
 }  // namespace
 
 std::string why_unsupported(const ExpertWeights& weights, const LayerOptions& options) {
-  const std::string reference_only = why_reference_only(options);
+  std::string reference_only = why_reference_only(options);
   if (!reference_only.empty()) return reference_only;
   const auto on_host = [](const Expert& expert) {
     for (const WeightView* weight : {&expert.gate, &expert.up, &expert.down}) {

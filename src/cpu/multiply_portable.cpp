@@ -13,13 +13,13 @@ struct DecodedBlock {
   float scales[kPanelRows];  // x kScaleUnit
 };
 
-int16_t doubled_e2m1(uint32_t code) {
+constexpr int16_t doubled_e2m1(uint32_t code) {
   return static_cast<int16_t>(2.0f * decode_e2m1(static_cast<uint8_t>(code)));
 }
 
 void decode_block(const uint8_t* panel_chunk, int block, DecodedBlock& out) {
   static constexpr int kCodes = 16;
-  static const auto kDoubled = [] {
+  static constexpr auto kDoubled = [] {
     struct Table {
       int16_t values[kCodes];
     } table{};

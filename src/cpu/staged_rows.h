@@ -83,7 +83,7 @@ class RowStager {
   void expand_floats(const StagedRow& staged, int64_t row, std::byte* operand, std::byte* scratch) const;
   void expand_tiles(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
                     float& row_factor, std::byte* scratch) const;
-  void decode_term(const StagedRow& staged, int term, float* values, std::byte* scratch) const;
+  void decode_term(const StagedRow& staged, int term, float* out, std::byte* scratch) const;
 
   int64_t padded_depth() const { return chunks_of(depth_) * kChunkDepth; }
 

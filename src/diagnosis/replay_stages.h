@@ -29,7 +29,7 @@ RowScales row_scales(ScalePolicy policy, InputScaleUse use, std::span<const floa
                      float first, float largest);
 
 /// `nudge`: a factor within float32's rounding, which decides ties as a quantizer with reciprocals may.
-StagedRow stage_row(ActivationFormat format, std::span<const float> row, const RowScales& scales,
+StagedRow stage_row(ActivationFormat format, std::span<const float> values, const RowScales& scales,
                     float nudge = 1.0f);
 /// Values of an NVFP4 row again, after its block scales were changed.
 void decode_staged(StagedRow& row);

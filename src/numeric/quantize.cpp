@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <span>
 
 #include "base/fail.h"
 #include "numeric/block_quantizer.h"
@@ -13,6 +14,10 @@ namespace fourfold {
 namespace {
 
 constexpr int kMxfp4Block = 32;
+constexpr int kMxfp4BlockBytes = kMxfp4Block / 2;
+
+/// Codes of one block.
+using Mxfp4Codes = std::span<const uint8_t, kMxfp4BlockBytes>;
 
 template <class T>
 float absolute_maximum_of(MatrixView<const T> values) {
@@ -23,13 +28,6 @@ float absolute_maximum_of(MatrixView<const T> values) {
     }
   }
   return amax;
-}
-
-/// floor(log2(amax)) of a positive finite float, subnormals included.
-int floor_log2(float amax) {
-  int exponent = 0;
-  std::frexp(amax, &exponent);  // amax = f * 2^exponent, f in [0.5, 1)
-  return exponent - 1;
 }
 
 void require_blocks(int64_t cols, QuantFormat format) {
@@ -53,16 +51,20 @@ void require_mxfp4(const BlockScaledView& matrix) {
     reject("cast to NVFP4", "an MXFP4 tensor", traits_of(matrix.format).name);
 }
 
-bool holds_nonzero_code(const uint8_t* codes, int bytes) {
-  return std::any_of(codes, codes + bytes, [](uint8_t pair) { return (pair & 0x77) != 0; });
+Mxfp4Codes codes_of(const BlockScaledView& mxfp4, int64_t row, int64_t block) {
+  return Mxfp4Codes(mxfp4.codes.row(row) + block * kMxfp4BlockBytes, kMxfp4BlockBytes);
+}
+
+bool holds_nonzero_code(Mxfp4Codes codes) {
+  return std::any_of(codes.begin(), codes.end(), [](uint8_t pair) { return (pair & 0x77) != 0; });
 }
 
 /// Rescales the codes of a block by 2^-shift, rounding; true if some value changed.
-bool recode_block(const uint8_t* codes, int shift, uint8_t* out) {
+bool recode_block(Mxfp4Codes codes, int shift, std::span<uint8_t, kMxfp4BlockBytes> out) {
   // 6 * 2^-5 already rounds to zero: no need for the exact factor beyond that.
   const float factor = power_of_two(-std::min(shift, 30));
   bool changed = false;
-  for (int i = 0; i < kMxfp4Block / 2; ++i) {
+  for (size_t i = 0; i < codes.size(); ++i) {
     uint8_t pair = 0;
     for (int half = 0; half < 2; ++half) {
       const float scaled = decode_e2m1(static_cast<uint8_t>(codes[i] >> (4 * half))) * factor;
@@ -75,10 +77,15 @@ bool recode_block(const uint8_t* codes, int shift, uint8_t* out) {
   return changed;
 }
 
-/// `scale` as it is stored; a power of two in the range of e8m0.
+uint8_t e8m0_code(float power_of_two) {
+  if (!is_finite(power_of_two)) return kE8m0NanCode;
+  return static_cast<uint8_t>(std::ilogb(power_of_two) + kE8m0Bias);
+}
+
+/// `scale` as it is stored; for e8m0 a power of two in its range, or not finite.
 void append_tile_scale(float scale, TileScaleType type, std::vector<std::byte>& scales) {
   if (type == TileScaleType::kE8m0) {
-    scales.push_back(static_cast<std::byte>(floor_log2(scale) + kE8m0Bias));
+    scales.push_back(std::byte{e8m0_code(scale)});
     return;
   }
   std::array<std::byte, sizeof(float)> bytes;
@@ -130,13 +137,13 @@ void quantize_row_mxfp4(std::span<const float> x, uint8_t* codes, uint8_t* scale
     const float* values = x.data() + block * kMxfp4Block;
     float amax = 0.0f;
     for (int i = 0; i < kMxfp4Block; ++i) amax = max_magnitude(amax, values[i]);
-    uint8_t* block_codes = codes + block * kMxfp4Block / 2;
+    uint8_t* block_codes = codes + block * kMxfp4BlockBytes;
     if (!is_finite(amax)) {
       scales[block] = kE8m0NanCode;
-      std::fill_n(block_codes, kMxfp4Block / 2, static_cast<uint8_t>(kE2m1NanCode * 0x11));
+      std::fill_n(block_codes, kMxfp4BlockBytes, static_cast<uint8_t>(kE2m1NanCode * 0x11));
       continue;
     }
-    const int exponent = amax == 0.0f ? -127 : std::clamp(floor_log2(amax) - 2, -127, 127);
+    const int exponent = amax == 0.0f ? -127 : std::max(std::ilogb(amax) - 2, -127);
     scales[block] = static_cast<uint8_t>(exponent + kE8m0Bias);
     for (int i = 0; i < kMxfp4Block; i += 2) {
       // ldexp in double: exact for every float and exponent.
@@ -218,10 +225,8 @@ int largest_mxfp4_exponent(const BlockScaledView& mxfp4) {
         reject(fmt::format("MXFP4 scale at row {}, block {}", row, block), "a power of two",
                "0xFF (NaN); the tensor is damaged");
       }
-      if (code - kE8m0Bias > largest &&
-          holds_nonzero_code(mxfp4.codes.row(row) + block * kMxfp4Block / 2, kMxfp4Block / 2)) {
-        largest = code - kE8m0Bias;
-      }
+      const int exponent = code - kE8m0Bias;
+      if (exponent > largest && holds_nonzero_code(codes_of(mxfp4, row, block))) largest = exponent;
     }
   }
   return largest;
@@ -241,23 +246,23 @@ BlockScaledMatrix cast_mxfp4_to_nvfp4(const BlockScaledView& mxfp4, int kmax, Ca
 
   CastReport counts;
   for (int64_t row = 0; row < mxfp4.rows; ++row) {
-    const uint8_t* codes = mxfp4.codes.row(row);
     uint8_t* out_codes = nvfp4.codes.data() + row * mxfp4.cols / 2;
     uint8_t* out_scales = nvfp4.scales.data() + row * (mxfp4.cols / kNvfp4Block);
     for (int64_t block = 0; block < mxfp4.blocks_per_row(); ++block) {
       const int exponent = mxfp4.scale_code(row, block) - kE8m0Bias - global_exponent;
-      const uint8_t* block_codes = codes + block * kMxfp4Block / 2;
-      uint8_t* block_out = out_codes + block * kMxfp4Block / 2;
-      const bool nonzero = holds_nonzero_code(block_codes, kMxfp4Block / 2);
+      const Mxfp4Codes codes = codes_of(mxfp4, row, block);
+      const std::span<uint8_t, kMxfp4BlockBytes> block_out(out_codes + block * kMxfp4BlockBytes,
+                                                           kMxfp4BlockBytes);
+      const bool nonzero = holds_nonzero_code(codes);
       if (exponent > kLargest && nonzero) {
         reject("cast to NVFP4", "kmax to be the largest exponent",
                fmt::format("{} and a larger one in row {}", kmax, row));
       }
       if (exponent < kSmallest && nonzero) {
         ++counts.recoded;
-        counts.inexact += recode_block(block_codes, kSmallest - exponent, block_out);
+        counts.inexact += recode_block(codes, kSmallest - exponent, block_out);
       } else {
-        std::copy_n(block_codes, kMxfp4Block / 2, block_out);
+        std::copy(codes.begin(), codes.end(), block_out.begin());
       }
       const uint8_t scale = encode_e4m3(power_of_two(std::clamp(exponent, kSmallest, kLargest)));
       out_scales[2 * block] = out_scales[2 * block + 1] = scale;
@@ -274,15 +279,15 @@ CastReport count_cast(const BlockScaledView& mxfp4, int kmax) {
   counts.blocks = mxfp4.rows * mxfp4.blocks_per_row();
   if (kmax == kNoExponent) return counts;
   constexpr int kMostExact = 17;  // 2^8 to 2^-9
-  std::array<uint8_t, kMxfp4Block / 2> recoded;
+  std::array<uint8_t, kMxfp4BlockBytes> recoded;
   for (int64_t row = 0; row < mxfp4.rows; ++row) {
     for (int64_t block = 0; block < mxfp4.blocks_per_row(); ++block) {
       const int distance = kmax - (mxfp4.scale_code(row, block) - kE8m0Bias);
       if (distance <= kMostExact) continue;
-      const uint8_t* codes = mxfp4.codes.row(row) + block * kMxfp4Block / 2;
-      if (!holds_nonzero_code(codes, kMxfp4Block / 2)) continue;
+      const Mxfp4Codes codes = codes_of(mxfp4, row, block);
+      if (!holds_nonzero_code(codes)) continue;
       ++counts.recoded;
-      counts.inexact += recode_block(codes, distance - kMostExact, recoded.data());
+      counts.inexact += recode_block(codes, distance - kMostExact, recoded);
     }
   }
   return counts;

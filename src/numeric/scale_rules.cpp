@@ -21,14 +21,13 @@ constexpr int kOctave = 8;
 
 /// One block with a scale that was chosen for it.
 struct Candidate {
-  uint8_t scale = 0;
+  uint8_t scale;
   double error = 0.0;
   std::array<uint8_t, kNvfp4Block / 2> codes = {};
 };
 
 Candidate quantize_with(const float* x, float global, uint8_t scale) {
-  Candidate candidate;
-  candidate.scale = scale;
+  Candidate candidate{.scale = scale};
   const float decoded = decode_e4m3(scale), reciprocal = nvfp4_reciprocal(scale, global);
   for (size_t i = 0; i < kNvfp4Block; ++i) {
     const uint8_t code = encode_e2m1(x[i] * reciprocal);

@@ -2,7 +2,6 @@
 #include "fourfold/tensor.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -15,12 +14,14 @@ namespace {
 /// Both values of every byte of e2m1 codes.
 constexpr std::array<std::array<float, 2>, 256> kE2m1Pairs = [] {
   std::array<std::array<float, 2>, 256> pairs{};
-  for (int byte = 0; byte < 256; ++byte) {
-    pairs[static_cast<size_t>(byte)] = {decode_e2m1(static_cast<uint8_t>(byte & 15)),
-                                        decode_e2m1(static_cast<uint8_t>(byte >> 4))};
+  for (size_t byte = 0; byte < pairs.size(); ++byte) {
+    pairs[byte] = {decode_e2m1(static_cast<uint8_t>(byte & 15)),
+                   decode_e2m1(static_cast<uint8_t>(byte >> 4))};
   }
   return pairs;
 }();
+
+constexpr std::align_val_t kBufferAlignment{64};
 
 template <class Bits, class Decode>
 void decode_elements(const std::byte* source, int64_t count, float* out, Decode decode) {
@@ -34,11 +35,9 @@ void decode_elements(const std::byte* source, int64_t count, float* out, Decode 
 }  // namespace
 
 Buffer::Buffer(size_t bytes)
-    : data_(static_cast<std::byte*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)),
-            [](void* data) { std::free(data); }),
-      bytes_(bytes) {
-  if (bytes != 0 && data_ == nullptr) throw std::bad_alloc();
-}
+    : data_(static_cast<std::byte*>(::operator new(bytes, kBufferAlignment)),
+            [](void* data) { ::operator delete(data, kBufferAlignment); }),
+      bytes_(bytes) {}
 
 void decode_row(const DenseView& matrix, int64_t row, float* out) {
   const std::byte* source = matrix.data + row * matrix.row_stride_bytes;
@@ -61,7 +60,7 @@ uint8_t BlockScaledView::scale_code(int64_t row, int64_t block) const {
 float Fp8View::scale(int64_t row, int64_t col) const {
   const int64_t tile = row / tile_rows * tiles_per_row() + col / tile_cols;
   if (scale_type == TileScaleType::kE8m0) return decode_e8m0(static_cast<uint8_t>(scales[tile]));
-  float value = 0.0f;
+  float value;  // at any address
   std::memcpy(&value, scales + tile * static_cast<int64_t>(sizeof(value)), sizeof(value));
   return value;
 }

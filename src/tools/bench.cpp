@@ -229,8 +229,8 @@ class BenchRun {
     std::vector<LayerCall> calls;
     for (size_t step = 0; step < rotation.steps.size(); ++step) {
       const size_t copy = step % prepared.layers.size();
-      calls.push_back([&layer = *prepared.layers[copy], &plan = plans[copy],
-                       args = inputs.args(rotation, step)](void* stream, StageObserver* observer) mutable {
+      calls.emplace_back([&layer = *prepared.layers[copy], &plan = plans[copy],
+                          args = inputs.args(rotation, step)](void* stream, StageObserver* observer) mutable {
         args.stream = stream;
         args.observer = observer;
         layer.forward(plan, args);

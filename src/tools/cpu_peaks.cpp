@@ -155,7 +155,7 @@ constexpr uint32_t kAmxBf16Bit = 1u << 22, kAmxTileBit = 1u << 24, kAmxInt8Bit =
 
 /// Why a thread may not use tiles; the permission holds for the whole process.
 std::string why_no_tiles(const CpuidLeaf7& leaf) {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr int64_t kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   if (!(leaf.edx & kAmxTileBit)) return "this CPU has no AMX";
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? ""
                                                                      : "the system refuses the use of tiles";

@@ -18,7 +18,7 @@ std::string list_of(const std::vector<std::string>& lines);
 std::string explanations_table(const std::vector<ReportedExplanation>& explanations, const char* heading);
 std::string figure(const std::string& caption, const std::string& svg);
 /// Errors by token and block scales, as far as they are there.
-std::string distributions(const LayerCharts& charts);
+std::string distributions(const LayerCharts& drawn);
 std::string facts_list(const std::vector<std::pair<std::string, std::string>>& facts,
                        const std::vector<std::string>& notes);
 std::string machine_footer();

@@ -16,6 +16,9 @@ endif()
 option(FOURFOLD_WERROR "Warnings are errors" ON)
 set(FOURFOLD_SANITIZE "" CACHE STRING "Sanitizers, e.g. address,undefined")
 
+# Most of what those files take is headers that all of them have (JSON, formatting).
+option(FOURFOLD_UNITY "Compile the files of the rooms checkpoint and tools six at a time" ON)
+
 find_program(FOURFOLD_CCACHE ccache)
 if(FOURFOLD_CCACHE)
   set(CMAKE_CXX_COMPILER_LAUNCHER ${FOURFOLD_CCACHE})

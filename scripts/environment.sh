@@ -4,6 +4,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 build_folder=$root/build
 python=$build_folder/venv/bin/python
+export CCACHE_BASEDIR=$root  # what one build folder has compiled, another need not
 
 say() { printf '==> %s\n' "$*"; }
 die() {

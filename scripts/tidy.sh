@@ -32,12 +32,13 @@ need_packages "clang-tidy-$clang_version" "libomp-$clang_version-dev"
 tidy=clang-tidy-$clang_version
 command -v "$tidy" >/dev/null || die "no $tidy on the PATH"
 mkdir -p "$build_folder"
-(cd "$root" && cmake --preset cpu) >"$build_folder/tidy.log" 2>&1 ||
+# A folder of its own: here every file is a translation unit.
+(cd "$root" && cmake --preset cpu -B "$build_folder/tidy" -DFOURFOLD_UNITY=OFF) >"$build_folder/tidy.log" 2>&1 ||
   { cat "$build_folder/tidy.log" >&2; die "cmake --preset cpu failed"; }
 cd "$root"
 
 # The sources that preset cpu compiles, relative to the root.
-mapfile -t files < <(python3 - "$build_folder/cpu/compile_commands.json" "$root/" <<'END'
+mapfile -t files < <(python3 - "$build_folder/tidy/compile_commands.json" "$root/" <<'END'
 import json, sys
 with open(sys.argv[1], encoding="utf-8") as commands:
     files = {command["file"] for command in json.load(commands)}
@@ -94,6 +95,6 @@ fi
 say "$tidy: ${#files[@]} files, $jobs at a time"
 # Its count of warnings in other people's headers is no news.
 printf '%s\0' "${files[@]}" |
-  xargs -0 -n 1 -P "$jobs" "$tidy" --quiet -p "$build_folder/cpu" 2> >(grep -v ' warnings\? .*generated\.$' >&2) ||
+  xargs -0 -n 1 -P "$jobs" "$tidy" --quiet -p "$build_folder/tidy" 2> >(grep -v ' warnings\? .*generated\.$' >&2) ||
   die "clang-tidy found something"
 say "nothing found"

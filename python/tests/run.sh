@@ -19,6 +19,8 @@ esac
 need_build_packages
 python3 -c 'import ensurepip, venv' 2>/dev/null || need_packages python3 python3-venv
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv" || die "python3 -m venv failed; install python3-venv"
+# As the other builds call it: what they have compiled is in the compiler cache.
+export CXX=${CXX:-c++}
 say "python: installing the package into build/python-test (log: build/python-test.log)"
 {
   "$venv/bin/python" -m pip install -q 'pytest>=7' 'mypy>=1.10'

@@ -10,7 +10,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "scripts/evaluate.py"
 
 
-def evaluate(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def evaluate(*arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
 
 

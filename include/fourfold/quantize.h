@@ -110,7 +110,8 @@ struct Fp8Matrix {
 };
 
 /// FP8 as DeepSeek stores it: a square tile's scale is amax / 448 (1 for a tile of zeros), as e8m0 rounded up
-/// to a power of two; code = e4m3(x / scale). A NaN or an infinity shows in its tile's scale, as e8m0 as 0xFF.
+/// to a power of two; code = e4m3(x / scale). A NaN or an infinity shows in its tile's scale, as e8m0 as
+/// 0xFF.
 Fp8Matrix quantize_fp8_tiles(MatrixView<const float> x, TileScaleType scale_type, int64_t tile = 128);
 
 /// What casting MXFP4 to NVFP4 cost, in blocks of 32. `inexact` of zero means bit-exact values.

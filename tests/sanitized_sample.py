@@ -1,7 +1,7 @@
 """A pytest plugin for sanitized builds, whose processes take ten times as long: of a test with many cases one in
-five runs, evenly over all of them. The optimised build runs every one, and the fuzzers find what has a shape of its own.
+five runs, evenly over all of them. The optimised build runs every one.
 
-tests/CMakeLists.txt loads it: `pytest -p sanitized_sample` with this folder in PYTHONPATH.
+tests/CMakeLists.txt loads it, but for hostile files, of which all run: `pytest -p sanitized_sample` with this folder in PYTHONPATH.
 """
 
 from __future__ import annotations

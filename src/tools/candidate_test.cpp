@@ -355,11 +355,10 @@ class CandidateTest {
                                              [](const StagedReport& staged) { return !staged.is_right(); });
     if (experts.verdict != Verdict::kFine && is_nothing(candidate)) {
       say("unexplained",
-          "the output is zero everywhere: nothing was written to it, or everything underflowed; zeros can't "
-          "tell "
-          "one fault from another",
-          "whether the hook ran after the layer, and whether any expert was computed; a dump of h tells "
-          "more");
+          "the output is zero everywhere: nothing was written to it, or everything underflowed; "
+          "zeros can't tell one fault from another",
+          "whether the hook ran after the layer, and whether any expert was computed; "
+          "a dump of h tells more");
     } else if (experts.verdict == Verdict::kExplained && !is_routed_well && factor_cancels()) {
       say("fine",
           "the routed scaling factor is applied after the experts instead of in the routing weights: the "

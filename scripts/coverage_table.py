@@ -43,7 +43,10 @@ def main() -> int:
     if len(sys.argv) != 2:
         print(__doc__, file=sys.stderr)
         return 2
-    files = executed_by_file(sys.argv[1])
+    try:
+        files = executed_by_file(sys.argv[1])
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {sys.argv[1]}: expected gcovr's JSON, found: {error}; scripts/coverage.sh writes it")
     rooms = collections.defaultdict(list)
     for name, lines in files.items():
         rooms["/".join(PurePosixPath(name).parts[:2])] += lines.values()

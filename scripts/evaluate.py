@@ -346,7 +346,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", type=some_of(RULES), default=list(RULES), metavar="RULE,...", help="scale rules")
     parser.add_argument("--activations", type=some_of(ACTIVATIONS), default=list(ACTIVATIONS), metavar="FORMAT,...")
     options = parser.parse_args(arguments)
-    if options.window < 2 or options.tokens < options.window or options.tokens % options.window:
+    if options.window < 2:
+        parser.error(f"--window: expected at least 2 tokens, found {options.window}")
+    if options.tokens < options.window or options.tokens % options.window:
         parser.error(f"--tokens: expected a multiple of the window, {options.window}, found {options.tokens}")
     if options.json and not options.json.absolute().parent.is_dir():
         parser.error(f"--json: expected a folder {options.json.absolute().parent}, found none")

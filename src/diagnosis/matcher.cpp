@@ -502,11 +502,8 @@ RoutingDiagnosis diagnose_routing(const Subject& subject) {
   diagnosis.distance = median_distance(subject, engine, due);
   for (int64_t token = 0; token < subject.tokens; ++token) {
     const auto first = static_cast<std::ptrdiff_t>(token * subject.top_k);
-    std::vector<int32_t> a(engine.ids.begin() + first, engine.ids.begin() + first + subject.top_k),
-        b(due.ids.begin() + first, due.ids.begin() + first + subject.top_k);
-    std::sort(a.begin(), a.end());
-    std::sort(b.begin(), b.end());
-    diagnosis.tokens_with_other_ids += a != b;
+    const auto ids = engine.ids.begin() + first;
+    diagnosis.tokens_with_other_ids += !std::is_permutation(ids, ids + subject.top_k, due.ids.begin() + first);
   }
   if (diagnosis.distance <= kRoutingNoise) return diagnosis;
   std::vector<std::pair<double, Fault>> ranked;

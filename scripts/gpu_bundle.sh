@@ -2,22 +2,25 @@
 # Packs what scripts/gpu_check.sh needs on a machine with a GPU that builds nothing: the command, the GPU tests and the
 # scripts, linked statically but for libc and libm, stripped.
 #
-#   scripts/gpu_bundle.sh DIR        then there: DIR/scripts/gpu_check.sh --binaries DIR
+#   scripts/gpu_bundle.sh DIR             then there: DIR/scripts/gpu_check.sh --binaries DIR
+#   scripts/gpu_bundle.sh NAME.tar.xz     the folder NAME, packed: every test holds the library, which packs well
+#
+# FOURFOLD_BLACKWELL=ON in the environment takes Blackwell's kernels along, and their tests.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
-most_mb=60
+most_mb=60 # of what is carried
 case ${1:-} in
-  '' | --help | -h) sed -n '2,5s/^# \{0,1\}//p' "$0"; [ -n "${1:-}" ] && exit 0 || exit 2 ;;
+  '' | --help | -h) sed -n '2,8s/^# \{0,1\}//p' "$0"; [ -n "${1:-}" ] && exit 0 || exit 2 ;;
 esac
-target=$1
+result=$1 target=${1%.tar.xz}
 need_build_packages
 need_python # with pip, for the headers of CUTLASS
 folder=$build_folder/portable
 say "building a portable release in build/portable (log: build/portable.log)"
 mkdir -p "$build_folder" "$target/tests" "$target/scripts"
 (cmake -S "$root" -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DFOURFOLD_PORTABLE=ON -DFOURFOLD_CUDA=ON \
-  -DFOURFOLD_TEST_PYTHON="$python" &&
+  -DFOURFOLD_BLACKWELL="${FOURFOLD_BLACKWELL:-OFF}" -DFOURFOLD_TEST_PYTHON="$python" &&
   cmake --build "$folder" --parallel "$(nproc)" --target fourfold_command gpu_tests) \
   >"$build_folder/portable.log" 2>&1 || { tail -n 60 "$build_folder/portable.log" >&2; die "the build failed"; }
 
@@ -27,6 +30,10 @@ while read -r test; do
 done <"$folder/gpu_tests.txt"
 install -m 644 "$folder/gpu_tests.txt" "$target/gpu_tests.txt"
 install -m 755 "$root"/scripts/{gpu_check.sh,torch_grouped.py} "$target/scripts/"
-mb=$(du -sm "$target" | cut -f 1)
-say "$target: $mb MB, $(wc -l <"$target/gpu_tests.txt") GPU tests"
+if [ "$result" != "$target" ]; then
+  XZ_OPT='-6 --memlimit-compress=0 --lzma2=preset=6,dict=192MiB' tar -cJf "$result" -C "$(dirname "$target")" "$(basename "$target")"
+  rm -r "$target"
+fi
+mb=$(du -sm "$result" | cut -f 1)
+say "$result: $mb MB, $(wc -l <"$folder/gpu_tests.txt") GPU tests"
 [ "$mb" -le "$most_mb" ] || die "the bundle has $mb MB, more than $most_mb"

@@ -41,7 +41,8 @@ def gemm(
 
     a [M, K]: staged activations, or an array of bfloat16. b [N, K]: a QuantizedMatrix, an Fp8Matrix, or a dense array.
     -> d [M, N] in bfloat16 or float32; `out` is written where given, which then says the type.
-    `backend`: see backends(); "" is the best that can run here. Arrays lie where it computes.
+    `backend`: see backends(); "" is the best that computes where `a` lies, or the environment's FOURFOLD_BACKEND.
+    Arrays lie where it computes.
     Returns when the result is there. Raises InvalidArgumentError for shapes and places that do not fit each other,
     UnsupportedError for formats that the backend does not multiply.
     """

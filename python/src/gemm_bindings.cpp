@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <cstdlib>
 
 #include "arrays.h"
 #include "bindings.h"
@@ -34,12 +35,23 @@ void require_device(const Backend& backend, std::string_view what, Device found)
          fmt::format("memory of {}; copy it, or name another backend", name(found)));
 }
 
+/// The backend of that name. Without a name: the best that computes in `place`, where the operands are; where
+/// there is none, or FOURFOLD_BACKEND names one, the choice for any place.
+const Backend& backend_for(const std::string& name, Device place) {
+  const Backend& best = *choose_backend(name).backend;
+  if (!name.empty() || std::getenv("FOURFOLD_BACKEND") != nullptr || best.memory().device() == place) return best;
+  for (const Backend* backend : backends()) {
+    if (backend->why_unavailable().empty() && backend->memory().device() == place) return *backend;
+  }
+  return best;
+}
+
 /// Computes d = a . b^T by groups of rows; one group: a plain GEMM. Returns the backend's name.
 std::string multiply(const Activations& a, const std::vector<const Weight*>& b,
                      const std::optional<Array>& offset_array, const WritableArray& d_array,
                      const std::string& backend_name, uintptr_t stream) {
   const ArrayView d = view_of(d_array, "out");
-  const Backend& backend = *choose_backend(backend_name).backend;
+  const Backend& backend = backend_for(backend_name, device_of(a.view));
   require_device(backend, "a", device_of(a.view));
   require_device(backend, "out", d.device);
   GroupedGemmArgs args;

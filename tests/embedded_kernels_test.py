@@ -17,7 +17,7 @@ COMPRESSED = 0x2000 | 0x8000  # LZ4, zstd
 ARCHITECTURE_SPECIFIC = 0x100000  # the 'a' of sm_90a
 TARGET = re.compile(rb"^\.target\s+sm_(\w+)", re.MULTILINE)
 MULTIPLY = re.compile(rb"\b((?:tcgen05\.mma|mma\.sync)[\w.:]*kind::mxf4nvf4[\w.:]*)")
-KERNEL = b"GroupProblem"  # in the symbols of the grouped GEMMs
+KERNEL = b"CutlassGemm"  # in the symbols of the grouped GEMMs
 OUTPUTS = 2  # bf16 and float32
 
 # The multiply that an architecture's kernels have to be made of.
@@ -66,6 +66,12 @@ def check_itself() -> None:
     assert TARGET.findall(ptx) == [b"120a"] and len(MULTIPLY.findall(ptx)) == 1
 
 
+def host_stubs(command: Path) -> set[str]:
+    """What launches the grouped GEMMs' kernels: a name for every type by which the host compiler knows one."""
+    symbols = subprocess.run(["nm", command], capture_output=True, text=True, check=True).stdout.split()
+    return {name for name in symbols if "device_kernel" in name and name.startswith("_ZN") and not name.endswith(".cold")}
+
+
 def findings(command: Path, architectures: list[str]) -> list[str]:
     """What is wrong, a line each; prints what is there."""
     found: list[str] = []
@@ -100,6 +106,10 @@ def findings(command: Path, architectures: list[str]) -> list[str]:
             found.append(f"sm_{architecture}: expected {EXPECTED[architecture]}, found {dict(counter)}")
         if line is not None and EXPECTED[architecture] not in line:
             found.append(f"sm_{architecture}: doctor says another instruction: {line}")
+    stubs, expected = len(host_stubs(command)), OUTPUTS * sum(a in EXPECTED for a in architectures)
+    if stubs != expected:
+        found.append(f"expected {expected} functions on the host that launch a grouped GEMM, found {stubs}: where there "
+                     "are more, one of them is not what the runtime knows the kernel by, and no launch works")
     for architecture in set(multiplies) - set(architectures):
         found.append(f"sm_{architecture}: PTX of a GEMM that the build does not name")
     return found

@@ -72,7 +72,10 @@ struct CutlassGemm {
       typename Target::Element, ColumnMajor*, kOperandAlignment, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename Epilogue::SharedStorage))>,
       typename Target::Mainloop>::CollectiveOp;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<GroupProblem<Target>, Mainloop, Epilogue>;
+  /// A class, not an alias: it names the kernel's symbol. By the collectives' types the symbol would have two
+  /// names, since what nvcc's front end takes for Int<16> within those of sm_120 is Int<16u> to g++ 12: the
+  /// host would ask the runtime for a kernel that was registered under the other one.
+  struct Kernel : cutlass::gemm::kernel::GemmUniversal<GroupProblem<Target>, Mainloop, Epilogue> {};
   using Adapter = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using Arguments = typename Adapter::Arguments;
 

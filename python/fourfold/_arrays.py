@@ -67,6 +67,16 @@ def exported(array: Any, name: str) -> Any:
     )
 
 
+def exported_for_writing(array: Any, name: str) -> Any:
+    """As exported(), of an array that a call writes. jax's arrays are constants, though they export as if they were not."""
+    if type(array).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        raise InvalidArgumentError(
+            f"{name}: expected an array that may be written, found one of jax, which never changes; pass numpy's, "
+            "torch's or cupy's"
+        )
+    return exported(array, name)
+
+
 def shape_of(array: Any, name: str) -> tuple[int, ...]:
     """Its dimensions."""
     if isinstance(array, (bytes, bytearray)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fourfold import _native
-from fourfold._arrays import BF16, F32, I32, Array, empty_like, exported, shape_of, stream_of
+from fourfold._arrays import BF16, F32, I32, Array, empty_like, exported, exported_for_writing, shape_of, stream_of
 from fourfold.errors import InvalidArgumentError
 from fourfold.quantization import StagedActivations, WeightMatrix, native_activations, native_weight
 
@@ -83,5 +83,5 @@ def _multiply(a: Any, weights: list[_native.Weight], offsets: Any, out_dtype: st
     if offsets is not None:
         shape_of(offsets, "group_offsets")
         offsets = exported(offsets, "group_offsets")
-    _native.multiply(activations, weights, offsets, exported(out, "out"), backend, stream_of(like))
+    _native.multiply(activations, weights, offsets, exported_for_writing(out, "out"), backend, stream_of(like))
     return out

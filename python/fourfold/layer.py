@@ -9,7 +9,18 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fourfold import _arrays, _native
-from fourfold._arrays import BF16, F32, I32, U8, Array, empty_like, exported, is_on_cuda, require_dimensions
+from fourfold._arrays import (
+    BF16,
+    F32,
+    I32,
+    U8,
+    Array,
+    empty_like,
+    exported,
+    exported_for_writing,
+    is_on_cuda,
+    require_dimensions,
+)
 from fourfold.backends import OutputType
 from fourfold.errors import InvalidArgumentError
 from fourfold.quantization import (
@@ -282,9 +293,9 @@ class MoeLayer:
             exported(x, "x"),
             exported(topk_ids, "topk_ids"),
             exported(topk_weights, "topk_weights"),
-            exported(out, "out"),
-            None if workspace is None else exported(workspace, "workspace"),
-            None if status is None else exported(status, "status"),
+            exported_for_writing(out, "out"),
+            None if workspace is None else exported_for_writing(workspace, "workspace"),
+            None if status is None else exported_for_writing(status, "status"),
             {name: exported(array, name) for name, array in tapped.items()},
             _arrays.stream_of(x) if stream is None else stream,
         )

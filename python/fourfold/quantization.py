@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union
 
 from fourfold import _arrays, _native
-from fourfold._arrays import F32, U8, Array, empty_like, exported, require_dimensions
+from fourfold._arrays import F32, U8, Array, empty_like, exported, exported_for_writing, require_dimensions
 from fourfold.errors import InvalidArgumentError
 
 Format = Literal["nvfp4", "mxfp4"]
@@ -123,7 +123,7 @@ def dequantize(matrix: WeightMatrix, *, out: Any = None) -> Any:
     if out is None:
         like = getattr(matrix, "codes", matrix)
         out = empty_like(like, (weight.rows, weight.cols), F32)
-    _native.dequantize(weight, exported(out, "out"))
+    _native.dequantize(weight, exported_for_writing(out, "out"))
     return out
 
 

@@ -72,10 +72,16 @@ struct CutlassGemm {
       typename Target::Element, ColumnMajor*, kOperandAlignment, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename Epilogue::SharedStorage))>,
       typename Target::Mainloop>::CollectiveOp;
-  /// A class, not an alias: it names the kernel's symbol. By the collectives' types the symbol would have two
+  using Universal = cutlass::gemm::kernel::GemmUniversal<GroupProblem<Target>, Mainloop, Epilogue>;
+  /// Classes, not aliases: they name the kernel's symbol. By the collectives' types the symbol would have two
   /// names, since what nvcc's front end takes for Int<16> within those of sm_120 is Int<16u> to g++ 12: the
   /// host would ask the runtime for a kernel that was registered under the other one.
-  struct Kernel : cutlass::gemm::kernel::GemmUniversal<GroupProblem<Target>, Mainloop, Epilogue> {};
+  struct Kernel : Universal {
+    struct Params : Universal::Params {};
+    static Params to_underlying_arguments(const typename Universal::Arguments& args, void* workspace) {
+      return {Universal::to_underlying_arguments(args, workspace)};
+    }
+  };
   using Adapter = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using Arguments = typename Adapter::Arguments;
 

@@ -29,7 +29,7 @@ while read -r test; do
   install -s -m 755 "$folder/tests/$test" "$target/tests/$test"
 done <"$folder/gpu_tests.txt"
 install -m 644 "$folder/gpu_tests.txt" "$target/gpu_tests.txt"
-install -m 755 "$root"/scripts/{gpu_check.sh,torch_grouped.py} "$target/scripts/"
+install -m 755 "$root"/scripts/{gpu_check.sh,gpu_counters.py,torch_grouped.py} "$target/scripts/"
 if [ "$result" != "$target" ]; then
   XZ_OPT='-6 --memlimit-compress=0 --lzma2=preset=6,dict=192MiB' tar -cJf "$result" -C "$(dirname "$target")" "$(basename "$target")"
   rm -r "$target"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and at most 8 minutes: the GPU tests, layertest (--stress too) and
+# Everything that needs a GPU, in one command and at most 9 minutes: the GPU tests, layertest (--stress too) and
 # gemmtest in all activation formats, compute-sanitizer on small cases, the benchmark's grid, PyTorch's grouped GEMM as
-# a control, and shapes and routings that no kernel was tuned on.
+# a control, shapes and routings that no kernel was tuned on, and hardware counters of the cells that miss their target.
 #
 #   scripts/gpu_check.sh [--binaries DIR] [--real DIR] [--out DIR] [--backend NAME] [--steps LIST]
 #
@@ -9,13 +9,13 @@
 # --real DIR      a checkpoint of trained weights, as scripts/real_checkpoint.py DIR --layers 15 makes it, for layertest
 # --out DIR       where summary.txt, summary.json, grid.json and the logs go (default: build/gpu_check)
 # --backend NAME  default: sm90
-# --steps LIST    of tests,layertest,grid,control,untuned,sanitizer (default: all, in this order)
+# --steps LIST    of tests,layertest,grid,control,untuned,counters,sanitizer (default: all, in this order)
 #
 # Steps that this machine can't run are reported as "not run". Exit code 0 when nothing failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-binaries='' real='' out='' backend=sm90 steps=tests,layertest,grid,control,untuned,sanitizer
+binaries='' real='' out='' backend=sm90 steps=tests,layertest,grid,control,untuned,counters,sanitizer
 while [ $# -gt 0 ]; do
   case $1 in
     --binaries) binaries=${2:?--binaries needs a folder}; shift ;;
@@ -48,7 +48,7 @@ formats=(nvfp4 nvfp4x2 fp8 bf16)
 families=(deepseek-v3 qwen3-moe qwen2-moe mixtral gpt-oss) # deepseek-v4's shared expert is FP8, which sm90 refuses
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-limit_s=480 # of the whole script
+limit_s=550 # of the whole script
 start_s=$SECONDS
 failed=0
 : >"$out/summary.txt"
@@ -189,6 +189,18 @@ run_control() {
   cat "$out/torch_grouped_mm.log"
 }
 
+run_counters() {
+  local ncu
+  ncu=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null)
+  if [ -z "$ncu" ]; then
+    note 'not run' counters 0 'ncu (Nsight Compute) is not on the PATH nor in /usr/local/cuda/bin'
+    return
+  fi
+  attempt counters 120 python3 "$here/gpu_counters.py" --fourfold "$fourfold" --ncu "$ncu" --backend "$backend" \
+    --json "$out/counters.json" B:1 B:16 C:1 B:64 B:1024 C:1024 A:4096 B:16384
+  cat "$out/counters.log"
+}
+
 run_sanitizer() {
   local sanitizer tool command format
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
@@ -236,7 +248,7 @@ for step in ${steps//,/ }; do
   case $step in
     tests) run_tests ;;
     control) run_control ;;
-    layertest | grid | untuned | sanitizer)
+    layertest | grid | untuned | counters | sanitizer)
       if [ -n "$why_not" ]; then note 'not run' "$step" 0 "$why_not"; else "run_$step"; fi ;;
     *) printf 'error: unknown step %s; see --help\n' "$step" >&2; exit 2 ;;
   esac

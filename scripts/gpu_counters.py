@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""What binds the kernels of `fourfold bench`: hardware counters of single cases, read by Nsight Compute.
+
+usage: gpu_counters.py --fourfold FILE [--backend NAME] [--activations FORMAT] [--json FILE] SHAPE:TOKENS...
+
+For every kernel of the last whole call that was seen of each case:
+
+    us         as profiled: alone, at the clock of that moment, so not the time of the grid
+    SM GHz     the clock meanwhile
+    issue      cycles in which a scheduler issued an instruction, in per cent
+    tensor     cycles in which the tensor pipes were busy, in per cent
+    DRAM, L2   of peak throughput, in per cent
+    stalls     what warps waited for, the three largest, in per cent of their cycles
+
+A call begins with its permutation. What `fourfold bench` checks comes before, with other kernels where taps want them.
+
+Counting replays a kernel several times, with its memory as it was. Exit status: 0 done, 1 error, 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+KERNELS = "regex:expert_gemm|fused_layer|combine|stage_|permute_|count_slots"
+FIRST_OF_CALL = "permute_|count_slots"
+STALLS = "regex:smsp__average_warps_issue_stalled_.*_per_issue_active"
+STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
+# Metrics by what they are called here; in per cent, but for the clock.
+METRICS = {
+    "sm_ghz": "gpc__cycles_elapsed.avg.per_second",
+    "issue_pct": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "tensor_pct": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "dram_pct": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+    "l2_pct": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+}
+TIME = "gpu__time_duration.sum"
+SECONDS = {"ns": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3, "nsecond": 1e-9}
+MOST_LAUNCHES = 40  # of a case, the check's among them
+
+
+def number(text: str) -> float:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return float("nan")
+
+
+def short(kernel: str) -> str:
+    """Without namespaces, return type and parameters: expert_gemm_kernel<GemmTraits<2, 2, ...>>."""
+    return re.sub(r"\w+::|\(anonymous namespace\)::|<unnamed>::|^void |\(.*", "", kernel.replace("(int)", "").replace("(bool)", ""))
+
+
+def stalls_of(row: dict[str, str]) -> dict[str, float]:
+    """Shares of the warps' cycles, in per cent, largest first; "selected" is the cycle of issue itself."""
+    cycles = {match[1]: number(text) for name, text in row.items() if (match := STALL.fullmatch(name))}
+    total = sum(value for value in cycles.values() if value == value)
+    if total <= 0:
+        return {}
+    shares = {name: 100 * value / total for name, value in cycles.items() if name != "selected"}
+    return dict(sorted(shares.items(), key=lambda item: -item[1])[:3])
+
+
+def measure(options: argparse.Namespace, case: str) -> list[dict[str, object]]:
+    shape, _, tokens = case.partition(":")
+    bench = [options.fourfold, "bench", "--shape", shape, "--tokens", tokens, "--backend", options.backend]
+    bench += ["--activations", options.activations, "--repeats", "1", "--min-time", "0"]
+    command = [options.ncu, "--clock-control", "none", "--kernel-name", KERNELS, "--launch-count", str(MOST_LAUNCHES)]
+    command += ["--metrics", ",".join([TIME, *METRICS.values(), STALLS]), "--page", "raw", "--csv", *map(str, bench)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in ran.stdout.splitlines() if line.startswith('"')]
+    if len(lines) < 3:
+        sys.exit(f"error: {case}: ncu gave no counters (exit status {ran.returncode}):\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+    names, units, *rows = csv.reader(io.StringIO("\n".join(lines)))
+    second = SECONDS[units[names.index(TIME)]]
+    launches = [dict(zip(names, values, strict=True)) for values in rows]
+    starts = [i for i, row in enumerate(launches) if re.search(FIRST_OF_CALL, row["Kernel Name"])]
+    if len(starts) < 2:
+        sys.exit(f"error: {case}: expected two calls within {MOST_LAUNCHES} launches, found {len(starts)} permutations")
+    found = []
+    for row in launches[starts[-2] : starts[-1]]:
+        entry: dict[str, object] = {"case": case, "activations": options.activations, "kernel": short(row["Kernel Name"])}
+        entry["us"] = number(row[TIME]) * second * 1e6
+        entry |= {what: number(row.get(metric, "")) for what, metric in METRICS.items()}
+        entry["sm_ghz"] = number(row.get(METRICS["sm_ghz"], "")) * 1e-9
+        entry["stalls_pct"] = stalls_of(row)
+        found.append(entry)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fourfold", type=Path, required=True, metavar="FILE", help="the command")
+    parser.add_argument("--backend", default="sm90")
+    parser.add_argument("--activations", default="bf16", metavar="FORMAT")
+    parser.add_argument("--ncu", default=shutil.which("ncu") or "/usr/local/cuda/bin/ncu", metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
+    parser.add_argument("cases", nargs="+", metavar="SHAPE:TOKENS")
+    options = parser.parse_args()
+    if not Path(options.ncu).exists():
+        sys.exit(f"error: Nsight Compute: expected {options.ncu}, found none; name it with --ncu")
+    rows = []
+    for case in options.cases:
+        for row in measure(options, case):
+            rows.append(row)
+            stalls = ", ".join(f"{name} {share:.0f}" for name, share in row["stalls_pct"].items())
+            print(
+                f"{case:<14} {row['kernel'][:44]:<44} {row['us']:9.1f} us  {row['sm_ghz']:5.2f} GHz  issue {row['issue_pct']:4.0f}  "
+                f"tensor {row['tensor_pct']:4.0f}  DRAM {row['dram_pct']:4.0f}  L2 {row['l2_pct']:4.0f}  {stalls}",
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

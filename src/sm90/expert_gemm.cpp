@@ -93,6 +93,28 @@ void require_requantization(const ExpertGemm& args) {
   }
 }
 
+/// Of token rows: sorted ones, or those that the kernel gathers.
+void require_tokens(const ExpertGemm& args) {
+  const MatrixView<const Bf16>& tokens = args.tokens[0];
+  if (args.slot_of_row == nullptr) {
+    require_matrix("expert gemm: tokens", tokens, args.max_rows, args.weights.depth);
+    if (args.tokens[1].empty()) return;
+    return require_matrix("expert gemm: tokens, second term", args.tokens[1], args.max_rows,
+                          args.weights.depth);
+  }
+  if (!can_gather(args)) {
+    reject("expert gemm: kernel for rows by slot_of_row",
+           "one term, gate and up paired, more than 12 rows an expert", describe_kernel(args));
+  }
+  require_matrix("expert gemm: gathered tokens", tokens, tokens.rows, args.weights.depth);
+  require_aligned("expert gemm: slot_of_row", args.slot_of_row, 4);
+  if (args.top_k < 1) reject("expert gemm: top_k", "at least 1", args.top_k);
+  constexpr int64_t kMost = std::numeric_limits<uint32_t>::max();  // the kernel counts units of 16 bytes
+  if (tokens.rows > kMost / (tokens.stride / 8)) {
+    reject("expert gemm: gathered tokens", "less than 64 GB", shape_text(tokens.rows, tokens.stride));
+  }
+}
+
 /// The kernel counts tiles in 32 bits.
 void require_countable_tiles(const ExpertGemm& args) {
   const int64_t token_tiles = args.max_rows / 8 + args.experts;
@@ -122,10 +144,7 @@ void validate(const ExpertGemm& args) {
   require_shape(args.weights);
   if (args.max_rows == 0) return;
   require_countable_tiles(args);
-  require_matrix("expert gemm: tokens", args.tokens[0], args.max_rows, args.weights.depth);
-  if (!args.tokens[1].empty()) {
-    require_matrix("expert gemm: tokens, second term", args.tokens[1], args.max_rows, args.weights.depth);
-  }
+  require_tokens(args);
   require_aligned("expert gemm: group_offsets", args.group_offsets, 4);
   require_aligned("expert gemm: packed", args.packed, 128);
   require_aligned("expert gemm: weight_globals", args.weight_globals, 4);
@@ -146,6 +165,11 @@ bool needs_own_activation(const ExpertGemm& args) {
 
 bool can_requantize(const ExpertGemm& args) {
   return args.activation && !needs_own_activation(args) && args.weights.order == RowOrder::kGateUpPaired;
+}
+
+bool can_gather(const ExpertGemm& args) {
+  return args.tokens[1].empty() && args.weights.order == RowOrder::kGateUpPaired &&
+         choose_gemm_kernel(args.max_rows, args.experts).gathers;
 }
 
 bool should_requantize(const ExpertGemm& args) {

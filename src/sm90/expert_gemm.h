@@ -53,6 +53,10 @@ struct ExpertGemm {
   /// [max_rows, K] each, 16-byte aligned, stride a multiple of 8 elements. The second is empty unless the
   /// activations are two terms (nvfp4x2). Rows from M on may hold anything.
   MatrixView<const Bf16> tokens[2];
+  /// [max_rows], read below M: row m is row slot_of_row[m] / top_k of tokens[0], which then may have any
+  /// number of rows. Null: row m is row m. Needs can_gather(); gives the same bits as sorted rows.
+  const int32_t* slot_of_row = nullptr;
+  int64_t top_k = 1;
   const float* row_scales = nullptr;  ///< [max_rows]; null: 1
   const int32_t* group_offsets =
       nullptr;  ///< [E+1], ascending from 0 to at most max_rows; read on the device
@@ -79,7 +83,8 @@ struct ExpertGemm {
   /// workspace_bytes() bytes, aligned to kWorkspaceAlignment. Calls that may overlap need separate ones.
   std::span<std::byte> workspace;
   /// Programmatic dependent launch: the kernel may start before the previous kernel of the stream ends, and
-  /// prefetches weights until that one does; everything else is read after griddepcontrol.wait. Needs:
+  /// prefetches weights until that one does; everything else is read after griddepcontrol.wait. A kernel that
+  /// gathers its rows waits first. Others need:
   /// group_offsets and the weights are complete when the previous kernel calls
   /// griddepcontrol.launch_dependents (or ends, where it has no such call). That holds when the previous
   /// kernel did not write them and itself waits before that call, as the kernels launched here do.
@@ -95,6 +100,9 @@ size_t workspace_bytes(const ExpertGemm& args);
 bool can_requantize(const ExpertGemm& args);
 /// Whether that is faster than a kernel of its own, too.
 bool should_requantize(const ExpertGemm& args);
+
+/// Whether the kernel for these shapes and bounds can gather token rows by slot_of_row.
+bool can_gather(const ExpertGemm& args);
 
 /// Enqueues the GEMM. Throws Error when arguments do not fit (naming which), or CUDA refuses the launch.
 void launch_expert_gemm(const ExpertGemm& args, void* stream);

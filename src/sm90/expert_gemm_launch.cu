@@ -72,6 +72,12 @@ GemmKernelArgs kernel_args(const ExpertGemm& args) {
   return kernel;
 }
 
+GatheredTokens gathered_tokens(const ExpertGemm& args) {
+  const MatrixView<const Bf16>& rows = args.tokens[0];
+  return {rows.data, rows.stride, static_cast<int32_t>(rows.cols), args.slot_of_row,
+          static_cast<int32_t>(args.top_k)};
+}
+
 void write_bf16(GemmKernelArgs& kernel, MatrixView<Bf16> d) {
   kernel.d = d.data;
   kernel.d_stride = d.stride;
@@ -110,8 +116,10 @@ void launch_expert_gemm(const ExpertGemm& args, void* stream) {
   launch.overlap_previous = args.overlap_previous;
   launch.multiprocessors = cuda::multiprocessor_count();
   launch.stream = static_cast<cudaStream_t>(stream);
+  launch.gathered = args.slot_of_row != nullptr;
+  if (launch.gathered) launch.args.gathered = gathered_tokens(args);
   launch.maps.stage_in_a_box = shape.depth_parts > 1 && args.weights.depth % kUnitDepth == 0;
-  for (int term = 0; term < launch.terms; ++term) {
+  for (int term = 0; term < (launch.gathered ? 0 : launch.terms); ++term) {
     for (int i = 0; i < shape.tokens / shape.granule; ++i) {
       launch.maps.of[term][i] = token_map(args.tokens[term], (i + 1) * shape.granule,
                                           launch.maps.stage_in_a_box ? shape.depth_parts : 1);

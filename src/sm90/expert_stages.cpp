@@ -137,6 +137,13 @@ void ExpertStages::copy_activation(const ExpertRows& rows, const ExpertSpace& sp
   cuda::stage(copy, stream);
 }
 
+bool ExpertStages::gathers_x(const ExpertGemm& gate_up, const cuda::RowSource& source,
+                             const ExpertTaps& taps) const {
+  return options_.activations == ActivationFormat::kBf16 && source.slot_of_row != nullptr &&
+         source.weights.empty() && taps.staged_x == nullptr && can_read_in_place(source.rows) &&
+         can_gather(gate_up);
+}
+
 void ExpertStages::run(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,
                        const ExpertTaps& taps, MatrixView<Bf16> z, const Step& step) const {
   cuda::StageArgs stage = stage_x(source, rows, space);
@@ -146,6 +153,14 @@ void ExpertStages::run(const ExpertSpace& space, const cuda::RowSource& source, 
     cuda::find_amax(source, rows.group_offsets, rows.rows, &space.amaxes[0], step.stream);
   }
   if (step.walk == Walk::kFindXAmax) return;
+  if (config_.experts == 0) return;
+  ExpertGemm gate_up = gate_up_gemm(space.activation.rows);
+  if (gathers_x(gate_up, source, taps)) {
+    gate_up.tokens[0] = source.rows;
+    gate_up.slot_of_row = source.slot_of_row;
+    gate_up.top_k = source.top_k;
+    return run_gemms(space, gate_up, rows, taps, z, step);
+  }
   cuda::stage(stage, step.stream);
   step.finish("stage");
   run_decoded(space, restages() ? space.x_row_scales.data() : nullptr, rows, taps, z, step);
@@ -190,16 +205,21 @@ bool ExpertStages::restage(const ExpertSpace& space, const ExpertRows& rows, con
 void ExpertStages::run_decoded(const ExpertSpace& space, const float* row_scales, const ExpertRows& rows,
                                const ExpertTaps& taps, const MatrixView<Bf16>& z, const Step& step) const {
   if (config_.experts == 0) return;
-  const int64_t planned_rows = space.activation.rows;
-  ExpertGemm gate_up = gate_up_gemm(planned_rows);
+  ExpertGemm gate_up = gate_up_gemm(space.activation.rows);
   gate_up.tokens[0] = space.x[0];
   gate_up.tokens[1] = space.x[1];
   gate_up.row_scales = row_scales;
+  run_gemms(space, gate_up, rows, taps, z, step);
+}
+
+void ExpertStages::run_gemms(const ExpertSpace& space, ExpertGemm gate_up, const ExpertRows& rows,
+                             const ExpertTaps& taps, const MatrixView<Bf16>& z, const Step& step) const {
+  const int64_t planned_rows = space.activation.rows;
   gate_up.group_offsets = rows.group_offsets.data();
   gate_up.d = space.activation;
   if (!taps.h.empty()) gate_up.h = with_rows(taps.h, planned_rows);
   gate_up.workspace = space.gemm;
-  gate_up.overlap_previous = true;  // after a kernel that staged or decoded x
+  gate_up.overlap_previous = true;  // after a kernel that staged or decoded x, or permuted rows to gather
   const bool fused = restages_in_epilogue(gate_up, taps);
   if (fused) {
     gate_up.d = space.intermediate[0];
@@ -238,7 +258,7 @@ void ExpertStages::stage_fused_x(const ExpertSpace& space, const cuda::RowSource
   if (taps.staged_x) stage.staged = *taps.staged_x;
   layer.x = source.rows;
   layer.slot_of_row = source.slot_of_row;
-  if (restages() || !can_fuse_input(source.rows)) {
+  if (restages() || !can_read_in_place(source.rows)) {
     stage.decoded = {space.fused_x, {}, space.x_row_scales.data()};
     layer.x = space.fused_x;
     layer.x_row_scales = restages() ? space.x_row_scales.data() : nullptr;

@@ -101,6 +101,11 @@ class ExpertStages {
   /// After x is staged and decoded in space.x. `row_scales` may be null: 1.
   void run_decoded(const ExpertSpace& space, const float* row_scales, const ExpertRows& rows,
                    const ExpertTaps& taps, const MatrixView<Bf16>& z, const Step& step) const;
+  /// Both GEMMs, once `gate_up` says where its tokens are.
+  void run_gemms(const ExpertSpace& space, ExpertGemm gate_up, const ExpertRows& rows, const ExpertTaps& taps,
+                 const MatrixView<Bf16>& z, const Step& step) const;
+  /// Whether the first GEMM reads x as it is, by the permutation.
+  bool gathers_x(const ExpertGemm& gate_up, const cuda::RowSource& source, const ExpertTaps& taps) const;
   /// Whether the first GEMM stages its own output, so that restage() has nothing to do.
   bool restages_in_epilogue(const ExpertGemm& gate_up, const ExpertTaps& taps) const;
   /// Staging of the activation's output; false where the walk ends before it.

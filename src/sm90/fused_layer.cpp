@@ -36,7 +36,7 @@ bool can_fuse(const LayerConfig& config, const LayerOptions& options, int64_t sl
   return slots <= config.top_k || 3 * slots <= config.experts * tile;  // one token has a row an expert
 }
 
-bool can_fuse_input(const MatrixView<const Bf16>& x) {
+bool can_read_in_place(const MatrixView<const Bf16>& x) {
   return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 8 == 0;
 }
 

@@ -60,8 +60,8 @@ int32_t fused_tile_tokens(int64_t hidden, int64_t intermediate);
 /// that hardly one needs a second tile, for which its weights would be read again.
 bool can_fuse(const LayerConfig& config, const LayerOptions& options, int64_t slots);
 
-/// Whether it may read x where the caller has it.
-bool can_fuse_input(const MatrixView<const Bf16>& x);
+/// Whether kernels may copy rows of x, 16 bytes at a time, from where the caller has them.
+bool can_read_in_place(const MatrixView<const Bf16>& x);
 
 /// Words of FusedLayer::counters for `slots` slots or fewer.
 int64_t fused_counters(int64_t slots, int64_t hidden);

@@ -20,17 +20,20 @@ struct GemmKernelShape {
   /// Whether quantizing what SwiGLU gives costs less in the epilogue than in a kernel of its own: where
   /// memory is what the GEMM waits for.
   bool requantizes;
+  /// Whether a kernel that gathers its token rows itself is compiled: where the copy of them, sorted, costs
+  /// more than a plain load for each 16 bytes.
+  bool gathers;
 };
 
 /// In order of preference. Measured on an H100, docs/hopper.md: narrow tiles keep all SMs busy and read
 /// weights at full speed while tokens are few (room for eight leaves the most shared memory to weights in
 /// flight); wide tiles read tokens seldom enough when they are many.
 inline constexpr GemmKernelShape kGemmKernels[] = {
-    {GemmKernel::kFew, "few: 64 rows x 8 tokens, k split over 4 warpgroups", 1, 1, 4, 8, 8, 4.0, true},
+    {GemmKernel::kFew, "few: 64 rows x 8 tokens, k split over 4 warpgroups", 1, 1, 4, 8, 8, 4.0, true, false},
     {GemmKernel::kNarrow, "narrow: 64 rows x 32 tokens, k split over 4 warpgroups", 1, 1, 4, 32, 8, 12.0,
-     true},
-    {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 64, 16, 40.0, false},
-    {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 160, 16, 1e30, false},
+     true, false},
+    {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 64, 16, 40.0, false, true},
+    {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 160, 16, 1e30, false, true},
 };
 
 constexpr const GemmKernelShape& choose_gemm_kernel(int64_t max_rows, int64_t experts) {

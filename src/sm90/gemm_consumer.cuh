@@ -45,7 +45,7 @@ class Consumer {
 
   __device__ __forceinline__ void run() {
     for (;;) {
-      ptx::mbarrier_wait_parity(full_barrier(stage_), phase_);
+      wait_until_full(stage_, phase_);
       const uint4 tile = ptx::ld_shared_v4(shared_ + Traits::kTileOffset + stage_ * 16);
       if (tile.w == 0) return;
       const WorkTile work{static_cast<int32_t>(tile.x), static_cast<int32_t>(tile.y),
@@ -67,6 +67,11 @@ class Consumer {
 
   __device__ __forceinline__ uint32_t full_barrier(int stage) const {
     return shared_ + Traits::kFullOffset + stage * 8;
+  }
+
+  __device__ __forceinline__ void wait_until_full(int stage, uint32_t phase) const {
+    ptx::mbarrier_wait_parity(full_barrier(stage), phase);
+    if constexpr (Traits::kGathered) ptx::fence_proxy_async();  // plain copies brought what WGMMA reads
   }
 
   /// Every thread arrives for its own reads. One arrival a warp costs the same time, and would be as safe
@@ -162,7 +167,7 @@ class Consumer {
       next_stage(next, next_phase);
       const bool more = unit + 1 < kUnits || left > kUnits;
       const int ahead = more ? next : stage_;
-      ptx::mbarrier_wait_parity(full_barrier(ahead), more ? next_phase : phase_);
+      wait_until_full(ahead, more ? next_phase : phase_);
       load(packed, ahead);
       stage_ = next;
       phase_ = next_phase;

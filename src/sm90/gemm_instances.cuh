@@ -9,10 +9,13 @@ namespace fourfold::sm90 {
 
 template <int kIndex>
 void launch_table_entry(const GemmLaunch& launch) {
-  const auto with = [&]<int kTerms, bool kPaired> {
-    using Traits = TableTraits<kIndex, kTerms, kPaired>;
+  const auto with = [&]<int kTerms, bool kPaired, bool kGathered = false> {
+    using Traits = TableTraits<kIndex, kTerms, kPaired, kGathered>;
     launch_gemm_kernel<Traits>(launch, expert_gemm_kernel<Traits>);
   };
+  if constexpr (kGemmKernels[kIndex].gathers) {
+    if (launch.gathered) return with.template operator()<1, true, true>();
+  }
   if (launch.terms == 1) {
     launch.paired ? with.template operator()<1, true>() : with.template operator()<1, false>();
   } else {

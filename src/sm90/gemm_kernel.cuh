@@ -24,7 +24,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const uint32_t shared = (ptx::shared_address(raw_shared) + 1023u) & ~1023u;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Traits::kStages; ++stage) {
-      ptx::mbarrier_init(shared + Traits::kFullOffset + stage * 8, 2);  // weights and tokens
+      // Weights and tokens.
+      ptx::mbarrier_init(shared + Traits::kFullOffset + stage * 8,
+                         1 + (Traits::kGathered ? Traits::kGatherThreads : 1));
       ptx::mbarrier_init(shared + Traits::kEmptyOffset + stage * 8, Traits::kConsumers * 128);
     }
     ptx::fence_mbarrier_init();
@@ -34,8 +36,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warpgroup == 0) {
     if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_dec<56>();
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
-    if (warp == 0) Producer<Traits>(args, maps, shared).run_weights();
-    if (warp == 1) Producer<Traits>(args, maps, shared).run_tokens();
+    if constexpr (Traits::kGathered) {
+      // The kernel before this one may be the permutation, which writes what the producers look up first.
+      ptx::griddepcontrol_wait();
+      if (warp == 0) Producer<Traits>(args, maps, shared).run_weights();
+      if (warp > 0) Producer<Traits>(args, maps, shared).run_gathered_tokens();
+    } else {
+      if (warp == 0) Producer<Traits>(args, maps, shared).run_weights();
+      if (warp == 1) Producer<Traits>(args, maps, shared).run_tokens();
+    }
   } else {
     if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_inc<224>();
     ptx::griddepcontrol_wait();

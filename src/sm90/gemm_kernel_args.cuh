@@ -21,6 +21,15 @@ struct TokenMaps {
   bool stage_in_a_box;
 };
 
+/// Token rows that a kernel gathers itself: row m of the GEMM is row slot_of_row[m] / top_k.
+struct GatheredTokens {
+  const Bf16* rows;
+  int64_t stride;
+  int32_t cols;
+  const int32_t* slot_of_row;
+  int32_t top_k;
+};
+
 /// Members as in ExpertGemm; strides in elements.
 struct GemmKernelArgs {
   const uint8_t* packed;
@@ -41,6 +50,7 @@ struct GemmKernelArgs {
   Bf16* residual;                  ///< null: one term; strides are d's
   float* d_row_scales;
   SwigluArgs swiglu;
+  GatheredTokens gathered;  ///< GemmTraits::kGathered alone
   bool d_is_float32;
   DecodeMasks masks;
 };
@@ -48,7 +58,7 @@ struct GemmKernelArgs {
 /// Shape of a kernel. Consumer warpgroup w multiplies row part w / kDepthParts of the tile with every
 /// kDepthParts-th k unit, starting with unit w % kDepthParts; partial sums are added in order of the parts.
 template <int kRowParts_, int kRowBlocks_, int kDepthParts_, int kTokens_, int kGranule_, int kTerms_,
-          bool kPaired_>
+          bool kPaired_, bool kGathered_ = false>
 struct GemmTraits {
   static constexpr int kRowParts = kRowParts_;      ///< warpgroups side by side
   static constexpr int kRowBlocks = kRowBlocks_;    ///< blocks of 64 rows a warpgroup
@@ -57,6 +67,9 @@ struct GemmTraits {
   static constexpr int kGranule = kGranule_;        ///< what the tokens of a tile are rounded up to
   static constexpr int kTerms = kTerms_;
   static constexpr bool kPaired = kPaired_;  ///< rows are in RowOrder::kGateUpPaired, the epilogue is SwiGLU
+  /// Token rows come through GatheredTokens, by plain copies, instead of TokenMaps.
+  static constexpr bool kGathered = kGathered_;
+  static constexpr int kGatherThreads = 96;  ///< all of the producer warpgroup but the warp of the weights
 
   static constexpr int kConsumers = kRowParts * kDepthParts;
   static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -90,6 +103,7 @@ struct GemmTraits {
   static constexpr int kEmptyOffset = kFullOffset + kStages * 8;
   static constexpr int kSharedBytes = 1024 + kEmptyOffset + kStages * 8;
 
+  static_assert(!kGathered || (kTerms == 1 && kDepthParts == 1));
   static_assert(kTokens % kGranule == 0 && kTokens / kGranule <= kMostTokenMaps &&
                 kTokenBoxBytes % 1024 == 0);
   static_assert(kStages >= 4 && kSharedBytes <= kMaxSharedBytes);

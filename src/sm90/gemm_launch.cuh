@@ -15,6 +15,7 @@ struct GemmLaunch {
   TokenMaps maps;
   int terms = 1;
   bool paired = false;
+  bool gathered = false;
   bool overlap_previous = false;
   int multiprocessors = 0;
   cudaStream_t stream = nullptr;
@@ -26,10 +27,10 @@ void launch_medium_gemm(const GemmLaunch& launch);
 void launch_wide_gemm(const GemmLaunch& launch);
 
 /// The traits of entry kIndex of the table.
-template <int kIndex, int kTerms, bool kPaired>
+template <int kIndex, int kTerms, bool kPaired, bool kGathered = false>
 using TableTraits = GemmTraits<kGemmKernels[kIndex].row_parts, kGemmKernels[kIndex].row_blocks,
                                kGemmKernels[kIndex].depth_parts, kGemmKernels[kIndex].tokens,
-                               kGemmKernels[kIndex].granule, kTerms, kPaired>;
+                               kGemmKernels[kIndex].granule, kTerms, kPaired, kGathered>;
 
 template <class Traits>
 void launch_gemm_kernel(const GemmLaunch& launch,

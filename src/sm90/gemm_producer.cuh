@@ -112,6 +112,19 @@ class Producer {
     }
   }
 
+  /// The token rows of every tile, from wherever they are: kGatherThreads threads copy 16 bytes each.
+  __device__ void run_gathered_tokens() {
+    ptx::griddepcontrol_launch_dependents();
+    for (int item = static_cast<int>(blockIdx.x);; item += static_cast<int>(gridDim.x)) {
+      const WorkTile tile = finder_.find(item);
+      if (tile.rows == 0) {
+        wait_for_slot();
+        return ptx::mbarrier_arrive(full_barrier());
+      }
+      gather_tokens(tile);
+    }
+  }
+
   /// The token rows of every tile, once the kernel before this one has written them.
   __device__ void run_tokens() {
     ptx::griddepcontrol_wait();
@@ -195,6 +208,39 @@ class Producer {
                                        maps_.stage_in_a_box ? unit : 0, full_barrier());
         }
       }
+      next_slot();
+    }
+  }
+
+  /// As a box of TokenMaps lays them out: rows of 128 bytes, chunk c of row r at c ^ (r % 8). Eight threads
+  /// share a row. Rows behind the tile's last keep what was there: their sums are not stored.
+  __device__ void gather_tokens(const WorkTile& tile) {
+    constexpr int kChunks = kUnitDepth / 8, kRowsAtOnce = Traits::kGatherThreads / kChunks;
+    constexpr int kRowsAThread = (Traits::kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
+    const int thread = static_cast<int>(threadIdx.x) - 32, row = thread / kChunks, chunk = thread % kChunks;
+    const GatheredTokens& gathered = args_.gathered;
+    static_assert(kRowsAtOnce % 8 == 4);
+    const uint32_t place = row * 128 + ((chunk ^ row % 8) << 4), odd_place = place ^ (4 << 4);
+    uint32_t from[kRowsAThread];  // in units of 16 bytes
+#pragma unroll
+    for (int i = 0; i < kRowsAThread; ++i) {
+      const int mine = row + i * kRowsAtOnce;
+      const int slot = mine < tile.rows ? gathered.slot_of_row[tile.first_row + mine] : 0;
+      from[i] = static_cast<uint32_t>(slot / gathered.top_k) * static_cast<uint32_t>(gathered.stride / 8) +
+                static_cast<uint32_t>(chunk);
+    }
+    for (int unit = 0; unit < args_.depth_units; ++unit) {
+      const uint32_t stage = shared_ + slot_ * Traits::kTokenStageBytes;
+      const auto* const units = reinterpret_cast<const uint4*>(gathered.rows) + unit * kChunks;
+      // K may end within the last unit.
+      const bool inside = unit * kUnitDepth + chunk * 8 < gathered.cols;
+      wait_for_slot();
+#pragma unroll
+      for (int i = 0; i < kRowsAThread; ++i) {
+        const uint32_t to = stage + (i % 2 == 0 ? place : odd_place) + i * kRowsAtOnce * 128;
+        if (row < tile.rows - i * kRowsAtOnce) ptx::cp_async_cg_16_or_zero(to, units + from[i], inside);
+      }
+      ptx::cp_async_mbarrier_arrive_noinc(full_barrier());
       next_slot();
     }
   }

@@ -73,6 +73,16 @@ __device__ __forceinline__ void cp_async_bulk(uint32_t to, const void* from, uin
 __device__ __forceinline__ void cp_async_cg_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+/// The same, or 16 bytes of zeros without reading.
+__device__ __forceinline__ void cp_async_cg_16_or_zero(uint32_t to, const void* from, bool reads) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(reads ? 16 : 0)
+               : "memory");
+}
+/// What other threads' plain accesses wrote to shared memory, as their barriers let this thread see it, is
+/// there for its WGMMA, too.
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 /// Arrives when all earlier cp.async of this thread are done; the barrier counts the thread.
 __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");

@@ -19,7 +19,7 @@
 namespace fourfold::cpu {
 
 /// Bytes of scratch that kernels take, 64-byte aligned, like sums.
-inline constexpr int64_t kKernelScratchBytes = 64 << 10;
+inline constexpr int64_t kKernelScratchBytes = 128 << 10;
 /// Chunks of which floats are decoded at a time: 32 KB of weights stay in the first-level cache.
 inline constexpr int64_t kFloatChunks = 4;
 inline constexpr int64_t kFloatDepth = kFloatChunks * kChunkDepth;

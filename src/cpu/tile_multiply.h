@@ -9,11 +9,11 @@
 // A pair meets up to 8 row tiles at once. Weights are decoded a block of K at a time, into the half of a
 // buffer that is not being multiplied; the decoding is cut in pieces that stand between the multiplications,
 // so that the vector units decode the next block while the tile unit multiplies this one. The block's weights
-// (16 KB) stay in the first-level cache, activations stream from the second level:
+// (64 KB) and the activations stream from the second-level cache:
 //
-//   for each block of 4 chunks:   for each two row tiles:   C00 C01 C10 C11 += A0 A1 (rows) x B0 B1 (panels)
+//   for each block of 16 chunks:   for each two row tiles:   C00 C01 C10 C11 += A0 A1 (rows) x B0 B1 (panels)
 //
-// Sums wait in memory between blocks.
+// Sums wait in memory between blocks, those of one or two row tiles in their tiles.
 #pragma once
 
 #include <immintrin.h>
@@ -25,7 +25,7 @@
 
 namespace fourfold::cpu::amx {
 
-inline constexpr int64_t kTileChunks = 4;  // chunks a block
+inline constexpr int64_t kTileChunks = 16;  // chunks a block
 inline constexpr int kTilesPerChunk = kChunkDepth / kTileDepth;
 inline constexpr int64_t kBufferBytes = kTileChunks * kTilesPerChunk * 2 * kTileBytes;  // [k / 32][panel]
 static_assert(2 * kBufferBytes <= kKernelScratchBytes);
@@ -149,23 +149,51 @@ FOURFOLD_AVX512_FP16 FOURFOLD_INLINE void multiply_block(const std::byte* weight
   }
 }
 
-template <class Tiles>
-FOURFOLD_AVX512_FP16 FOURFOLD_INLINE void multiply_pair(const uint8_t* pair, int64_t chunks,
-                                                        const std::byte* tiles, int64_t row_tiles, int terms,
-                                                        std::byte* scratch, float* sums) {
-  const int64_t row_tile_bytes = chunks * kTilesPerChunk * terms * kTileBytes;
-  const auto queue_of = [&](int64_t chunk) {
+/// The blocks of K of a pair, and the half of the scratch that each is decoded into.
+struct PairBlocks {
+  const uint8_t* pair = nullptr;
+  int64_t chunks = 0;
+  std::byte* scratch = nullptr;
+
+  FOURFOLD_AVX512_FP16 FOURFOLD_INLINE std::byte* weights(int64_t chunk) const {
+    return scratch + chunk / kTileChunks % 2 * kBufferBytes;
+  }
+  FOURFOLD_AVX512_FP16 FOURFOLD_INLINE int64_t depth(int64_t chunk) const {  // in tiles
+    return std::min(kTileChunks, chunks - chunk) * kTilesPerChunk;
+  }
+  /// What decodes the block that begins with `chunk`; no pieces behind the last.
+  FOURFOLD_AVX512_FP16 FOURFOLD_INLINE DecodeQueue queue(int64_t chunk) const {
     const int64_t count = std::clamp<int64_t>(chunks - chunk, 0, kTileChunks);
-    return DecodeQueue{pair + chunk * kPairChunkBytes, scratch + chunk / kTileChunks % 2 * kBufferBytes,
-                       2 * count, 0};
-  };
-  DecodeQueue queue = queue_of(0);
-  while (queue.done < queue.pieces) queue.decode_next();
-  for (int64_t chunk = 0; chunk < chunks; chunk += kTileChunks) {
-    const std::byte* const weights = scratch + chunk / kTileChunks % 2 * kBufferBytes;
-    const int64_t depth = std::min(kTileChunks, chunks - chunk) * kTilesPerChunk;
+    return {pair + chunk * kPairChunkBytes, weights(chunk), 2 * count, 0};
+  }
+};
+
+/// One or two row tiles: their sums stay in tiles over all of K.
+template <class Tiles, bool kTwoRowTiles>
+FOURFOLD_AVX512_FP16 FOURFOLD_INLINE void multiply_few_rows(const PairBlocks& blocks, const std::byte* tiles,
+                                                            int64_t row_tile_bytes, int terms, float* sums) {
+  load_sums<Tiles, kTwoRowTiles>(sums, true);
+  for (int64_t chunk = 0; chunk < blocks.chunks; chunk += kTileChunks) {
+    const int64_t depth = blocks.depth(chunk);
+    DecodeQueue queue = blocks.queue(chunk + kTileChunks);
+    Pace pace{queue.pieces, depth};
+    multiply_block<Tiles, kTwoRowTiles>(blocks.weights(chunk),
+                                        tiles + chunk * kTilesPerChunk * terms * kTileBytes, row_tile_bytes,
+                                        depth, terms, pace, queue);
+  }
+  store_sums<Tiles, kTwoRowTiles>(sums);
+}
+
+/// Any number of row tiles, two at a time; sums wait in memory between blocks.
+template <class Tiles>
+FOURFOLD_AVX512_FP16 FOURFOLD_INLINE void multiply_many_rows(const PairBlocks& blocks, const std::byte* tiles,
+                                                             int64_t row_tiles, int64_t row_tile_bytes,
+                                                             int terms, float* sums) {
+  for (int64_t chunk = 0; chunk < blocks.chunks; chunk += kTileChunks) {
+    const int64_t depth = blocks.depth(chunk);
+    const std::byte* const weights = blocks.weights(chunk);
     const std::byte* const rows = tiles + chunk * kTilesPerChunk * terms * kTileBytes;
-    queue = queue_of(chunk + kTileChunks);
+    DecodeQueue queue = blocks.queue(chunk + kTileChunks);
     Pace pace{queue.pieces, (row_tiles + 1) / 2 * depth};
     int64_t tile = 0;
     for (; tile + 2 <= row_tiles; tile += 2) {
@@ -183,6 +211,19 @@ FOURFOLD_AVX512_FP16 FOURFOLD_INLINE void multiply_pair(const uint8_t* pair, int
       store_sums<Tiles, false>(out);
     }
   }
+}
+
+template <class Tiles>
+FOURFOLD_AVX512_FP16 FOURFOLD_INLINE void multiply_pair(const uint8_t* pair, int64_t chunks,
+                                                        const std::byte* tiles, int64_t row_tiles, int terms,
+                                                        std::byte* scratch, float* sums) {
+  const int64_t row_tile_bytes = chunks * kTilesPerChunk * terms * kTileBytes;
+  const PairBlocks blocks{pair, chunks, scratch};
+  DecodeQueue first = blocks.queue(0);
+  while (first.done < first.pieces) first.decode_next();
+  if (row_tiles == 1) return multiply_few_rows<Tiles, false>(blocks, tiles, row_tile_bytes, terms, sums);
+  if (row_tiles == 2) return multiply_few_rows<Tiles, true>(blocks, tiles, row_tile_bytes, terms, sums);
+  multiply_many_rows<Tiles>(blocks, tiles, row_tiles, row_tile_bytes, terms, sums);
 }
 
 }  // namespace fourfold::cpu::amx

@@ -1,7 +1,7 @@
 # Blackwell code needs nvcc 12.9 or later (sm_103a, sm_121a) and CUTLASS's headers: CUTLASS_DIR, a system's, or the PyPI
 # package of the same, installed into the build folder. Included after FourfoldCuda.
-# Off unless asked for, as long as nothing of it has run on a GPU: its kernels take a quarter of an hour to compile.
-set(FOURFOLD_BLACKWELL OFF CACHE STRING "Backend for Blackwell GPUs: AUTO (where nvcc and CUTLASS are found), ON or OFF")
+# Its kernels take about ten minutes to compile on two cores.
+set(FOURFOLD_BLACKWELL AUTO CACHE STRING "Backend for Blackwell GPUs: AUTO (where nvcc and CUTLASS are found), ON or OFF")
 set_property(CACHE FOURFOLD_BLACKWELL PROPERTY STRINGS AUTO ON OFF)
 set(FOURFOLD_BLACKWELL_ARCHITECTURES "100a;103a;120a;121a" CACHE STRING "Blackwell architectures to compile kernels for")
 set(CUTLASS_DIR "" CACHE PATH "Folder of CUTLASS, with include/cutlass/cutlass.h")

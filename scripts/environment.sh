@@ -65,12 +65,18 @@ need_python() {
   printf '%s' "$wanted" >"$stamp"
 }
 
-# build PRESET [TARGET]: configures and builds, quietly unless something is wrong.
+# Whether a GPU of compute capability 10 or more is in this machine.
+has_blackwell_gpu() {
+  nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -qE '^1[0-9]'
+}
+
+# build PRESET [TARGET [CMAKE OPTION...]]: configures and builds, quietly unless something is wrong.
 build() {
   local preset=$1 target=${2:-all} log=$build_folder/$1.log
+  shift $(($# < 2 ? $# : 2))
   mkdir -p "$build_folder"
   say "building preset $preset, target $target (log: build/$preset.log)"
-  (cd "$root" && cmake --preset "$preset" -DFOURFOLD_TEST_PYTHON="$python") >"$log" 2>&1 ||
+  (cd "$root" && cmake --preset "$preset" -DFOURFOLD_TEST_PYTHON="$python" "$@") >"$log" 2>&1 ||
     { cat "$log" >&2; die "cmake --preset $preset failed"; }
   grep -E '^-- fourfold:' "$log" | sed 's/^-- /    /' || true
   if [ -t 1 ]; then

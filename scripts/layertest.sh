@@ -21,7 +21,10 @@ while [ $# -gt 0 ]; do
 done
 
 need_build_packages
-build release fourfold_command
+# Blackwell's kernels take ten minutes to compile: here only for who has such a GPU. A build that has them keeps them.
+options=()
+[ -f "$build_folder/release/CMakeCache.txt" ] || has_blackwell_gpu || options=(-DFOURFOLD_BLACKWELL=OFF)
+build release fourfold_command ${options[@]+"${options[@]}"}
 fourfold=$build_folder/release/fourfold
 checkpoints=$build_folder/checkpoints
 mkdir -p "$checkpoints"

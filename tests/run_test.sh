@@ -18,7 +18,7 @@ esac
 need_build_packages
 need_python
 for preset in "${presets[@]}"; do
-  build "$preset"
+  build "$preset" all -DFOURFOLD_BLACKWELL=AUTO
   say "testing preset $preset"
   (cd "$root" && ctest --preset "$preset" --parallel "$(nproc)" --progress)
 done

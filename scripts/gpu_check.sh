@@ -175,7 +175,7 @@ run_untuned() {
   for routing in zipf one-expert; do
     attempt "routing $routing" 60 "$fourfold" bench --backend "$backend" --tokens "$few" --activations bf16,nvfp4 \
       --shape "$shapes" --routing "$routing" --min-time 0.1 --json "$out/$routing.json"
-    cat "$out/routing_$routing.log"
+    cat "$out/routing_${routing//-/_}.log"
   done
 }
 

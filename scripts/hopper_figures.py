@@ -27,6 +27,8 @@ PLOT = ROOT / "docs/measured/hopper.svg"
 FORMATS = ("bf16", "nvfp4")
 TORCH = "torch grouped_mm bf16"
 README_TOKENS = (1, 16, 256, 4096, 16384)
+UNTUNED_TOKENS = (1, 16, 256, 1024, 4096)
+ROUTINGS = ("zipf", "one-expert")  # beside the grid's uniform ones
 TITLES = {
     "deepseek-v3": "A: DeepSeek-V3 (H 7168, I 2048, E 256, top-8)",
     "qwen3-30b-a3b": "B: Qwen3-30B-A3B (H 2048, I 768, E 128, top-8)",
@@ -84,6 +86,22 @@ def result_of(folder: Path, name: str) -> str:
     return (folder / name).read_text()
 
 
+def fractions(folder: Path, name: str) -> list[dict]:
+    """Of each case of one of gpu_check's files: the share of its floor."""
+    cases = json.loads(result_of(folder, name))["cases"]
+    for case in cases:
+        require_checked(case)
+    return [
+        {key: case[key] for key in ("model", "tokens", "activations")}
+        | {"seconds": case["seconds"]["median"], "floor_seconds": case["floor"]["seconds"], "shape": shape_text(case)}
+        for case in cases
+    ]
+
+
+def shape_text(case: dict) -> str:
+    return f"H {case['hidden']}, I {case['intermediate']}, E {case['experts']}, top-{case['top_k']}"
+
+
 def record(folder: Path, commit: str) -> None:
     grid, control = json.loads(result_of(folder, "grid.json")), json.loads(result_of(folder, "control.json"))
     for case in grid["cases"]:
@@ -109,6 +127,9 @@ def record(folder: Path, commit: str) -> None:
             for case in grid["cases"]
         ],
         "torch": [{key: case[key] for key in ("model", "tokens", "seconds")} for case in control["cases"]],
+        "untuned": fractions(folder, "untuned.json"),
+        "routings": {name: fractions(folder, f"{name}.json") for name in ROUTINGS},
+        "counters": json.loads(result_of(folder, "counters.json")),
     }
     MEASURED.write_text(json.dumps(measured, indent=1) + "\n")
 
@@ -127,6 +148,45 @@ def table_of(model: str) -> str:
     return text
 
 
+def share_cells(cases: list[dict], model: str) -> list[str]:
+    """Per cent of the floor, bf16 / nvfp4, by UNTUNED_TOKENS."""
+    share = {
+        (case["tokens"], case["activations"]): 100 * case["floor_seconds"] / case["seconds"]
+        for case in cases
+        if case["model"] == model
+    }
+    return [" / ".join(f"{share[tokens, name]:.0f}" for name in FORMATS) for tokens in UNTUNED_TOKENS]
+
+
+def untuned_table() -> str:
+    cases = json.loads(MEASURED.read_text())["untuned"]
+    text = row(["shape", *(f"T = {tokens}" for tokens in UNTUNED_TOKENS)]) + row(["---"] * (1 + len(UNTUNED_TOKENS)))
+    for model, shape in {case["model"]: case["shape"] for case in cases}.items():
+        text += row([f"{model} ({shape})", *share_cells(cases, model)])
+    return text
+
+
+def routing_table() -> str:
+    measured = json.loads(MEASURED.read_text())
+    text = row(["shape", "routing", *(f"T = {tokens}" for tokens in UNTUNED_TOKENS)])
+    text += row(["---"] * (2 + len(UNTUNED_TOKENS)))
+    for model, title in TITLES.items():
+        for name, cases in {"uniform": measured["cases"], **measured["routings"]}.items():
+            text += row([title[:1], name, *share_cells(cases, model)])
+    return text
+
+
+def counter_table() -> str:
+    columns = {"SM GHz": "sm_ghz", "issue": "issue_pct", "tensor": "tensor_pct", "DRAM": "dram_pct", "L2": "l2_pct"}
+    text = row(["case", "kernel", "us", *columns, "stalls"]) + row(["---"] * (4 + len(columns)))
+    for entry in json.loads(MEASURED.read_text())["counters"]:
+        kernel = entry["kernel"].partition("<")[0]
+        values = [f"{entry[key]:.2f}" if key == "sm_ghz" else f"{entry[key]:.0f}" for key in columns.values()]
+        stalls = ", ".join(f"{name} {share:.0f}" for name, share in entry["stalls_pct"].items())
+        text += row([entry["case"].replace(":", " T "), kernel, f"{entry['us']:.1f}", *values, stalls])
+    return text
+
+
 def readme_table() -> str:
     text = row(["tokens", "fourfold", "floor", TORCH, "vLLM Marlin"]) + row(["---"] * 5)
     for tokens, cell in cells()["deepseek-v3"].items():
@@ -139,7 +199,8 @@ def readme_table() -> str:
 def documents() -> dict[Path, str]:
     """The files that hold tables, as they have to be."""
     by_model = {f"measured: {model}": lambda model=model: table_of(model) for model in TITLES}
-    files = {ROOT / "README.md": {"measured: hopper": readme_table}, ROOT / "docs/hopper.md": by_model}
+    others = {"measured: untuned": untuned_table, "measured: routings": routing_table, "measured: counters": counter_table}
+    files = {ROOT / "README.md": {"measured: hopper": readme_table}, ROOT / "docs/hopper.md": by_model | others}
     return {file: with_tables(file, sections) for file, sections in files.items()}
 
 

@@ -1,12 +1,19 @@
-// The tile kernel with its tile instructions in plain C++, by the operation sections of the Intel SDM.
-#include <cpuid.h>
+// The tile kernel with its tile instructions in plain C++, by the operation sections of the Intel SDM, and
+// its products of fp16 in float32: for tests, on any CPU with AVX-512.
+#include <immintrin.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
 
-#include "cpu/tile_multiply.h"
-#include "fourfold/number_formats.h"
+#include "cpu/kernels.h"
+#include "cpu/targets.h"
 
 namespace fourfold::cpu::amx {
+
+#define FOURFOLD_TILES_TARGET FOURFOLD_AVX512
+#include "cpu/tile_multiply.inc"
+
 namespace {
 
 struct TileData {
@@ -14,23 +21,23 @@ struct TileData {
 };
 thread_local TileData registers[8];
 
-/// TDPBF16PS treats subnormal inputs as zero.
-float widen(uint16_t bits) {
-  const float value = static_cast<float>(Bf16{bits});
-  return (bits & 0x7F80u) == 0 ? 0.0f : value;
+/// A bf16 in the upper half of a word. TDPBF16PS treats subnormal inputs as zero.
+FOURFOLD_AVX512 FOURFOLD_INLINE float widen(uint32_t word) {
+  return std::bit_cast<float>((word & 0x7F800000u) == 0 ? 0u : word & 0xFFFF0000u);
 }
 
-void multiply_emulated(TileData& c, const TileData& a, const TileData& b) {
+FOURFOLD_AVX512 void multiply_emulated(TileData& c, const TileData& a, const TileData& b) {
   constexpr int kPairs = 16, kColumns = 16;
   for (int row = 0; row < kTileRows; ++row) {
     float even[kColumns] = {}, odd[kColumns] = {};
     for (int pair = 0; pair < kPairs; ++pair) {
-      uint16_t left[2], right[2 * kColumns];
-      std::memcpy(left, a.bytes[row] + 4 * pair, sizeof(left));
+      uint32_t left, right[kColumns];
+      std::memcpy(&left, a.bytes[row] + 4 * pair, sizeof(left));
       std::memcpy(right, b.bytes[pair], sizeof(right));
+      const float left_even = widen(left << 16), left_odd = widen(left);
       for (int column = 0; column < kColumns; ++column) {
-        even[column] += widen(left[0]) * widen(right[2 * column]);
-        odd[column] += widen(left[1]) * widen(right[2 * column + 1]);
+        even[column] += left_even * widen(right[column] << 16);
+        odd[column] += left_odd * widen(right[column]);
       }
     }
     float sums[kColumns];
@@ -61,13 +68,22 @@ struct EmulatedTiles {
   static void multiply() {
     multiply_emulated(registers[kC], registers[kA], registers[kB]);
   }
+  FOURFOLD_AVX512 FOURFOLD_INLINE static __m512i multiply_halves(__m512i a, __m512i b) {
+    const __m256i low = multiply_sixteen(_mm512_castsi512_si256(a), _mm512_castsi512_si256(b));
+    const __m256i high = multiply_sixteen(_mm512_extracti64x4_epi64(a, 1), _mm512_extracti64x4_epi64(b, 1));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
+
+ private:
+  FOURFOLD_AVX512 FOURFOLD_INLINE static __m256i multiply_sixteen(__m256i a, __m256i b) {
+    return _mm512_cvtps_ph(_mm512_mul_ps(_mm512_cvtph_ps(a), _mm512_cvtph_ps(b)), _MM_FROUND_TO_NEAREST_INT);
+  }
 };
 
 }  // namespace
 
-FOURFOLD_AVX512_FP16 void multiply_emulated_tiles(const uint8_t* pair, int64_t chunks, const std::byte* tiles,
-                                                  int64_t row_tiles, int terms, std::byte* scratch,
-                                                  float* sums) {
+FOURFOLD_AVX512 void multiply_emulated_tiles(const uint8_t* pair, int64_t chunks, const std::byte* tiles,
+                                             int64_t row_tiles, int terms, std::byte* scratch, float* sums) {
   multiply_pair<EmulatedTiles>(pair, chunks, tiles, row_tiles, terms, scratch, sums);
 }
 
@@ -76,11 +92,7 @@ FOURFOLD_AVX512_FP16 void multiply_emulated_tiles(const uint8_t* pair, int64_t c
 namespace fourfold::cpu {
 
 std::string why_no_emulated_tiles() {
-  if (!why_not(Isa::kAvx512).empty()) return why_not(Isa::kAvx512);
-  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr uint32_t kFp16Bit = 1u << 23;  // CPUID 7.0 EDX
-  const bool known = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0;
-  return known && (edx & kFp16Bit) != 0 ? "" : "the CPU has no avx512_fp16, with which tiles are decoded";
+  return why_not(Isa::kAvx512);
 }
 
 }  // namespace fourfold::cpu

@@ -43,8 +43,8 @@ struct Kernels {
 };
 
 const Kernels& kernels_of(Isa isa);
-/// Those of kAmx with the tile instructions computed in plain C++: for tests, where the CPU has AVX-512 with
-/// fp16 and no tiles.
+/// Those of kAmx with the tile instructions computed in plain C++: for tests, where the CPU has AVX-512 and
+/// no tiles.
 const Kernels& kernels_with_emulated_tiles();
 /// Why they can't run here; empty when they can.
 std::string why_no_emulated_tiles();

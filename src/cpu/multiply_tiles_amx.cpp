@@ -1,7 +1,16 @@
 // The tile kernel on AMX.
-#include "cpu/tile_multiply.h"
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "cpu/targets.h"
 
 namespace fourfold::cpu::amx {
+
+#define FOURFOLD_TILES_TARGET FOURFOLD_AVX512_FP16
+#include "cpu/tile_multiply.inc"
+
 namespace {
 
 /// Operand of LDTILECFG (Intel SDM, volume 1, 18.3).
@@ -33,6 +42,9 @@ struct HardwareTiles {
   template <int kC, int kA, int kB>
   FOURFOLD_INLINE static void multiply() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+  }
+  FOURFOLD_AVX512_FP16 FOURFOLD_INLINE static __m512i multiply_halves(__m512i a, __m512i b) {
+    return _mm512_castph_si512(_mm512_mul_ph(_mm512_castsi512_ph(a), _mm512_castsi512_ph(b)));
   }
 };
 

@@ -42,7 +42,7 @@ constexpr int int_position(int k) {
   return k / 8 * 8 + nibble % 2 * 4 + nibble / 2;
 }
 
-// Tiles multiply bf16 weights of value * 2^-112 (tile_multiply.h): activations come 2^112 times as large.
+// Tiles multiply bf16 weights of value * 2^-112 (tile_multiply.inc): activations come 2^112 times as large.
 inline constexpr float kTileScale = 0x1p112f;
 inline constexpr int kTileRows = 16;
 inline constexpr int kTileDepth = 32;

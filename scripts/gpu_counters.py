@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 KERNELS = "regex:expert_gemm|fused_layer|combine|stage_|permute_|count_slots"
 FIRST_OF_CALL = "permute_|count_slots"
@@ -68,7 +69,7 @@ def stalls_of(row: dict[str, str]) -> dict[str, float]:
     return dict(sorted(shares.items(), key=lambda item: -item[1])[:3])
 
 
-def measure(options: argparse.Namespace, case: str) -> list[dict[str, object]]:
+def measure(options: argparse.Namespace, case: str) -> list[dict[str, Any]]:
     shape, _, tokens = case.partition(":")
     bench = [options.fourfold, "bench", "--shape", shape, "--tokens", tokens, "--backend", options.backend]
     bench += ["--activations", options.activations, "--repeats", "1", "--min-time", "0"]
@@ -86,10 +87,10 @@ def measure(options: argparse.Namespace, case: str) -> list[dict[str, object]]:
         sys.exit(f"error: {case}: expected two calls within {MOST_LAUNCHES} launches, found {len(starts)} permutations")
     found = []
     for row in launches[starts[-2] : starts[-1]]:
-        entry: dict[str, object] = {"case": case, "activations": options.activations, "kernel": short(row["Kernel Name"])}
+        entry: dict[str, Any] = {"case": case, "activations": options.activations, "kernel": short(row["Kernel Name"])}
         entry["us"] = number(row[TIME]) * second * 1e6
         entry |= {what: number(row.get(metric, "")) for what, metric in METRICS.items()}
-        entry["sm_ghz"] = number(row.get(METRICS["sm_ghz"], "")) * 1e-9
+        entry["sm_ghz"] *= 1e-9
         entry["stalls_pct"] = stalls_of(row)
         found.append(entry)
     return found

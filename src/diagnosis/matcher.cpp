@@ -503,7 +503,8 @@ RoutingDiagnosis diagnose_routing(const Subject& subject) {
   for (int64_t token = 0; token < subject.tokens; ++token) {
     const auto first = static_cast<std::ptrdiff_t>(token * subject.top_k);
     const auto ids = engine.ids.begin() + first;
-    diagnosis.tokens_with_other_ids += !std::is_permutation(ids, ids + subject.top_k, due.ids.begin() + first);
+    diagnosis.tokens_with_other_ids +=
+        !std::is_permutation(ids, ids + subject.top_k, due.ids.begin() + first);
   }
   if (diagnosis.distance <= kRoutingNoise) return diagnosis;
   std::vector<std::pair<double, Fault>> ranked;

@@ -104,7 +104,7 @@ __attribute__((target("amx-tile"))) void load_tile_config() {
 
 /// Sums of zero, and operands that were loaded: tiles that TILEZERO made are multiplied at full speed even
 /// while a neighbour on the same core has the tile unit, when no other tiles are (docs/cpu.md).
-__attribute__((target("amx-tile"))) void fill_tiles() {
+__attribute__((target("amx-tile"))) void fill_tiles_amx() {
   alignas(64) uint8_t operand[16 * 64];  // as bf16 0.746, as int8 63
   std::memset(operand, 0x3F, sizeof operand);
   _tile_zero(0);
@@ -120,7 +120,7 @@ __attribute__((target("amx-tile"))) void fill_tiles() {
 /// Four accumulators of 2 x 2 operand tiles, as a GEMM has them.
 __attribute__((target("amx-tile,amx-bf16"))) void run_bf16_amx(int64_t iterations) {
   load_tile_config();
-  fill_tiles();
+  fill_tiles_amx();
   for (int64_t i = 0; i < iterations; ++i) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -132,7 +132,7 @@ __attribute__((target("amx-tile,amx-bf16"))) void run_bf16_amx(int64_t iteration
 
 __attribute__((target("amx-tile,amx-int8"))) void run_int8_amx(int64_t iterations) {
   load_tile_config();
-  fill_tiles();
+  fill_tiles_amx();
   for (int64_t i = 0; i < iterations; ++i) {
     _tile_dpbssd(0, 4, 6);
     _tile_dpbssd(1, 4, 7);

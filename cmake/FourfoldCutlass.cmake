@@ -50,7 +50,8 @@ if(NOT FOURFOLD_CUTLASS_INCLUDE)
     set(python ${FOURFOLD_TEST_PYTHON})
   endif()
   message(STATUS "fourfold: installing the headers of CUTLASS ${FOURFOLD_CUTLASS_VERSION} from PyPI into ${installed}")
-  execute_process(COMMAND ${python} -m pip install -q --no-deps --target ${installed}
+  # -I: where pip builds this project, PYTHONPATH hides pip itself.
+  execute_process(COMMAND ${python} -I -m pip install -q --no-deps --target ${installed}
                           nvidia-cutlass==${FOURFOLD_CUTLASS_VERSION}
                   RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_VARIABLE output)
   if(failed)

@@ -13,7 +13,13 @@ most_mb=60 # of an archive
 case ${1:-} in
   '' | --help | -h) sed -n '2,8s/^# \{0,1\}//p' "$0"; [ -n "${1:-}" ] && exit 0 || exit 2 ;;
 esac
-result=$1 target=${1%.tar.xz}
+result=$1 target=$1
+if [[ $result = *.tar.xz ]]; then
+  name=$(basename "$result" .tar.xz)
+  [ "$name" != .tar.xz ] || die "expected a name before .tar.xz, found '$result'"
+  packing=$(mktemp -d) && trap 'rm -rf "$packing"' EXIT
+  target=$packing/$name
+fi
 need_build_packages
 need_python # with pip, for the headers of CUTLASS
 folder=$build_folder/portable
@@ -31,8 +37,9 @@ done <"$folder/gpu_tests.txt"
 install -m 644 "$folder/gpu_tests.txt" "$target/gpu_tests.txt"
 install -m 755 "$root"/scripts/{gpu_check.sh,gpu_counters.py,torch_grouped.py} "$target/scripts/"
 if [ "$result" != "$target" ]; then
-  XZ_OPT='-6 --memlimit-compress=0 --lzma2=preset=6,dict=192MiB' tar -cJf "$result" -C "$(dirname "$target")" "$(basename "$target")"
-  rm -r "$target"
+  mkdir -p "$(dirname "$result")"
+  XZ_OPT='--lzma2=preset=6,dict=192MiB' tar -cJf "$result.part" -C "$packing" "$name"
+  mv "$result.part" "$result"
 fi
 mb=$(du -sm "$result" | cut -f 1)
 say "$result: $mb MB, $(wc -l <"$folder/gpu_tests.txt") GPU tests"

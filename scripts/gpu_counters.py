@@ -47,11 +47,12 @@ SECONDS = {"ns": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3,
 MOST_LAUNCHES = 40  # of a case, the check's among them
 
 
-def number(text: str) -> float:
+def number(row: dict[str, str], metric: str) -> float:
+    text = row.get(metric, "")
     try:
         return float(text.replace(",", ""))
     except ValueError:
-        return float("nan")
+        sys.exit(f"error: ncu: expected a number for {metric} of {row['Kernel Name']}, found '{text}'; is it another version?")
 
 
 def short(kernel: str) -> str:
@@ -61,11 +62,9 @@ def short(kernel: str) -> str:
 
 def stalls_of(row: dict[str, str]) -> dict[str, float]:
     """Shares of the warps' cycles, in per cent, largest first; "selected" is the cycle of issue itself."""
-    cycles = {match[1]: number(text) for name, text in row.items() if (match := STALL.fullmatch(name))}
-    total = sum(value for value in cycles.values() if value == value)
-    if total <= 0:
-        return {}
-    shares = {name: 100 * value / total for name, value in cycles.items() if name != "selected"}
+    cycles = {match[1]: number(row, name) for name in row if (match := STALL.fullmatch(name))}
+    total = sum(cycles.values())
+    shares = {name: 100 * value / total for name, value in cycles.items() if name != "selected" and total > 0}
     return dict(sorted(shares.items(), key=lambda item: -item[1])[:3])
 
 
@@ -88,12 +87,18 @@ def measure(options: argparse.Namespace, case: str) -> list[dict[str, Any]]:
     found = []
     for row in launches[starts[-2] : starts[-1]]:
         entry: dict[str, Any] = {"case": case, "activations": options.activations, "kernel": short(row["Kernel Name"])}
-        entry["us"] = number(row[TIME]) * second * 1e6
-        entry |= {what: number(row.get(metric, "")) for what, metric in METRICS.items()}
+        entry["us"] = number(row, TIME) * second * 1e6
+        entry |= {what: number(row, metric) for what, metric in METRICS.items()}
         entry["sm_ghz"] *= 1e-9
         entry["stalls_pct"] = stalls_of(row)
         found.append(entry)
     return found
+
+
+def case_of(text: str) -> str:
+    if not re.fullmatch(r"[\w.,-]+:\d+", text):
+        raise argparse.ArgumentTypeError(f"expected SHAPE:TOKENS, as B:1024 or qwen3-30b-a3b:16; found '{text}'")
+    return text
 
 
 def main() -> int:
@@ -103,10 +108,12 @@ def main() -> int:
     parser.add_argument("--activations", default="bf16", metavar="FORMAT")
     parser.add_argument("--ncu", default=shutil.which("ncu") or "/usr/local/cuda/bin/ncu", metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
-    parser.add_argument("cases", nargs="+", metavar="SHAPE:TOKENS")
+    parser.add_argument("cases", nargs="+", type=case_of, metavar="SHAPE:TOKENS")
     options = parser.parse_args()
     if not Path(options.ncu).exists():
         sys.exit(f"error: Nsight Compute: expected {options.ncu}, found none; name it with --ncu")
+    if not options.fourfold.is_file():
+        sys.exit(f"error: --fourfold: expected the command, found no file {options.fourfold}")
     rows = []
     for case in options.cases:
         for row in measure(options, case):
@@ -118,7 +125,9 @@ def main() -> int:
                 flush=True,
             )
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        part = options.json.with_name(options.json.name + ".part")
+        part.write_text(json.dumps(rows, indent=1) + "\n")
+        part.replace(options.json)
     return 0
 
 

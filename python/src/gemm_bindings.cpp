@@ -39,8 +39,9 @@ void require_device(const Backend& backend, std::string_view what, Device found)
 /// there is none, or FOURFOLD_BACKEND names one, the choice for any place.
 const Backend& backend_for(const std::string& name, Device place) {
   const Backend& best = *choose_backend(name).backend;
-  if (!name.empty() || std::getenv("FOURFOLD_BACKEND") != nullptr || best.memory().device() == place)
-    return best;
+  const char* const variable = std::getenv("FOURFOLD_BACKEND");  // empty is as good as none
+  const bool forced = !name.empty() || (variable != nullptr && *variable != '\0');
+  if (forced || best.memory().device() == place) return best;
   for (const Backend* backend : backends()) {
     if (backend->why_unavailable().empty() && backend->memory().device() == place) return *backend;
   }

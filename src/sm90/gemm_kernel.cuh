@@ -1,13 +1,14 @@
 // Grouped GEMM for Hopper: d[m,c] = alpha(m,c) * sum_k tokens[m,k] * w[e,c,k], e = group of row m.
-// shapes:   tokens [M,K] bf16, one or two terms; w packed (sm90/packed_layout.h); group_offsets [E+1]; d
-// [M,C] needs:    K and C multiples of 16; groups may be empty or ragged numerics: weights decode exactly to
-// bf16; float32 accumulation by WGMMA; alpha, bias and activation at the
-//           rounding points of docs/formats.md, section 7
-// oracle:   a float64 kernel in tests/sm90_gemm_test.cu
 //
-// One persistent CTA an SM: warpgroup 0 produces (two warps of it work), the others consume. The weights are
-// the register operand of WGMMA, so the tile is rows of weights by columns of tokens. docs/hopper.md tells
-// why it is built this way and what was measured.
+// - shapes: tokens [M,K] bf16, one or two terms; w packed (sm90/packed_layout.h); group_offsets [E+1]; d [M,C]
+// - needs: K and C multiples of 16; groups may be empty or ragged
+// - numerics: weights decode exactly to bf16; float32 accumulation by WGMMA; alpha, bias and activation at the
+//   rounding points of docs/formats.md, section 7
+// - oracle: a float64 kernel in tests/sm90_gemm_test.cu
+//
+// One persistent CTA an SM: warpgroup 0 produces (two warps of it work; all four where they gather token
+// rows), the others consume. The weights are the register operand of WGMMA, so the tile is rows of weights by
+// columns of tokens. docs/hopper.md tells why it is built this way and what was measured.
 #pragma once
 
 #include "sm90/gemm_consumer.cuh"

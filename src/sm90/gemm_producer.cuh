@@ -1,5 +1,5 @@
-// The producer warps of the grouped GEMM: one keeps the pipeline full of weights, one of token rows. Both
-// find the work for themselves.
+// The producer warps of the grouped GEMM: one keeps the pipeline full of weights, one of token rows, or three
+// where they gather them. All find the work for themselves.
 #pragma once
 
 #include <cstdint>
@@ -81,7 +81,7 @@ class WorkFinder {
   int expert_ = 0, expert_begin_ = 0, expert_end_ = 0, group_begin_ = 0, group_rows_ = 0;
 };
 
-/// What both producer warps do: walk the tiles of this CTA, and the stages of each.
+/// What the producer warps do: walk the tiles of this CTA, and the stages of each.
 template <class Traits>
 class Producer {
  public:

@@ -1,11 +1,10 @@
 // Grouped GEMM for Hopper: d[m,c] = alpha(m,c) * sum_k tokens[m,k] * w[e,c,k], e = group of row m.
 //
-// - shapes: tokens [M,K] bf16, one or two terms; w packed (sm90/packed_layout.h); group_offsets [E+1]; d
-// [M,C]
+// - shapes: tokens [M,K] bf16, one or two terms; w packed (sm90/packed_layout.h); group_offsets [E+1];
+//   d [M,C]
 // - needs: K and C multiples of 16; groups may be empty or ragged
 // - numerics: weights decode exactly to bf16; float32 accumulation by WGMMA; alpha, bias and activation at
-// the
-//   rounding points of docs/formats.md, section 7
+//   the rounding points of docs/formats.md, section 7
 // - oracle: a float64 kernel in tests/sm90_gemm_test.cu
 //
 // One persistent CTA an SM: warpgroup 0 produces (two warps of it work; all four where they gather token

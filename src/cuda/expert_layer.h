@@ -235,7 +235,11 @@ class ExpertLayer final : public MoeLayer {
                                       tap_or(taps.slot_of_row, space.permutation.slot_of_row),
                                       tap_or(taps.row_of_slot, space.permutation.row_of_slot)};
     std::span<int32_t> counters;
-    if constexpr (Stages::kCanFuse) counters = space.routed.fused_counters;
+    bool fused = false;
+    if constexpr (Stages::kCanFuse) {
+      fused = !space.routed.fused_counters.empty();
+      counters = fused ? space.routed.fused_counters : space.routed.tickets;
+    }
     permute({args.routing, permutation, args.status, space.permute_scratch, counters}, step.stream);
     step.finish("permute");
     const int64_t tokens = args.routing.tokens();
@@ -244,10 +248,9 @@ class ExpertLayer final : public MoeLayer {
         args.x, permutation.slot_of_row.data(), config_.top_k, permutation.row_of_slot.data(), {}};
     if (config_.weight_on_input) source.weights = args.routing.topk_weights;
     const MatrixView<Bf16> z = tap_or(taps.z, space.routed.z);
-    const ExpertRows rows{permutation.group_offsets, tokens * config_.top_k};
+    const ExpertRows rows{permutation.group_offsets, tokens * config_.top_k, counters};
     if constexpr (Stages::kCanFuse) {
-      if (!counters.empty())
-        return routed_.run_fused(space.routed, source, rows, args, expert_taps(taps), z, step);
+      if (fused) return routed_.run_fused(space.routed, source, rows, args, expert_taps(taps), z, step);
     }
     routed_.run(space.routed, source, rows, expert_taps(taps), z, step);
     CombineArgs combine_args{z, permutation.row_of_slot.data(), args.routing.topk_weights,

@@ -60,6 +60,10 @@ struct ExpertGemm {
   const float* row_scales = nullptr;  ///< [max_rows]; null: 1
   const int32_t* group_offsets =
       nullptr;  ///< [E+1], ascending from 0 to at most max_rows; read on the device
+  /// One word that an earlier kernel of the stream has set to zero, complete when group_offsets is. Tiles are
+  /// then taken as SMs get free, instead of dealt out in turn: experts with few and with many rows take
+  /// differently long. Null: in turn. Changes no bit of the result.
+  int32_t* tickets = nullptr;
 
   // Weights.
   PackedShape weights;                    ///< of one expert; depth = K, a multiple of 16, as channels is

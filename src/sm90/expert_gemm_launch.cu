@@ -66,6 +66,7 @@ GemmKernelArgs kernel_args(const ExpertGemm& args) {
   kernel.depth_units = static_cast<int32_t>(args.weights.depth_units());
   kernel.channels = static_cast<int32_t>(args.weights.channels);
   kernel.group_offsets = args.group_offsets;
+  kernel.tickets = args.tickets;
   kernel.row_scales = args.row_scales;
   kernel.weight_globals = args.weight_globals;
   kernel.bias = args.bias;

@@ -30,7 +30,8 @@ struct ExpertSpace {
   MatrixView<Bf16> z;       ///< in the memory of x[0], which is read for the last time before z is written
   std::span<float> amaxes;  ///< of x, of the intermediate: dynamic-tensor
   std::span<std::byte> gemm;
-  MatrixView<Bf16> fused_x;  ///< staged and decoded, apart from z: the fused kernel writes z meanwhile
+  std::span<int32_t> tickets;  ///< of both GEMMs
+  MatrixView<Bf16> fused_x;    ///< staged and decoded, apart from z: the fused kernel writes z meanwhile
   std::span<int32_t> fused_counters;  ///< empty: the layer does not fuse
 };
 

@@ -6,6 +6,7 @@
 
 #include "sm90/gemm_epilogue.cuh"
 #include "sm90/gemm_kernel_args.cuh"
+#include "sm90/gemm_queue.cuh"
 #include "sm90/ptx.cuh"
 #include "sm90/tile_schedule.h"
 
@@ -44,12 +45,11 @@ class Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    for (;;) {
+    for (int n = 0;; ++n) {
       wait_until_full(stage_, phase_);
-      const uint4 tile = ptx::ld_shared_v4(shared_ + Traits::kTileOffset + stage_ * 16);
-      if (tile.w == 0) return;
-      const WorkTile work{static_cast<int32_t>(tile.x), static_cast<int32_t>(tile.y),
-                          static_cast<int32_t>(tile.z), __shfl_sync(~0u, static_cast<int32_t>(tile.w), 0)};
+      WorkTile work = posted_tile<Traits>(shared_, n);
+      if (work.rows == 0) return;
+      work.rows = __shfl_sync(~0u, work.rows, 0);  // the same in all lanes, as the compiler now knows
       Sums<Traits> sums = {};
       Epilogue<Traits> epilogue(args_, shared_, row_part_, depth_part_, work);
       multiply(work.rows, sums);

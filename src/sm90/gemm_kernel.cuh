@@ -7,7 +7,7 @@
 //   the rounding points of docs/formats.md, section 7
 // - oracle: a float64 kernel in tests/sm90_gemm_test.cu
 //
-// One persistent CTA an SM: warpgroup 0 produces (two warps of it work; all four where they gather token
+// One persistent CTA an SM: warpgroup 0 produces (three warps of it work; all four where they gather token
 // rows), the others consume. The weights are the register operand of WGMMA, so the tile is rows of weights by
 // columns of tokens. docs/hopper.md tells why it is built this way and what was measured.
 #pragma once
@@ -31,6 +31,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                          1 + (Traits::kGathered ? Traits::kGatherThreads : 1));
       ptx::mbarrier_init(shared + Traits::kEmptyOffset + stage * 8, Traits::kConsumers * 128);
     }
+    for (int n = 0; n < Traits::kQueuedTiles; ++n) {
+      ptx::mbarrier_init(shared + Traits::kQueuedOffset + n * 8, 1);
+    }
+    ptx::mbarrier_init(shared + Traits::kAskedOffset, 1);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -41,11 +45,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if constexpr (Traits::kGathered) {
       // The kernel before this one may be the permutation, which writes what the producers look up first.
       ptx::griddepcontrol_wait();
-      if (warp == 0) Producer<Traits>(args, maps, shared).run_weights();
-      if (warp > 0) Producer<Traits>(args, maps, shared).run_gathered_tokens();
+    }
+    const bool leads = threadIdx.x % 32 == 0;
+    Producer<Traits> producer(args, maps, shared);
+    if (warp == 0 && leads) producer.run_weights();
+    if (warp == 1) producer.run_schedule();
+    if constexpr (Traits::kGathered) {
+      if (warp > 1) producer.run_gathered_tokens();
     } else {
-      if (warp == 0) Producer<Traits>(args, maps, shared).run_weights();
-      if (warp == 1) Producer<Traits>(args, maps, shared).run_tokens();
+      if (warp == 2 && leads) producer.run_tokens();
     }
   } else {
     if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_inc<224>();

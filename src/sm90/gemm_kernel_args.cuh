@@ -39,6 +39,7 @@ struct GemmKernelArgs {
   int32_t depth_units;  ///< of 64 k
   int32_t channels;
   const int32_t* group_offsets;
+  int32_t* tickets;  ///< null: tiles are dealt out in turn
   const float* row_scales;
   const float* weight_globals;
   const float* bias;
@@ -69,7 +70,7 @@ struct GemmTraits {
   static constexpr bool kPaired = kPaired_;  ///< rows are in RowOrder::kGateUpPaired, the epilogue is SwiGLU
   /// Token rows come through GatheredTokens, by plain copies, instead of TokenMaps.
   static constexpr bool kGathered = kGathered_;
-  static constexpr int kGatherThreads = 96;  ///< all of the producer warpgroup but the warp of the weights
+  static constexpr int kGatherThreads = 64;  ///< of the producer warpgroup
 
   static constexpr int kConsumers = kRowParts * kDepthParts;
   static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -88,9 +89,13 @@ struct GemmTraits {
   static constexpr int kStagingBytes = 2 * kStagingTokens * kStagingRowBytes;  ///< of a row part; two buffers
   static constexpr int kAlphaBytes = 2 * kTokens * 4;                          ///< of a row part
   static constexpr int kPartialBytes = kRowBlocks * kUnitRows * kTokens * 4;   ///< of a warpgroup
+  /// Tiles between the warp that finds them and all others, 16 bytes and a barrier each: more than the stages
+  /// that it may be ahead of them.
+  static constexpr int kQueuedTiles = 32;
   static constexpr int kFixedBytes =
-      1024 + kRowParts * (kStagingBytes + kAlphaBytes) + kRowParts * (kDepthParts - 1) * kPartialBytes;
-  static constexpr int kStageBytes = kTokenStageBytes + kWeightStageBytes + 16 + 2 * 8;
+      1024 + kQueuedTiles * 24 + 8 +
+      kRowParts * (kStagingBytes + kAlphaBytes + (kDepthParts - 1) * kPartialBytes);
+  static constexpr int kStageBytes = kTokenStageBytes + kWeightStageBytes + 2 * 8;
   static constexpr int kMaxSharedBytes = 227 * 1024;
   static constexpr int kStages = (kMaxSharedBytes - kFixedBytes) / kStageBytes;
 
@@ -98,15 +103,17 @@ struct GemmTraits {
   static constexpr int kStagingOffset = kWeightOffset + kStages * kWeightStageBytes;
   static constexpr int kAlphaOffset = kStagingOffset + kRowParts * kStagingBytes;
   static constexpr int kPartialOffset = kAlphaOffset + kRowParts * kAlphaBytes;
-  static constexpr int kTileOffset = kPartialOffset + kRowParts * (kDepthParts - 1) * kPartialBytes;
-  static constexpr int kFullOffset = kTileOffset + kStages * 16;
+  static constexpr int kQueueOffset = kPartialOffset + kRowParts * (kDepthParts - 1) * kPartialBytes;
+  static constexpr int kFullOffset = kQueueOffset + kQueuedTiles * 16;
   static constexpr int kEmptyOffset = kFullOffset + kStages * 8;
-  static constexpr int kSharedBytes = 1024 + kEmptyOffset + kStages * 8;
+  static constexpr int kQueuedOffset = kEmptyOffset + kStages * 8;
+  static constexpr int kAskedOffset = kQueuedOffset + kQueuedTiles * 8;
+  static constexpr int kSharedBytes = 1024 + kAskedOffset + 8;
 
   static_assert(!kGathered || (kTerms == 1 && kDepthParts == 1));
   static_assert(kTokens % kGranule == 0 && kTokens / kGranule <= kMostTokenMaps &&
                 kTokenBoxBytes % 1024 == 0);
-  static_assert(kStages >= 4 && kSharedBytes <= kMaxSharedBytes);
+  static_assert(kStages >= 4 && kStages < kQueuedTiles && kSharedBytes <= kMaxSharedBytes);
   static_assert(kStagingRowBytes % 128 == 0 && kWeightOffset % 128 == 0 && kUnitBytes % 128 == 0);
 };
 

@@ -1,10 +1,11 @@
-// The producer warps of the grouped GEMM: one keeps the pipeline full of weights, one of token rows, or three
-// where they gather them. All find the work for themselves.
+// The producer warps of the grouped GEMM: one finds the tiles, one keeps the pipeline full of their weights,
+// one of token rows, or two where they gather them.
 #pragma once
 
 #include <cstdint>
 
 #include "sm90/gemm_kernel_args.cuh"
+#include "sm90/gemm_queue.cuh"
 #include "sm90/ptx.cuh"
 #include "sm90/tile_schedule.h"
 
@@ -86,37 +87,40 @@ template <class Traits>
 class Producer {
  public:
   __device__ Producer(const GemmKernelArgs& args, const TokenMaps& maps, uint32_t shared)
-      : args_(args),
-        maps_(maps),
-        shared_(shared),
-        finder_(args.group_offsets, args.experts,
-                (args.row_blocks + Traits::kTileBlocks - 1) / Traits::kTileBlocks) {}
+      : args_(args), maps_(maps), shared_(shared) {}
 
-  /// The weights of every tile, then the end. Weights do not depend on the kernel before this one, so nothing
-  /// here waits for it.
-  __device__ void run_weights() {
-    const uint64_t policy = ptx::createpolicy_evict_first();
-    for (int item = static_cast<int>(blockIdx.x);; item += static_cast<int>(gridDim.x)) {
-      const WorkTile tile = finder_.find(item);
-      if (threadIdx.x % 32 == 0) {
-        if (tile.rows > 0) {
-          load_weights(tile, policy);
-        } else {
-          wait_for_slot();
-          post_tile(tile);
-          ptx::mbarrier_arrive(full_barrier());
-        }
-      }
-      __syncwarp();
+  /// Finds the tiles of this CTA, each while the weights of the one before are still asked for. One warp.
+  __device__ void run_schedule() {
+    WorkFinder<Traits> finder(args_.group_offsets, args_.experts,
+                              (args_.row_blocks + Traits::kTileBlocks - 1) / Traits::kTileBlocks);
+    for (int n = 0, item = static_cast<int>(blockIdx.x);; ++n) {
+      const WorkTile tile = finder.find(item);
+      if (threadIdx.x % 32 == 0) post_tile<Traits>(shared_, n, tile);
       if (tile.rows == 0) return;
+      ptx::mbarrier_wait_parity(shared_ + Traits::kAskedOffset, n % 2);
+      item = next_item(item);
     }
   }
 
-  /// The token rows of every tile, from wherever they are: kGatherThreads threads copy 16 bytes each.
+  /// The weights of every tile, then the end. Weights do not depend on the kernel before this one, so nothing
+  /// here waits for it. One thread.
+  __device__ void run_weights() {
+    const uint64_t policy = ptx::createpolicy_evict_first();
+    for (int n = 0;; ++n) {
+      const WorkTile tile = wait_for_tile<Traits>(shared_, n);
+      if (tile.rows == 0) {
+        wait_for_slot();
+        return ptx::mbarrier_arrive(full_barrier());
+      }
+      load_weights(tile, policy);
+    }
+  }
+
+  /// The token rows of every tile, from wherever they are, by kGatherThreads threads.
   __device__ void run_gathered_tokens() {
     ptx::griddepcontrol_launch_dependents();
-    for (int item = static_cast<int>(blockIdx.x);; item += static_cast<int>(gridDim.x)) {
-      const WorkTile tile = finder_.find(item);
+    for (int n = 0;; ++n) {
+      const WorkTile tile = wait_for_tile<Traits>(shared_, n);
       if (tile.rows == 0) {
         wait_for_slot();
         return ptx::mbarrier_arrive(full_barrier());
@@ -125,26 +129,33 @@ class Producer {
     }
   }
 
-  /// The token rows of every tile, once the kernel before this one has written them.
+  /// The token rows of every tile, once the kernel before this one has written them. One thread.
   __device__ void run_tokens() {
     ptx::griddepcontrol_wait();
     ptx::griddepcontrol_launch_dependents();
-    for (int item = static_cast<int>(blockIdx.x);; item += static_cast<int>(gridDim.x)) {
-      const WorkTile tile = finder_.find(item);
-      if (threadIdx.x % 32 == 0) {
-        if (tile.rows > 0) {
-          load_tokens(tile);
-        } else {
-          wait_for_slot();
-          ptx::mbarrier_arrive(full_barrier());
-        }
+    for (int n = 0;; ++n) {
+      const WorkTile tile = wait_for_tile<Traits>(shared_, n);
+      if (tile.rows == 0) {
+        wait_for_slot();
+        return ptx::mbarrier_arrive(full_barrier());
       }
-      __syncwarp();
-      if (tile.rows == 0) return;
+      load_tokens(tile);
     }
   }
 
  private:
+  /// The next tile is looked for when so many stages of this one are left to be filled: about the time that
+  /// it takes. Sooner would bind it to this CTA while another has nothing left to do.
+  static constexpr int kAheadStages = 4;
+
+  /// By the whole warp: one taken by ticket where there are tickets, else the one that is this CTA's turn.
+  __device__ int next_item(int item) const {
+    const auto ctas = static_cast<int>(gridDim.x);
+    if (args_.tickets == nullptr) return item + ctas;
+    const int ticket = threadIdx.x % 32 == 0 ? atomicAdd(args_.tickets, 1) : 0;
+    return ctas + __shfl_sync(~0u, ticket, 0);
+  }
+
   __device__ uint32_t full_barrier() const { return shared_ + Traits::kFullOffset + slot_ * 8; }
 
   __device__ void wait_for_slot() const {
@@ -158,12 +169,6 @@ class Producer {
     }
   }
 
-  /// Tells the consumers which tile the stage belongs to.
-  __device__ void post_tile(const WorkTile& tile) const {
-    ptx::st_shared_v4(shared_ + Traits::kTileOffset + slot_ * 16, tile.expert, tile.row_tile, tile.first_row,
-                      tile.rows);
-  }
-
   __device__ void load_weights(const WorkTile& tile, uint64_t policy) {
     const int first_block = tile.row_tile * Traits::kTileBlocks;
     // The last tile may have fewer blocks. What the others then multiply are rows that nobody stores.
@@ -171,11 +176,13 @@ class Producer {
     const int64_t block_bytes = int64_t{args_.depth_units} * kUnitBytes;
     const uint8_t* from =
         args_.packed + tile.expert * args_.packed_bytes_per_expert + first_block * block_bytes;
+    const int stages = (args_.depth_units + Traits::kDepthParts - 1) / Traits::kDepthParts;
+    const int ahead_at = args_.depth_units - max(stages - kAheadStages, 0) * Traits::kDepthParts;
     for (int left = args_.depth_units; left > 0; left -= Traits::kDepthParts) {
       const int bytes = min(Traits::kDepthParts, left) * kUnitBytes;
       const uint32_t to = shared_ + Traits::kWeightOffset + slot_ * Traits::kWeightStageBytes;
       wait_for_slot();
-      post_tile(tile);
+      if (left == ahead_at) ptx::mbarrier_arrive(shared_ + Traits::kAskedOffset);
       ptx::mbarrier_arrive_expect_tx(full_barrier(), blocks * bytes);
 #pragma unroll
       for (int b = 0; b < Traits::kTileBlocks; ++b) {
@@ -212,15 +219,18 @@ class Producer {
     }
   }
 
-  /// As a box of TokenMaps lays them out: rows of 128 bytes, chunk c of row r at c ^ (r % 8). Eight threads
-  /// share a row. Rows behind the tile's last keep what was there: their sums are not stored.
+  /// As a box of TokenMaps lays them out: rows of 128 bytes, chunk c of row r at c ^ (r % 8). Four threads
+  /// share a row, two chunks each. Rows behind the tile's last keep what was there: their sums are not
+  /// stored.
   __device__ void gather_tokens(const WorkTile& tile) {
-    constexpr int kChunks = kUnitDepth / 8, kRowsAtOnce = Traits::kGatherThreads / kChunks;
+    constexpr int kChunks = kUnitDepth / 8, kThreadsARow = kChunks / 2;
+    constexpr int kRowsAtOnce = Traits::kGatherThreads / kThreadsARow;
     constexpr int kRowsAThread = (Traits::kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
-    const int thread = static_cast<int>(threadIdx.x) - 32, row = thread / kChunks, chunk = thread % kChunks;
+    const int thread = static_cast<int>(threadIdx.x) % Traits::kGatherThreads;
+    const int row = thread / kThreadsARow, chunk = thread % kThreadsARow;
     const GatheredTokens& gathered = args_.gathered;
-    static_assert(kRowsAtOnce % 8 == 4);
-    const uint32_t place = row * 128 + ((chunk ^ row % 8) << 4), odd_place = place ^ (4 << 4);
+    static_assert(kRowsAtOnce % 8 == 0);
+    const uint32_t place = row * 128 + ((chunk ^ row % 8) << 4);
     uint32_t from[kRowsAThread];  // in units of 16 bytes
 #pragma unroll
     for (int i = 0; i < kRowsAThread; ++i) {
@@ -233,12 +243,15 @@ class Producer {
       const uint32_t stage = shared_ + slot_ * Traits::kTokenStageBytes;
       const auto* const units = reinterpret_cast<const uint4*>(gathered.rows) + unit * kChunks;
       // K may end within the last unit.
-      const bool inside = unit * kUnitDepth + chunk * 8 < gathered.cols;
+      const int left = gathered.cols - unit * kUnitDepth - chunk * 8;
       wait_for_slot();
 #pragma unroll
       for (int i = 0; i < kRowsAThread; ++i) {
-        const uint32_t to = stage + (i % 2 == 0 ? place : odd_place) + i * kRowsAtOnce * 128;
-        if (row < tile.rows - i * kRowsAtOnce) ptx::cp_async_cg_16_or_zero(to, units + from[i], inside);
+        const uint32_t to = stage + i * kRowsAtOnce * 128;
+        if (row >= tile.rows - i * kRowsAtOnce) continue;
+        ptx::cp_async_cg_16_or_zero(to + place, units + from[i], left > 0);
+        ptx::cp_async_cg_16_or_zero(to + (place ^ kThreadsARow << 4), units + from[i] + kThreadsARow,
+                                    left > kThreadsARow * 8);
       }
       ptx::cp_async_mbarrier_arrive_noinc(full_barrier());
       next_slot();
@@ -248,7 +261,6 @@ class Producer {
   const GemmKernelArgs& args_;
   const TokenMaps& maps_;
   uint32_t shared_;
-  WorkFinder<Traits> finder_;
   int slot_ = 0;
   uint32_t phase_ = 0;
 };

@@ -1,0 +1,39 @@
+// The tiles of a CTA on their way, through shared memory, from the warp that finds them to all others.
+//
+// A reader of tile n holds up what the finder may do (it fills no stage of tile n + kStages before), so that
+// the place of a tile is free when the finder comes round to it.
+#pragma once
+
+#include <cstdint>
+
+#include "sm90/gemm_kernel_args.cuh"
+#include "sm90/ptx.cuh"
+#include "sm90/tile_schedule.h"
+
+namespace fourfold::sm90 {
+
+/// The CTA's n-th tile; no rows: the end. By one thread.
+template <class Traits>
+__device__ __forceinline__ void post_tile(uint32_t shared, int n, const WorkTile& tile) {
+  const int place = n % Traits::kQueuedTiles;
+  ptx::st_shared_v4(shared + Traits::kQueueOffset + place * 16, tile.expert, tile.row_tile, tile.first_row,
+                    tile.rows);
+  ptx::mbarrier_arrive(shared + Traits::kQueuedOffset + place * 8);
+}
+
+/// For a reader that knows the tile to be there, because a stage of it is.
+template <class Traits>
+__device__ __forceinline__ WorkTile posted_tile(uint32_t shared, int n) {
+  const uint4 words = ptx::ld_shared_v4(shared + Traits::kQueueOffset + n % Traits::kQueuedTiles * 16);
+  return {static_cast<int32_t>(words.x), static_cast<int32_t>(words.y), static_cast<int32_t>(words.z),
+          static_cast<int32_t>(words.w)};
+}
+
+template <class Traits>
+__device__ __forceinline__ WorkTile wait_for_tile(uint32_t shared, int n) {
+  ptx::mbarrier_wait_parity(shared + Traits::kQueuedOffset + n % Traits::kQueuedTiles * 8,
+                            n / Traits::kQueuedTiles % 2);
+  return posted_tile<Traits>(shared, n);
+}
+
+}  // namespace fourfold::sm90

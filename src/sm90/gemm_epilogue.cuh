@@ -78,17 +78,18 @@ class Epilogue {
       ptx::bar_sync(kFirstStaging + row_part_, 128);  // all have read the alphas
       return;
     }
+    // Two buffers take turns: a round is staged while the one before is written, and one barrier a round is
+    // enough. Whoever stages into a buffer has passed the barrier that all others reached after reading it;
+    // between tiles, publish_alphas() has it.
     const Piece piece = my_piece();
+    stage_round(sums, biases, 0);
 #pragma unroll
     for (int round = 0; round < Traits::kTokens / kRound; ++round) {
-      if (round * kRound >= tile_.rows) return;
-      // Two buffers take turns, so that one barrier a round is enough: whoever writes a buffer again has
-      // passed the barrier that all others reached after reading it. Between tiles, publish_alphas() has it.
-      const uint32_t buffer = shared_ + Traits::kStagingOffset + row_part_ * Traits::kStagingBytes +
-                              round % 2 * (Traits::kStagingBytes / 2);
-      stage_round(sums, biases, round, buffer);
       ptx::bar_sync(kFirstStaging + row_part_, 128);
-      write_round(piece, round, buffer);
+      const bool last = (round + 1) * kRound >= tile_.rows;
+      if (round + 1 < Traits::kTokens / kRound && !last) stage_round(sums, biases, round + 1);
+      write_round(piece, round);
+      if (last) return;
     }
   }
 
@@ -186,14 +187,19 @@ class Epilogue {
     }
   }
 
+  __device__ __forceinline__ uint32_t staging_buffer(int round) const {
+    return shared_ + Traits::kStagingOffset + row_part_ * Traits::kStagingBytes +
+           round % 2 * (Traits::kStagingBytes / 2);
+  }
+
   /// Where chunk `chunk` of staged token `token` lies; the swizzle spreads a column over all banks.
   static __device__ __forceinline__ uint32_t staged(uint32_t buffer, int token, int chunk) {
     return buffer + token * Traits::kStagingRowBytes + (chunk ^ (token % 8)) * 16;
   }
 
   __device__ __forceinline__ void stage_round(const Sums<Traits>& sums,
-                                              const float (&biases)[Traits::kRowBlocks][2], int round,
-                                              uint32_t buffer) const {
+                                              const float (&biases)[Traits::kRowBlocks][2], int round) const {
+    const uint32_t buffer = staging_buffer(round);
     const int lane = thread_ % 32;
 #pragma unroll
     for (int b = 0; b < Traits::kRowBlocks; ++b) {
@@ -213,12 +219,15 @@ class Epilogue {
       }
       // Lane i of matrix m = lane / 8 names the chunk of token i; matrices are lower, upper (, then 8 tokens
       // on).
-      const int chunk = b * 8 + thread_ / 32 * 2 + lane / 8 % 2;
-      const uint32_t to = staged(buffer, lane / 16 * 8 % kRound + lane % 8, chunk);
+      const int chunk = b * 8 + thread_ / 32 * 2 + lane / 8 % 2, token = lane / 16 * 8 % kRound + lane % 8;
       if constexpr (kRound == 8) {
-        ptx::stmatrix_x2_trans(to, pairs[0][0], pairs[0][1]);
+        ptx::stmatrix_x2_trans(staged(buffer, token, chunk), pairs[0][0], pairs[0][1]);
       } else {
-        ptx::stmatrix_x4_trans(to, pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]);
+#pragma unroll
+        for (int c = 0; c < kRound / 8; c += 2) {
+          ptx::stmatrix_x4_trans(staged(buffer, c * 8 + token, chunk), pairs[c][0], pairs[c][1],
+                                 pairs[c + 1][0], pairs[c + 1][1]);
+        }
       }
     }
   }
@@ -239,7 +248,8 @@ class Epilogue {
     return {token, channel, token < kRound && channel < args_.channels, int64_t{tile_.first_row} + token};
   }
 
-  __device__ __forceinline__ void write_round(const Piece& piece, int round, uint32_t buffer) const {
+  __device__ __forceinline__ void write_round(const Piece& piece, int round) const {
+    const uint32_t buffer = staging_buffer(round);
 #pragma unroll
     for (int token = 0; token < kRound; token += kStride) {
       if (!piece.there || round * kRound + token + piece.token >= tile_.rows) continue;

@@ -84,7 +84,9 @@ struct GemmTraits {
   static constexpr int kTokenBoxBytes = kTokens * kUnitDepth * 2;  ///< one term of one k unit
   static constexpr int kTokenStageBytes = kTerms * kDepthParts * kTokenBoxBytes;
   static constexpr int kWeightStageBytes = kTileBlocks * kDepthParts * kUnitBytes;
-  static constexpr int kStagingTokens = kGranule < 16 ? kGranule : 16;
+  /// Tokens that go through shared memory at a time: enough for every thread to have something to write,
+  /// where tiles are wide.
+  static constexpr int kStagingTokens = kGranule < 16 ? kGranule : kRowBlocks == 1 ? 32 : 16;
   static constexpr int kStagingRowBytes = kRowBlocks * kUnitRows * 2;
   static constexpr int kStagingBytes = 2 * kStagingTokens * kStagingRowBytes;  ///< of a row part; two buffers
   static constexpr int kAlphaBytes = 2 * kTokens * 4;                          ///< of a row part
@@ -111,6 +113,7 @@ struct GemmTraits {
   static constexpr int kSharedBytes = 1024 + kAskedOffset + 8;
 
   static_assert(!kGathered || (kTerms == 1 && kDepthParts == 1));
+  static_assert(kTokens % kStagingTokens == 0);
   static_assert(kTokens % kGranule == 0 && kTokens / kGranule <= kMostTokenMaps &&
                 kTokenBoxBytes % 1024 == 0);
   static_assert(kStages >= 4 && kStages < kQueuedTiles && kSharedBytes <= kMaxSharedBytes);

@@ -32,7 +32,7 @@ inline constexpr GemmKernelShape kGemmKernels[] = {
     {GemmKernel::kFew, "few: 64 rows x 8 tokens, k split over 4 warpgroups", 1, 1, 4, 8, 8, 4.0, true, false},
     {GemmKernel::kNarrow, "narrow: 64 rows x 32 tokens, k split over 4 warpgroups", 1, 1, 4, 32, 8, 12.0,
      true, false},
-    {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 64, 16, 40.0, false, true},
+    {GemmKernel::kMedium, "medium: 256 rows x 96 tokens, 4 warpgroups", 4, 1, 1, 96, 16, 72.0, false, true},
     {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 160, 16, 1e30, false, true},
 };
 

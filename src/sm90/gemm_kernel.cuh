@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncthreads();
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   if (warpgroup == 0) {
-    if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_dec<56>();
+    if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_dec<Traits::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
     if constexpr (Traits::kGathered) {
       // The kernel before this one may be the permutation, which writes what the producers look up first.
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       if (warp == 2 && leads) producer.run_tokens();
     }
   } else {
-    if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_inc<224>();
+    if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
     ptx::griddepcontrol_wait();
     Consumer<Traits>(args, shared, warpgroup - 1).run();
   }

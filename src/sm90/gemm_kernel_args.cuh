@@ -75,9 +75,11 @@ struct GemmTraits {
   static constexpr int kConsumers = kRowParts * kDepthParts;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kTileBlocks = kRowParts * kRowBlocks;
-  static constexpr bool kManyRegisters = kConsumers == 2;
+  /// Registers go from the producers to the consumers where they hold many sums.
+  static constexpr bool kManyRegisters = kRowBlocks * kTokens > 64;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = kConsumers == 2 ? 224 : 104;
   /// k-steps a WGMMA commit group: two, where registers allow.
-  static constexpr int kGroup = kRowBlocks * kTokens > 256 ? 1 : 2;
+  static constexpr int kGroup = kRowBlocks * kTokens > 100 ? 1 : 2;
   static constexpr int kUnrolled = 2;  ///< k units multiplied without a branch
 
   // Shared memory, in bytes from a multiple of 1024.

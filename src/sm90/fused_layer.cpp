@@ -7,9 +7,9 @@ namespace fourfold::sm90 {
 
 namespace {
 
-/// What the two buffers take of shared memory, about; and more rows would leave too few buffers for short
-/// ones.
-constexpr int64_t kTokenBytes = 66 * 1024;
+/// What two buffers of token rows take of shared memory, at most; and more rows to a tile would leave too few
+/// buffers for short ones.
+constexpr int64_t kTokenBytes = 120 * 1024;
 constexpr int64_t kMostTileTokens = 4;
 
 bool is_computed(const LayerConfig& config, const LayerOptions& options) {

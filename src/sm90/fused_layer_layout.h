@@ -72,14 +72,14 @@ struct FusedShared {
   }
 };
 
-/// As many buffers of token rows as fit beside fourteen stages of weights, which keep memory busy; then as
-/// many stages as fit. `depth_units`: of the longer of both K; `tile_tokens`: at most fused_tile_tokens().
+/// As many buffers of token rows as fit beside seven stages of weights, which keep memory busy; then as many
+/// stages as fit. `depth_units`: of the longer of both K; `tile_tokens`: at most fused_tile_tokens().
 struct FusedSizes {
   int32_t token_buffers = 0, stages = 0;
 };
 
 constexpr FusedSizes size_fused_layer(int32_t depth_units, int32_t tile_tokens) {
-  constexpr int32_t kEnoughStages = 14;
+  constexpr int32_t kEnoughStages = 7;
   const auto fit = [&](int32_t buffers, int32_t stages) {
     return FusedShared(depth_units, tile_tokens, buffers, stages).end <= kFusedMaxSharedBytes;
   };

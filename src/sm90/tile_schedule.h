@@ -2,7 +2,8 @@
 //
 // A work item is one tile: an expert, a tile of its weight rows, a tile of its tokens. Items are numbered by
 // expert, then row tile, then token tile, so that the token tiles that share weights follow each other and
-// those weights come from memory once. CTA b of a persistent grid takes items b, b + grid, b + 2 grid, ...
+// those weights come from memory once. CTA b of a persistent grid begins with item b; then it takes one by
+// ticket, or b + grid, b + 2 grid, ... where there are no tickets.
 #pragma once
 
 #include <cstdint>

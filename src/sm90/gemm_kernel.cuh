@@ -50,11 +50,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     Producer<Traits> producer(args, maps, shared);
     if (warp == 0 && leads) producer.run_weights();
     if (warp == 1) producer.run_schedule();
-    if constexpr (Traits::kGathered) {
-      if (warp > 1) producer.run_gathered_tokens();
-    } else {
-      if (warp == 2 && leads) producer.run_tokens();
-    }
+    if (Traits::kGathered ? warp > 1 : warp == 2 && leads) producer.run_tokens();
   } else {
     if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
     ptx::griddepcontrol_wait();

@@ -108,38 +108,24 @@ class Producer {
     const uint64_t policy = ptx::createpolicy_evict_first();
     for (int n = 0;; ++n) {
       const WorkTile tile = wait_for_tile<Traits>(shared_, n);
-      if (tile.rows == 0) {
-        wait_for_slot();
-        return ptx::mbarrier_arrive(full_barrier());
-      }
+      if (tile.rows == 0) return post_end();
       load_weights(tile, policy);
     }
   }
 
-  /// The token rows of every tile, from wherever they are, by kGatherThreads threads.
-  __device__ void run_gathered_tokens() {
-    ptx::griddepcontrol_launch_dependents();
-    for (int n = 0;; ++n) {
-      const WorkTile tile = wait_for_tile<Traits>(shared_, n);
-      if (tile.rows == 0) {
-        wait_for_slot();
-        return ptx::mbarrier_arrive(full_barrier());
-      }
-      gather_tokens(tile);
-    }
-  }
-
-  /// The token rows of every tile, once the kernel before this one has written them. One thread.
+  /// The token rows of every tile: gathered by kGatherThreads threads from wherever they are, or loaded by
+  /// one thread, once the kernel before this one has written them.
   __device__ void run_tokens() {
-    ptx::griddepcontrol_wait();
+    if constexpr (!Traits::kGathered) ptx::griddepcontrol_wait();
     ptx::griddepcontrol_launch_dependents();
     for (int n = 0;; ++n) {
       const WorkTile tile = wait_for_tile<Traits>(shared_, n);
-      if (tile.rows == 0) {
-        wait_for_slot();
-        return ptx::mbarrier_arrive(full_barrier());
+      if (tile.rows == 0) return post_end();
+      if constexpr (Traits::kGathered) {
+        gather_tokens(tile);
+      } else {
+        load_tokens(tile);
       }
-      load_tokens(tile);
     }
   }
 
@@ -160,6 +146,12 @@ class Producer {
 
   __device__ void wait_for_slot() const {
     ptx::mbarrier_wait_parity(shared_ + Traits::kEmptyOffset + slot_ * 8, phase_ ^ 1u);
+  }
+
+  /// A stage without bytes, at which consumers find that there is no tile.
+  __device__ void post_end() const {
+    wait_for_slot();
+    ptx::mbarrier_arrive(full_barrier());
   }
 
   __device__ void next_slot() {

@@ -34,9 +34,9 @@ static void check_status(fourfold_status found, fourfold_status expected, const 
 
 static char model_path[4096];
 static uint16_t x[kTokens * kHidden];
-static const float weights[kTokens * kTopK] = {0.75f, 0.25f, 1.0f,   -0.5f, 0.5f,
-                                               0.5f,  2.0f,  0.125f, 0.3f,  0.7f};
-static const int32_t ids[kTokens * kTopK] = {0, 7, 3, 3, -1, 2, -1, -1, 5, 6};
+static const float kWeights[kTokens * kTopK] = {0.75f, 0.25f, 1.0f,   -0.5f, 0.5f,
+                                                0.5f,  2.0f,  0.125f, 0.3f,  0.7f};
+static const int32_t kIds[kTokens * kTopK] = {0, 7, 3, 3, -1, 2, -1, -1, 5, 6};
 
 /* Ordinary bf16 numbers of both signs, 0.25 to 3.98, by a linear congruential generator. */
 static void fill_x(void) {
@@ -49,8 +49,8 @@ static void fill_x(void) {
 
 static fourfold_forward_args arguments(uint16_t* y) {
   fourfold_forward_args args = {.size = sizeof args, .tokens = kTokens, .x = x, .y = y};
-  args.topk_ids = ids;
-  args.topk_weights = weights;
+  args.topk_ids = kIds;
+  args.topk_weights = kWeights;
   return args;
 }
 
@@ -343,7 +343,7 @@ static void test_values(const fourfold_checkpoint* checkpoint) {
           made.intermediate_scale[0] != '\0');
     memset(y, 0xA5, sizeof y);
     CHECK_OK(fourfold_forward(layer, workspace, &args));
-    CHECK(expected_forward(model_path, 1, formats[i], NULL, 0, 0, kTokens, x, ids, weights, expected) == 0);
+    CHECK(expected_forward(model_path, 1, formats[i], NULL, 0, 0, kTokens, x, kIds, kWeights, expected) == 0);
     CHECK(memcmp(y, expected, sizeof y) == 0);
     fourfold_workspace_destroy(workspace);
     fourfold_layer_destroy(layer);
@@ -363,21 +363,21 @@ static void test_some_experts(const fourfold_checkpoint* checkpoint) {
   fourfold_forward_args args = arguments(y);
   args.status = &status;
   CHECK_OK(fourfold_forward(layer, workspace, &args));
-  CHECK(expected_forward(model_path, 1, "nvfp4", held, COUNT_OF(held), 1, kTokens, x, local, weights,
+  CHECK(expected_forward(model_path, 1, "nvfp4", held, COUNT_OF(held), 1, kTokens, x, local, kWeights,
                          expected) == 0);
   CHECK(memcmp(y, expected, sizeof y) == 0);
   CHECK(status == 0);
 
   /* Nobody has an expert 8. */
   int32_t wrong[kTokens * kTopK];
-  memcpy(wrong, ids, sizeof wrong);
+  memcpy(wrong, kIds, sizeof wrong);
   wrong[0] = kExperts;
   args.topk_ids = wrong;
   CHECK_OK(fourfold_forward(layer, workspace, &args));
   CHECK(status == FOURFOLD_EXPERT_OUT_OF_RANGE);
   CHECK(memcmp(y, expected, sizeof y) == 0); /* token 0 had no expert here before, either */
   /* It stays set until the caller clears it. */
-  args.topk_ids = ids;
+  args.topk_ids = kIds;
   CHECK_OK(fourfold_forward(layer, workspace, &args));
   CHECK(status == FOURFOLD_EXPERT_OUT_OF_RANGE);
   fourfold_workspace_destroy(workspace);
@@ -396,7 +396,7 @@ static void test_other_arguments(const fourfold_layer* layer, fourfold_workspace
 
   memset(wide_y, 0xA5, sizeof wide_y);
   for (int t = 0; t < kTokens; ++t) memcpy(wide_x + t * kStride, x + t * kHidden, kHidden * sizeof *x);
-  for (int i = 0; i < kTokens * kTopK; ++i) wide_ids[i] = ids[i];
+  for (int i = 0; i < kTokens * kTopK; ++i) wide_ids[i] = kIds[i];
   args.x = wide_x;
   args.x_stride = args.y_stride = kStride;
   args.y = wide_y;

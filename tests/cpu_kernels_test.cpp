@@ -46,7 +46,7 @@ TEST(PanelLayout, CodesAndScalesFillAChunkWithoutOverlap) {
   std::array<int, kPanelChunkBytes> uses = {};
   for (int row = 0; row < kPanelRows; ++row) {
     for (int k = 0; k < kChunkDepth; k += 8) {
-      for (int byte = 0; byte < 4; ++byte) ++uses[static_cast<size_t>(word_offset(row, k) + byte)];
+      for (int byte = 0; byte < 4; ++byte) ++uses[static_cast<size_t>(int64_t{word_offset(row, k)} + byte)];
     }
     for (int block = 0; block < kBlocksPerChunk; ++block)
       ++uses[static_cast<size_t>(scale_offset(row, block))];

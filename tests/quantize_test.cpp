@@ -81,8 +81,10 @@ TEST(QuantizeNvfp4, ShowsNanAndInfinityInTheScale) {
 
 TEST(QuantizeNvfp4, IsIdempotentOnItsOwnValues) {
   std::vector<float> x(64 * 16);
-  for (size_t i = 0; i < x.size(); ++i)
-    x[i] = std::sin(static_cast<float>(i)) * static_cast<float>(1 + i / 100);
+  for (size_t i = 0; i < x.size(); ++i) {
+    const size_t size = 1 + i / 100;
+    x[i] = std::sin(static_cast<float>(i)) * static_cast<float>(size);
+  }
   const MatrixView<const float> matrix(x.data(), 64, 16);
   const BlockScaledMatrix once = quantize_nvfp4(matrix, nvfp4_global_scale(absolute_maximum(matrix)));
   const std::vector<float> values = dequantize(once.view());
@@ -376,8 +378,10 @@ TEST(ScaleRules, CompareErrorsOfAnySize) {
 // A row of blocks is its blocks one by one, and nothing is written behind it.
 TEST(ScaleRules, TreatEveryBlockOfARowAlone) {
   std::array<float, 48> x;
-  for (size_t i = 0; i < x.size(); ++i)
-    x[i] = std::sin(static_cast<float>(i)) * static_cast<float>(1 + i / 16);
+  for (size_t i = 0; i < x.size(); ++i) {
+    const size_t size = 1 + i / 16;
+    x[i] = std::sin(static_cast<float>(i)) * static_cast<float>(size);
+  }
   for (const ScaleRule rule : {ScaleRule::kAmax, ScaleRule::kFourOverSix, ScaleRule::kMse}) {
     std::array<uint8_t, 32> codes, expected;
     codes.fill(0xAA), expected.fill(0xAA);

@@ -193,7 +193,8 @@ TEST(TileSchedule, TilesCoverEveryTokenOnce) {
         ASSERT_EQ(tile.expert, 5);
         ASSERT_GT(tile.rows, 0);
         for (int32_t row = 0; row < tile.rows; ++row) {
-          ++covered[static_cast<size_t>((tile.first_row - kGroupBegin + row) * kRowTiles + tile.row_tile)];
+          const int64_t of_group = tile.first_row - kGroupBegin + row;
+          ++covered[static_cast<size_t>(of_group * kRowTiles + tile.row_tile)];
         }
       }
       for (const int times : covered) ASSERT_EQ(times, 1) << rows << " rows, " << shape.name;

@@ -1,6 +1,6 @@
 #include "tools/partial_directory.h"
 
-#include <signal.h>
+#include <signal.h>  // NOLINT(modernize-deprecated-headers): kill() is POSIX's
 #include <unistd.h>
 
 #include <cerrno>

@@ -1,5 +1,6 @@
 // Fuzzes the header of safetensors files. Data lies in a block of its own of exactly its size, so that the
 // address sanitizer sees a read that is one byte off.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -113,7 +114,7 @@ extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max
   const size_t total = kSafetensorsLengthBytes + text.size() + parts.data.size();
   if (total > max_size) return LLVMFuzzerMutate(data, size, max_size);
   std::memcpy(data, &length, sizeof(length));
-  std::memcpy(data + kSafetensorsLengthBytes, text.data(), text.size());
-  std::memcpy(data + kSafetensorsLengthBytes + text.size(), parts.data.data(), parts.data.size());
+  uint8_t* const end = std::copy(text.begin(), text.end(), data + kSafetensorsLengthBytes);
+  std::copy(parts.data.begin(), parts.data.end(), end);
   return total;
 }

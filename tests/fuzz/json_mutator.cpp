@@ -1,7 +1,7 @@
 #include "json_mutator.h"
 
+#include <algorithm>
 #include <array>
-#include <cstring>
 #include <iterator>
 #include <utility>
 #include <vector>
@@ -114,12 +114,12 @@ void change_structure(Json& value, std::minstd_rand& random) {
   if (choice == 0) {
     value.erase(at);
   } else if (value.is_array()) {
-    const Json copy = *at;
-    value.push_back(copy);
+    Json copy = *at;
+    value.push_back(std::move(copy));
   } else {
-    const Json copy = *at;
+    Json copy = *at;
     const std::string key = choice == 1 ? at.key() + "2" : at.key().substr(0, at.key().size() / 2);
-    value[key] = copy;
+    value[key] = std::move(copy);
   }
 }
 
@@ -130,19 +130,18 @@ void mutate_value(Json& value, std::minstd_rand& random) {
   collect(value, values);
   Json& chosen = *values[below(random, values.size())];
   const size_t choice = below(random, 8);
-  if (choice == 0) {
+  const bool changes = chosen.is_number_integer() || chosen.is_string() || chosen.is_structured();
+  if (choice == 0 || (choice > 1 && !changes)) {
     chosen = interesting_value(random);
   } else if (choice == 1) {
-    const Json copy = *values[below(random, values.size())];
-    chosen = copy;
+    Json copy = *values[below(random, values.size())];  // which may hold what it replaces
+    chosen = std::move(copy);
   } else if (chosen.is_number_integer()) {
     change_number(chosen, random);
   } else if (chosen.is_string()) {
     change_text(chosen, random);
-  } else if (chosen.is_structured()) {
-    change_structure(chosen, random);
   } else {
-    chosen = interesting_value(random);
+    change_structure(chosen, random);
   }
 }
 
@@ -162,7 +161,7 @@ size_t mutate_json_input(uint8_t* data, size_t size, size_t max_size, unsigned i
   if (below(random, 4) != 0) {
     const std::string text = mutate_json({reinterpret_cast<const char*>(data), size}, random);
     if (text.size() <= max_size && text != std::string_view(reinterpret_cast<const char*>(data), size)) {
-      std::memcpy(data, text.data(), text.size());
+      std::copy(text.begin(), text.end(), data);
       return text.size();
     }
   }

@@ -248,7 +248,8 @@ class ExpertLayer final : public MoeLayer {
         args.x, permutation.slot_of_row.data(), config_.top_k, permutation.row_of_slot.data(), {}};
     if (config_.weight_on_input) source.weights = args.routing.topk_weights;
     const MatrixView<Bf16> z = tap_or(taps.z, space.routed.z);
-    const ExpertRows rows{permutation.group_offsets, tokens * config_.top_k, counters};
+    const ExpertRows rows{permutation.group_offsets, tokens * config_.top_k,
+                          fused ? std::span<int32_t>() : counters};
     if constexpr (Stages::kCanFuse) {
       if (fused) return routed_.run_fused(space.routed, source, rows, args, expert_taps(taps), z, step);
     }

@@ -146,6 +146,7 @@ void validate(const ExpertGemm& args) {
   require_countable_tiles(args);
   require_tokens(args);
   require_aligned("expert gemm: group_offsets", args.group_offsets, 4);
+  if (args.tickets != nullptr) require_aligned("expert gemm: tickets", args.tickets, 4);
   require_aligned("expert gemm: packed", args.packed, 128);
   require_aligned("expert gemm: weight_globals", args.weight_globals, 4);
   std::visit(

@@ -79,7 +79,7 @@ struct GemmTraits {
   static constexpr bool kManyRegisters = kRowBlocks * kTokens > 64;
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = kConsumers == 2 ? 224 : 104;
   /// k-steps a WGMMA commit group: two, where registers allow.
-  static constexpr int kGroup = kRowBlocks * kTokens > 100 ? 1 : 2;
+  static constexpr int kGroup = kRowBlocks * kTokens > 96 ? 1 : 2;
   static constexpr int kUnrolled = 2;  ///< k units multiplied without a branch
 
   // Shared memory, in bytes from a multiple of 1024.
@@ -93,8 +93,8 @@ struct GemmTraits {
   static constexpr int kStagingBytes = 2 * kStagingTokens * kStagingRowBytes;  ///< of a row part; two buffers
   static constexpr int kAlphaBytes = 2 * kTokens * 4;                          ///< of a row part
   static constexpr int kPartialBytes = kRowBlocks * kUnitRows * kTokens * 4;   ///< of a warpgroup
-  /// Tiles between the warp that finds them and all others, 16 bytes and a barrier each: more than the stages
-  /// that it may be ahead of them.
+  /// Tiles between the warp that finds them and all others, 16 bytes and a barrier each: more than there are
+  /// stages (sm90/gemm_queue.cuh).
   static constexpr int kQueuedTiles = 32;
   static constexpr int kFixedBytes =
       1024 + kQueuedTiles * 24 + 8 +

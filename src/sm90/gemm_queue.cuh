@@ -1,7 +1,7 @@
 // The tiles of a CTA on their way, through shared memory, from the warp that finds them to all others.
 //
-// A reader of tile n holds up what the finder may do (it fills no stage of tile n + kStages before), so that
-// the place of a tile is free when the finder comes round to it.
+// A tile's place is free when the finder comes round to it: it looks for tile n + 1 when a stage of tile n is
+// about to be filled, kStages after one that all readers have released, of tile n - kStages or a later one.
 #pragma once
 
 #include <cstdint>

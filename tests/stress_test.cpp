@@ -56,6 +56,11 @@ class BrokenLayer final : public MoeLayer {
     if (broken_ == Broken::kIgnoresStatus) args.status = nullptr;
     if (broken_ == Broken::kIgnoresLocalExperts) args.routing.local_experts = {};
     const auto workspace = static_cast<uint8_t>(*caller.workspace.data());
+    const struct UnderWay {
+      std::atomic<int>& calls;
+      explicit UnderWay(std::atomic<int>& counted) : calls(counted) { ++calls; }
+      ~UnderWay() { --calls; }
+    } under_way(under_way_);
     sound_->forward(plan, args);
     if (caller.x.rows > 0) spoil(caller, workspace);
   }
@@ -77,9 +82,7 @@ class BrokenLayer final : public MoeLayer {
         if (++calls_ % 7 == 0) bits ^= 1;
         break;
       case Broken::kSharesScratch:
-        scratch_ = bits;
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        bits = scratch_;
+        bits = through_shared_scratch(bits);
         break;
       case Broken::kWritesBehindRows:
         if (y->stride > y->cols) *(y->row(0) + y->cols) = Bf16{};
@@ -97,11 +100,21 @@ class BrokenLayer final : public MoeLayer {
         break;
     }
   }
+  /// What the scratch holds once every other call under way has written there: on a busy machine, where
+  /// threads stop anywhere, as on an idle one.
+  uint16_t through_shared_scratch(uint16_t bits) const {
+    scratch_ = bits;
+    const int written = ++writes_;
+    while (under_way_ > 1 && writes_ == written) std::this_thread::yield();
+    return scratch_;
+  }
   static int omp_threads();
 
   Broken broken_;
   std::unique_ptr<MoeLayer> sound_;
   mutable std::atomic<uint16_t> scratch_ = 0;
+  mutable std::atomic<int> writes_ = 0;
+  mutable std::atomic<int> under_way_ = 0;
   mutable std::atomic<int> calls_ = 0;
 };
 

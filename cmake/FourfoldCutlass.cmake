@@ -1,9 +1,9 @@
-# Blackwell code needs nvcc 12.9 or later (sm_103a, sm_121a) and CUTLASS's headers: CUTLASS_DIR, a system's, or the PyPI
+# Blackwell code needs nvcc 12.9 or later (sm_103a, sm_120f) and CUTLASS's headers: CUTLASS_DIR, a system's, or the PyPI
 # package of the same, installed into the build folder. Included after FourfoldCuda.
-# Its kernels take about ten minutes to compile on two cores.
+# Its kernels take about four minutes to compile on two cores.
 set(FOURFOLD_BLACKWELL AUTO CACHE STRING "Backend for Blackwell GPUs: AUTO (where nvcc and CUTLASS are found), ON or OFF")
 set_property(CACHE FOURFOLD_BLACKWELL PROPERTY STRINGS AUTO ON OFF)
-set(FOURFOLD_BLACKWELL_ARCHITECTURES "100a;103a;120a;121a" CACHE STRING "Blackwell architectures to compile kernels for")
+set(FOURFOLD_BLACKWELL_ARCHITECTURES "100a;103a;120f" CACHE STRING "Blackwell architectures to compile kernels for")
 set(CUTLASS_DIR "" CACHE PATH "Folder of CUTLASS, with include/cutlass/cutlass.h")
 set(FOURFOLD_CUTLASS_VERSION 4.2.0.0)  # of the PyPI package nvidia-cutlass
 
@@ -35,7 +35,7 @@ if(FOURFOLD_BLACKWELL STREQUAL "OFF" OR NOT FOURFOLD_HAS_CUDA)
   return()
 endif()
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.9)
-  fourfold_without_blackwell("nvcc is ${CMAKE_CUDA_COMPILER_VERSION}; sm_103a and sm_121a need 12.9 or later.")
+  fourfold_without_blackwell("nvcc is ${CMAKE_CUDA_COMPILER_VERSION}; sm_103a and sm_120f need 12.9 or later.")
 endif()
 
 set(installed ${PROJECT_BINARY_DIR}/cutlass)

@@ -26,17 +26,10 @@ add_gpu_test(blackwell_layer blackwell_native_backend.cpp ${gpu_layer_tests})
 
 # On a Hopper GPU: whole layers with the real sm_120 kernel, but for its multiply. Its namespaces are renamed: the
 # emulation changes what templates of CUTLASS mean, and the library has the same ones as they are.
-set(type_of_bf16 cutlass::bfloat16_t)
-set(type_of_float32 float)
-foreach(output bf16 float32)
-  set(kernel emulated_${output})
-  add_library(${kernel} OBJECT blackwell_emulated_kernels.cu)
-  target_include_directories(${kernel} PRIVATE
-    ${CMAKE_CURRENT_SOURCE_DIR} ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src)
-  target_link_libraries(${kernel} PRIVATE fourfold_cutlass)
-  target_compile_definitions(${kernel} PRIVATE
-    cutlass=emulated_cutlass cute=emulated_cute FOURFOLD_KERNEL=${kernel} FOURFOLD_OUTPUT=${type_of_${output}})
-  set_target_properties(${kernel} PROPERTIES CUDA_ARCHITECTURES 90a-real JOB_POOL_COMPILE cutlass)
-endforeach()
-add_gpu_test(blackwell_emulated blackwell_emulated_backend.cpp ${gpu_layer_tests}
-  $<TARGET_OBJECTS:emulated_bf16> $<TARGET_OBJECTS:emulated_float32>)
+add_library(emulated_sm_120 OBJECT blackwell_emulated_kernels.cu)
+target_include_directories(emulated_sm_120 PRIVATE
+  ${CMAKE_CURRENT_SOURCE_DIR} ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src)
+target_link_libraries(emulated_sm_120 PRIVATE fourfold_cutlass)
+target_compile_definitions(emulated_sm_120 PRIVATE cutlass=emulated_cutlass cute=emulated_cute)
+set_target_properties(emulated_sm_120 PROPERTIES CUDA_ARCHITECTURES 90a-real JOB_POOL_COMPILE cutlass)
+add_gpu_test(blackwell_emulated blackwell_emulated_backend.cpp ${gpu_layer_tests} $<TARGET_OBJECTS:emulated_sm_120>)

@@ -34,13 +34,24 @@ TEST(BlackwellBackend, IsPreferredToTheOthers) {
 
 TEST(BlackwellBackend, HasTheKernelsThatTheBuildNames) {
   std::string found;
-  for (const GemmKernels* kernels : blackwell::compiled_kernels()) {
-    found += (found.empty() ? "" : ",") + std::string(kernels->architecture.substr(3));
-    EXPECT_EQ(blackwell::kernels_of(kernels->major, kernels->minor), kernels);
-    EXPECT_NE(kernels->instruction.find("kind::mxf4nvf4.block_scale"), std::string_view::npos);
+  for (const GemmKernels& kernels : blackwell::compiled_kernels()) {
+    found += (found.empty() ? "" : ",") + std::string(kernels.architecture.substr(3));
+    EXPECT_EQ(blackwell::kernels_of(kernels.major, kernels.minor), &kernels);
+    EXPECT_NE(kernels.instruction.find("kind::mxf4nvf4.block_scale"), std::string_view::npos);
   }
   EXPECT_EQ(found, FOURFOLD_BLACKWELL_ARCHITECTURES);
   EXPECT_EQ(blackwell::kernels_of(9, 0), nullptr);
+}
+
+TEST(BlackwellBackend, RunsCodeOfAFamilyOnItsLaterMembersAlone) {
+  const GemmKernels family{{}, "sm_120f", 12, 0, ""};
+  EXPECT_TRUE(family.runs_on(12, 0) && family.runs_on(12, 1));
+  EXPECT_FALSE(family.runs_on(11, 0) || family.runs_on(13, 0) || family.runs_on(10, 1));
+  EXPECT_EQ(family.capability(), "12.0 and later of 12");
+  const GemmKernels chip{{}, "sm_103a", 10, 3, ""};
+  EXPECT_TRUE(chip.runs_on(10, 3));
+  EXPECT_FALSE(chip.runs_on(10, 0) || chip.runs_on(10, 4));
+  EXPECT_EQ(chip.capability(), "10.3");
 }
 
 TEST(BlackwellBackend, RefusesActivationsThatAreNotFp4) {
@@ -78,10 +89,10 @@ TEST(BlackwellBackend, SaysWhatItNeedsWhereItCantRun) {
 /// All kernels: what they have to take, and their workspace on GPUs of several sizes.
 template <class Check>
 void for_each_kernel(const Check& check) {
-  for (const GemmKernels* kernels : blackwell::compiled_kernels()) {
-    for (const GemmKernel* kernel : {&kernels->to_bf16, &kernels->to_float32}) {
+  for (const GemmKernels& kernels : blackwell::compiled_kernels()) {
+    for (const GemmKernel* kernel : {&kernels.to_bf16, &kernels.to_float32}) {
       SCOPED_TRACE(testing::Message()
-                   << kernels->architecture << (kernel == &kernels->to_bf16 ? " bf16" : " float32"));
+                   << kernels.architecture << (kernel == &kernels.to_bf16 ? " bf16" : " float32"));
       check(*kernel);
     }
   }
@@ -131,11 +142,11 @@ TEST(BlackwellKernels, NeedTensorMapsForEveryMultiprocessor) {
 }
 
 TEST(BlackwellKernels, FitTheSharedMemoryOfTheirGpus) {
-  for (const GemmKernels* kernels : blackwell::compiled_kernels()) {
-    const int most = kernels->major == 12 ? 99 * 1024 : 227 * 1024;  // a block's, CUDA programming guide
-    for (const GemmKernel* kernel : {&kernels->to_bf16, &kernels->to_float32}) {
-      EXPECT_LE(kernel->shared_bytes, most) << kernels->architecture;
-      EXPECT_GE(kernel->stages, 2) << kernels->architecture;
+  for (const GemmKernels& kernels : blackwell::compiled_kernels()) {
+    const int most = kernels.major == 12 ? 99 * 1024 : 227 * 1024;  // a block's, CUDA programming guide
+    for (const GemmKernel* kernel : {&kernels.to_bf16, &kernels.to_float32}) {
+      EXPECT_LE(kernel->shared_bytes, most) << kernels.architecture;
+      EXPECT_GE(kernel->stages, 2) << kernels.architecture;
     }
   }
 }

@@ -9,16 +9,13 @@
 namespace fourfold {
 namespace blackwell {
 
-// One translation unit each, blackwell_emulated_kernels.cu.
-GemmKernel emulated_bf16();
-GemmKernel emulated_float32();
+OutputKernels emulated_sm_120();  // blackwell_emulated_kernels.cu
 
 }  // namespace blackwell
 
 const Backend& tested_backend() {
-  static const blackwell::GemmKernels kernels{
-      "sm_120a emulated on sm_90a", 9, 0, "plain code", blackwell::emulated_bf16(),
-      blackwell::emulated_float32()};
+  static const blackwell::GemmKernels kernels{blackwell::emulated_sm_120(), "sm_120 emulated on sm_90a", 9, 0,
+                                              "plain code"};
   static const std::unique_ptr<Backend> backend = blackwell::make_backend(kernels);
   return *backend;
 }

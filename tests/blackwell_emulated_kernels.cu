@@ -1,4 +1,4 @@
-// FOURFOLD_KERNEL describes the sm_120 kernel with output FOURFOLD_OUTPUT, made to run on Hopper.
+// The sm_120 kernels, made to run on Hopper.
 #include "blackwell_emulation.cuh"  // has to come before CUTLASS
 
 #include "blackwell/cutlass_gemm.cuh"
@@ -9,8 +9,7 @@ struct EmulatedSm120 : Sm120 {};
 
 namespace {
 
-using Gemm = CutlassGemm<EmulatedSm120, FOURFOLD_OUTPUT>;
-using Mainloop = Gemm::Mainloop;
+using Mainloop = CutlassGemm<EmulatedSm120, float>::Mainloop;
 
 /// The load of A that the kernel would have without the emulation.
 using PlainLoad = decltype(cute::make_tma_copy<cutlass::float_e2m1_t>(
@@ -26,8 +25,8 @@ static_assert(!cute::is_same_v<Mainloop::Params::TMA_A, PlainLoad>,
 
 }  // namespace
 
-GemmKernel FOURFOLD_KERNEL() {
-  return Gemm::describe();
+OutputKernels emulated_sm_120() {
+  return describe_kernels<EmulatedSm120>();
 }
 
 }  // namespace fourfold::blackwell

@@ -1,6 +1,6 @@
 """GPU code in the built command: which architectures, the multiply of each in its PTX, and that `doctor` says the same.
 
-usage: embedded_kernels_test.py COMMAND ARCHITECTURES...   e.g. 90a 100a 120a; the fatbins are read here, without tools
+usage: embedded_kernels_test.py COMMAND ARCHITECTURES...   e.g. 90a 100a 120f; the fatbins are read here, without tools
 """
 
 import re
@@ -14,18 +14,19 @@ from typing import Iterator, NamedTuple
 MAGIC = b"\x50\xed\x55\xba"
 PTX, CUBIN = 1, 2
 COMPRESSED = 0x2000 | 0x8000  # LZ4, zstd
-ARCHITECTURE_SPECIFIC = 0x100000  # the 'a' of sm_90a
+SPECIFIC = {0x100000: "a", 0x200000: "f"}  # to an architecture (sm_90a), to a family (sm_120f)
 TARGET = re.compile(rb"^\.target\s+sm_(\w+)", re.MULTILINE)
 MULTIPLY = re.compile(rb"\b((?:tcgen05\.mma|mma\.sync)[\w.:]*kind::mxf4nvf4[\w.:]*)")
-KERNEL = b"CutlassGemm"  # in the symbols of the grouped GEMMs
+# The grouped GEMMs, by their symbols in PTX and in machine code.
+ENTRY_OF_PTX = re.compile(rb"\.entry\s+(\w*CutlassGemm\w*)")
+SECTION_OF_CUBIN = re.compile(rb"\.text\.(\w*CutlassGemm\w*)")
 OUTPUTS = 2  # bf16 and float32
 
 # The multiply that an architecture's kernels have to be made of.
 EXPECTED = {
     "100a": "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16",
     "103a": "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16",
-    "120a": "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X",
-    "121a": "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X",
+    "120f": "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X",
 }
 
 
@@ -50,7 +51,7 @@ def entries_of(image: bytes) -> Iterator[Entry]:
             kind, _, header, size = struct.unpack_from("<HHIQ", image, at)
             (number,) = struct.unpack_from("<I", image, at + 28)
             (flags,) = struct.unpack_from("<Q", image, at + 40)
-            architecture = f"{number}{'a' if flags & ARCHITECTURE_SPECIFIC else ''}"
+            architecture = str(number) + "".join(letter for flag, letter in SPECIFIC.items() if flags & flag)
             payload = b"" if flags & COMPRESSED else image[at + header : at + header + size]
             yield Entry(kind, architecture, payload)
             at += header + size
@@ -58,12 +59,12 @@ def entries_of(image: bytes) -> Iterator[Entry]:
 
 
 def check_itself() -> None:
-    ptx = b".version 9.0\n.target sm_120a\n mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X.m16n8k64 {};\n"
-    header = struct.pack("<HHIQIIHHIIIQQQ", PTX, 257, 64, len(ptx), 0, 64, 0, 9, 120, 0, 0, ARCHITECTURE_SPECIFIC, 0, 0)
+    ptx = b".version 9.0\n.target sm_120f\n.entry _9CutlassGemm()\n mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X.m16n8k64 {};\n"
+    header = struct.pack("<HHIQIIHHIIIQQQ", PTX, 257, 64, len(ptx), 0, 64, 0, 9, 120, 0, 0, 0x200000, 0, 0)
     fatbin = MAGIC + struct.pack("<HHQ", 1, 16, len(header) + len(ptx)) + header + ptx
     (entry,) = entries_of(b"elf" + fatbin + b"rest")
-    assert entry == Entry(PTX, "120a", ptx), entry
-    assert TARGET.findall(ptx) == [b"120a"] and len(MULTIPLY.findall(ptx)) == 1
+    assert entry == Entry(PTX, "120f", ptx), entry
+    assert TARGET.findall(ptx) == [b"120f"] and len(MULTIPLY.findall(ptx)) == len(ENTRY_OF_PTX.findall(ptx)) == 1
 
 
 def host_stubs(command: Path) -> set[str]:
@@ -81,11 +82,11 @@ def findings(command: Path, architectures: list[str]) -> list[str]:
     for entry in entries_of(command.read_bytes()):
         if entry.kind == CUBIN:
             cubins[entry.architecture] += 1
-            kernels[entry.architecture] += KERNEL in entry.payload
-        elif KERNEL in entry.payload:
+            kernels[entry.architecture] += len(set(SECTION_OF_CUBIN.findall(entry.payload)))
+        elif symbols := set(ENTRY_OF_PTX.findall(entry.payload)):
             (target,) = TARGET.findall(entry.payload)
             counter = multiplies.setdefault(target.decode(), Counter())
-            counter["kernels"] += 1
+            counter["kernels"] += len(symbols)
             counter.update(name.decode() for name in MULTIPLY.findall(entry.payload))
     print(f"cubins: {dict(sorted(cubins.items()))}")
     told = subprocess.run([command, "doctor"], capture_output=True, text=True, check=False).stdout

@@ -18,9 +18,8 @@ namespace {
 
 std::string compiled_in() {
   std::string list;
-  for (const GemmKernels* kernels : compiled_kernels()) {
-    list += fmt::format("{}{}.{} ({})", list.empty() ? "" : ", ", kernels->major, kernels->minor,
-                        kernels->architecture);
+  for (const GemmKernels& kernels : compiled_kernels()) {
+    list += fmt::format("{}{} ({})", list.empty() ? "" : ", ", kernels.capability(), kernels.architecture);
   }
   return list;
 }
@@ -39,12 +38,11 @@ class BlackwellBackend final : public Backend {
     const cuda::GpuProbe probe = cuda::probe_gpu();
     if (!probe.gpu) return fmt::format("no CUDA device ({})", probe.why_none);
     const cuda::Gpu& gpu = *probe.gpu;
-    if (forced_ != nullptr ? forced_->major == gpu.major && forced_->minor == gpu.minor
+    if (forced_ != nullptr ? forced_->runs_on(gpu.major, gpu.minor)
                            : kernels_of(gpu.major, gpu.minor) != nullptr) {
       return "";
     }
-    const std::string wanted =
-        forced_ != nullptr ? fmt::format("{}.{}", forced_->major, forced_->minor) : "one of " + compiled_in();
+    const std::string wanted = forced_ != nullptr ? forced_->capability() : "one of " + compiled_in();
     return fmt::format("needs compute capability {}, found {} with {}.{}", wanted, gpu.name, gpu.major,
                        gpu.minor);
   }

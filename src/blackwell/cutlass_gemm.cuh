@@ -46,8 +46,6 @@ struct Sm120 {
   using Epilogue = cutlass::epilogue::collective::EpilogueScheduleAuto;
 };
 
-struct Sm121 : Sm120 {};
-
 /// A type of its own for each target: else kernels of two targets with the same collectives were one symbol,
 /// and the runtime would know one of them alone.
 template <class Target>
@@ -166,5 +164,10 @@ struct CutlassGemm {
             launch};
   }
 };
+
+template <class Target>
+OutputKernels describe_kernels() {
+  return {CutlassGemm<Target, cutlass::bfloat16_t>::describe(), CutlassGemm<Target, float>::describe()};
+}
 
 }  // namespace fourfold::blackwell

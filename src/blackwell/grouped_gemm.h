@@ -2,7 +2,7 @@
 //
 //   d[g] = alpha[g] * a[g] . b[g]^T,   a[g] [M_g, K], b[g] [N, K], both NVFP4;  d[g] [M_g, N]
 //
-// The kernels are CUTLASS collectives (src/blackwell/cutlass_gemm.cuh), instantiated once a translation unit.
+// The kernels are CUTLASS collectives (src/blackwell/cutlass_gemm.cuh), an architecture a translation unit.
 // They find groups in arrays that lie on the device (src/blackwell/group_arrays.h), so that nothing is read
 // back.
 #pragma once
@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <string_view>
 
 namespace fourfold::blackwell {
@@ -42,17 +43,30 @@ struct GemmKernel {
                  void* stream) = nullptr;
 };
 
+/// One for each output.
+struct OutputKernels {
+  GemmKernel to_bf16;     ///< d = bf16(alpha * sum)
+  GemmKernel to_float32;  ///< d = sum
+};
+
 /// The kernels of one architecture.
-struct GemmKernels {
-  std::string_view architecture;  ///< as nvcc calls it, e.g. "sm_120a"
-  int major = 0, minor = 0;       ///< compute capability: the code runs on no other
-  std::string_view instruction;   ///< the multiply in its PTX
-  GemmKernel to_bf16;             ///< d = bf16(alpha * sum)
-  GemmKernel to_float32;          ///< d = sum
+struct GemmKernels : OutputKernels {
+  std::string_view architecture;  ///< as nvcc calls it, e.g. "sm_100a"
+  /// The compute capability that the code runs on: this one alone ("sm_100a"), or those of later minor
+  /// numbers too ("sm_120f", a family).
+  int major = 0, minor = 0;
+  std::string_view instruction;  ///< the multiply in its PTX
+
+  bool is_family() const { return architecture.ends_with('f'); }
+  bool runs_on(int gpu_major, int gpu_minor) const {
+    return gpu_major == major && (is_family() ? gpu_minor >= minor : gpu_minor == minor);
+  }
+  /// The compute capabilities in words: "10.0", or "12.0 and later of 12".
+  std::string capability() const;
 };
 
 /// All that are compiled in, by compute capability.
-std::span<const GemmKernels* const> compiled_kernels();
+std::span<const GemmKernels> compiled_kernels();
 /// Those of a GPU; null where none are compiled in.
 const GemmKernels* kernels_of(int major, int minor);
 

@@ -15,7 +15,7 @@
 namespace fourfold {
 namespace {
 
-struct Arguments {
+struct BenchArguments {
   std::string shape = "qwen3-30b-a3b", tokens = "1,16,256", backends, activations = "nvfp4", activation_scale,
               routing = "uniform", threads, json;
   int64_t experts = 0;
@@ -101,7 +101,7 @@ void require_extents(const LayerShape& shape) {
   }
 }
 
-BenchRequest request_of(const Arguments& arguments) {
+BenchRequest request_of(const BenchArguments& arguments) {
   BenchRequest request;
   request.shapes = parse_shapes(arguments.shape);
   for (const LayerShape& shape : request.shapes) require_extents(shape);
@@ -133,7 +133,7 @@ void print_head(const BenchRequest& request) {
   fmt::print("check        sampled rows of every stage against float64 in this run; limit of rel L2 3e-3\n");
 }
 
-int execute(const Arguments& arguments) {
+int execute(const BenchArguments& arguments) {
   const BenchRequest request = request_of(arguments);
   if (!arguments.json.empty()) require_creatable(arguments.json);
   const Progress progress;
@@ -174,7 +174,7 @@ int execute(const Arguments& arguments) {
 }  // namespace
 
 void add_bench(CLI::App& app, int& exit_code) {
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<BenchArguments>();
   CLI::App* command = app.add_subcommand(
       "bench", "Time layers of real shapes beside the machine's own limits, once they are right");
   command

@@ -21,7 +21,7 @@
 namespace fourfold {
 namespace {
 
-struct Arguments : RuleArguments {
+struct CalibrateArguments : RuleArguments {
   std::string model, copy, layers, output, backend, unreached = "max";
   std::vector<std::string> inputs;
 };
@@ -29,7 +29,7 @@ struct Arguments : RuleArguments {
 constexpr std::array<std::pair<const char*, UnreachedPolicy>, 3> kPolicies = {
     {{"max", UnreachedPolicy::kMax}, {"skip", UnreachedPolicy::kSkip}, {"error", UnreachedPolicy::kError}}};
 
-CalibrateRequest request_of(const Arguments& arguments) {
+CalibrateRequest request_of(const CalibrateArguments& arguments) {
   CalibrateRequest request;
   request.model = arguments.model;
   request.inputs.assign(arguments.inputs.begin(), arguments.inputs.end());
@@ -86,7 +86,7 @@ void print_experts(const CalibrateResult& result, const char* what,
   }
 }
 
-void print_report(const Arguments& arguments, const CalibrateRequest& request,
+void print_report(const CalibrateArguments& arguments, const CalibrateRequest& request,
                   const CalibrateResult& result) {
   fmt::print("model        {}\n", printable(arguments.model));
   for (const std::string& input : arguments.inputs) {
@@ -106,7 +106,7 @@ void print_report(const Arguments& arguments, const CalibrateRequest& request,
 }
 
 /// What can't be written is said before the work.
-void require_targets(const Arguments& arguments) {
+void require_targets(const CalibrateArguments& arguments) {
   if (!arguments.output.empty()) require_creatable(arguments.output);
   if (arguments.copy.empty()) return;
   if (std::filesystem::exists(std::filesystem::symlink_status(arguments.copy)))
@@ -116,15 +116,15 @@ void require_targets(const Arguments& arguments) {
   require_apart(arguments.model, arguments.copy, "DIR");
 }
 
-int64_t write_copy(const Arguments& arguments, const CalibrateRequest& request, const Checkpoint& checkpoint,
-                   CalibrateResult& result) {
+int64_t write_copy(const CalibrateArguments& arguments, const CalibrateRequest& request,
+                   const Checkpoint& checkpoint, CalibrateResult& result) {
   const auto show = [&](int64_t done, int64_t total) {
     request.progress(fmt::format("writing {}: {} of {} MB", arguments.copy, done >> 20, total >> 20));
   };
   return write_calibrated_copy(checkpoint, arguments.copy, result, request.scheme, show, result.notes);
 }
 
-int execute(const Arguments& arguments) {
+int execute(const CalibrateArguments& arguments) {
   const Progress progress;
   CalibrateRequest request = request_of(arguments);
   request.progress = [&](std::string_view what) { progress.show(what); };
@@ -148,7 +148,7 @@ int execute(const Arguments& arguments) {
 }  // namespace
 
 void add_calibrate(CLI::App& app, int& exit_code) {
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<CalibrateArguments>();
   CLI::App* command = app.add_subcommand(
       "calibrate", "Run activations through a model's experts, and write the input scales that fit them");
   command->add_option("DIR", arguments->model, "a model directory")->required()->check(nonempty());

@@ -19,12 +19,12 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-struct Arguments {
+struct ConvertArguments {
   std::string source, target, to, scheme, scale = "amax", input_scale, layers;
   bool tie_gate_up = false, allow_inexact = false;
 };
 
-ConversionRequest request_of(const Arguments& arguments) {
+ConversionRequest request_of(const ConvertArguments& arguments) {
   ConversionRequest request;
   request.to = *parse_target_format(arguments.to);
   if (!arguments.scheme.empty()) request.scheme = parse_weight_scheme(arguments.scheme);
@@ -83,7 +83,7 @@ class ByteProgress {
   Clock::time_point start_ = Clock::now(), last_ = {};
 };
 
-int execute(const Arguments& arguments) {
+int execute(const ConvertArguments& arguments) {
   ConversionRequest request = request_of(arguments);
   require_apart(arguments.source, arguments.target, "SRC");
   const Progress progress;
@@ -105,7 +105,7 @@ int execute(const Arguments& arguments) {
 }  // namespace
 
 void add_convert(CLI::App& app, int& exit_code) {
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<ConvertArguments>();
   CLI::App* command =
       app.add_subcommand("convert", "Write a model with its experts in another format or scheme");
   command->add_option("SRC", arguments->source, "a model directory; stays as it is")

@@ -19,7 +19,7 @@
 namespace fourfold {
 namespace {
 
-struct Arguments {
+struct DoctorArguments {
   std::string model, json;
   bool self_test = false;
   std::optional<int64_t> layer;
@@ -75,7 +75,7 @@ struct Subject {
 };
 
 /// Throws Error for a model or layer that is not there; what is wrong with one that is goes into `trouble`.
-Subject load_subject(const Arguments& arguments) {
+Subject load_subject(const DoctorArguments& arguments) {
   Subject subject;
   try {
     const auto checkpoint = Checkpoint::open(arguments.model);
@@ -91,7 +91,7 @@ Subject load_subject(const Arguments& arguments) {
 }
 
 /// Which backend would run it, for each form of activations.
-DoctorLayer judge(const Arguments& arguments, const Subject& subject) {
+DoctorLayer judge(const DoctorArguments& arguments, const Subject& subject) {
   DoctorLayer judged;
   judged.model = arguments.model;
   judged.layer = subject.number;
@@ -148,7 +148,7 @@ void print_self_tests(const std::vector<SelfTest>& tests) {
   }
 }
 
-int execute(const Arguments& arguments) {
+int execute(const DoctorArguments& arguments) {
   if (!arguments.json.empty()) require_creatable(arguments.json);
   DoctorReport report;
   if (!arguments.model.empty()) report.layer = judge(arguments, load_subject(arguments));
@@ -178,7 +178,7 @@ int execute(const Arguments& arguments) {
 }  // namespace
 
 void add_doctor(CLI::App& app, int& exit_code) {
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<DoctorArguments>();
   CLI::App* command = app.add_subcommand(
       "doctor", "Say what this machine can run, and for a layer which backend and why; test each");
   command->add_option("DIR", arguments->model, "a model directory whose layer is to be run")

@@ -52,11 +52,11 @@ int print_report(const GemmtestRequest& request, const GemmtestReport& report, c
 }  // namespace
 
 void add_gemmtest(CLI::App& app, int& exit_code) {
-  struct Arguments {
+  struct GemmtestArguments {
     GemmtestRequest request;
     std::string shape = "5,300,328,272", backend;
   };
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<GemmtestArguments>();
   CLI::App* command = app.add_subcommand(
       "gemmtest", "Test a backend's dense and grouped NVFP4 GEMM, with row-major and swizzled scales");
   command->add_option("--shape", arguments->shape, "G,M,N,K: groups, rows in all, columns, depth")

@@ -13,14 +13,14 @@
 namespace fourfold {
 namespace {
 
-struct Arguments {
+struct InspectArguments {
   std::string model, json, scheme;
   std::optional<int64_t> layer;
   int64_t most_unsampled_bytes = kMostUnsampledBytes;
   bool all_codes = false;
 };
 
-int execute(const Arguments& arguments) {
+int execute(const InspectArguments& arguments) {
   if (!arguments.json.empty()) require_creatable(arguments.json);
   const Progress progress;
   InspectOptions options;
@@ -39,7 +39,7 @@ int execute(const Arguments& arguments) {
 }  // namespace
 
 void add_inspect(CLI::App& app, int& exit_code) {
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<InspectArguments>();
   CLI::App* command =
       app.add_subcommand("inspect", "Say what a model's MoE layers hold, and what is wrong with them");
   command->add_option("DIR", arguments->model, "a model directory, or one .safetensors file")

@@ -25,7 +25,7 @@
 namespace fourfold {
 namespace {
 
-struct Arguments : RuleArguments {
+struct LayertestArguments : RuleArguments {
   std::string original, nvfp4;
   int64_t layer = 0;
   std::string experts, input;
@@ -42,7 +42,7 @@ struct Arguments : RuleArguments {
 constexpr int64_t kDefaultTokens = 64;
 
 /// Policies for x and for the intermediate: given ("P" or "P,P"), or the default.
-DefaultPolicies policies_for(const Arguments& arguments, const ExpertWeights& weights,
+DefaultPolicies policies_for(const LayertestArguments& arguments, const ExpertWeights& weights,
                              ActivationFormat format) {
   if (arguments.activation_scale.empty()) return default_scale_policies(weights, format);
   if (!is_nvfp4(format)) {
@@ -69,7 +69,7 @@ using ShowProgress = std::function<void(std::string_view)>;
 /// One layer's test; members in the order in which they come to be known.
 class Run {
  public:
-  Run(const Arguments& arguments, const Opened& opened, int64_t layer)
+  Run(const LayertestArguments& arguments, const Opened& opened, int64_t layer)
       : arguments_(arguments), opened_(opened), layer_(layer) {}
 
   LayerResult test(const ShowProgress& progress) {
@@ -297,7 +297,7 @@ class Run {
 
   void choose() { choice_ = choose_backend(arguments_.backend, weights_, config_, options_); }
 
-  const Arguments& arguments_;
+  const LayertestArguments& arguments_;
   const Opened& opened_;
   int64_t layer_;
   LayertestSubject subject_;
@@ -313,7 +313,7 @@ class Run {
 };
 
 /// `damage`: filled, and what can be read is tested; null: damage is an Error.
-Opened open_checkpoints(const Arguments& arguments, std::vector<std::string>* damage) {
+Opened open_checkpoints(const LayertestArguments& arguments, std::vector<std::string>* damage) {
   const auto open = [&](const std::string& path) {
     if (path.empty()) return std::shared_ptr<const Checkpoint>();
     if (damage == nullptr) return Checkpoint::open(path);
@@ -328,7 +328,7 @@ Opened open_checkpoints(const Arguments& arguments, std::vector<std::string>* da
   return opened;
 }
 
-int test_one_layer(const Arguments& arguments) {
+int test_one_layer(const LayertestArguments& arguments) {
   const Opened opened = open_checkpoints(arguments, nullptr);
   const Progress progress;
   const LayerResult result =
@@ -340,7 +340,7 @@ int test_one_layer(const Arguments& arguments) {
   return exit_code_of(result.report);
 }
 
-int test_many_layers(const Arguments& arguments) {
+int test_many_layers(const LayertestArguments& arguments) {
   ModelTask task;
   if (!arguments.all_layers) task.layers = parse_list(arguments.layers, "--layers");
   const Opened opened = open_checkpoints(arguments, &task.damage);
@@ -359,7 +359,7 @@ int test_many_layers(const Arguments& arguments) {
 }
 
 /// Made-up layers, and the checkpoint's where there is one.
-int stress(const Arguments& arguments) {
+int stress(const LayertestArguments& arguments) {
   StressRequest request;
   request.subjects = stress_layers(*parse_activation_format(arguments.activations), arguments.seed);
   const Progress progress;
@@ -382,7 +382,7 @@ int stress(const Arguments& arguments) {
   return exit_code_of(report);
 }
 
-int execute(const Arguments& arguments) {
+int execute(const LayertestArguments& arguments) {
   // Before the work, of which whole models have much.
   for (const std::string& file : {arguments.json, arguments.html}) {
     if (!file.empty()) require_creatable(file);
@@ -399,7 +399,7 @@ int execute(const Arguments& arguments) {
 }  // namespace
 
 void add_layertest(CLI::App& app, int& exit_code) {
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<LayertestArguments>();
   CLI::App* command = app.add_subcommand(
       "layertest", "Run one MoE layer stage by stage against a bf16 reference, and say what is at fault");
   command->add_option("--nvfp4", arguments->nvfp4, "NVFP4 checkpoint: a model directory")->check(nonempty());

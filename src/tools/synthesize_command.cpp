@@ -82,11 +82,11 @@ int execute(const SynthesizeRequest& request) {
 }  // namespace
 
 void add_synthesize(CLI::App& app, int& exit_code) {
-  struct Arguments {
+  struct SynthesizeArguments {
     SynthesizeRequest request;
     std::string directory, shape, original, family, profile = "realistic";
   };
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<SynthesizeArguments>();
   CLI::App* command = app.add_subcommand(
       "synthesize", "Write a checkpoint and its NVFP4 conversion, in the layouts of real models");
   command->add_option("DIR", arguments->directory, "where original/, nvfp4/ and inputs.safetensors go")

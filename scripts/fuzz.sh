@@ -4,7 +4,8 @@
 #
 #   scripts/fuzz.sh [--seconds N] [header] [index] [config] [experts]
 #
-#   --seconds N   for each of them (default: 15; the long run: 1800). Without names, all of them
+#   --seconds N   for each of them (default: 15; the long run: 1800). Without names, all of them, as many at a time as
+#                 there are cores
 #
 # Exit status: 0 nothing found; 1 a finding, whose input lies in build/fuzz/findings; 2 usage; 77 no libFuzzer here.
 set -euo pipefail
@@ -18,7 +19,7 @@ while [ $# -gt 0 ]; do
       [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { printf 'error: --seconds: expected a number from 1, found %s\n' "'${2:-}'" >&2; exit 2; }
       seconds=$2; shift ;;
     header | index | config | experts) targets+=("$1") ;;
-    --help | -h) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help | -h) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) printf 'error: unknown argument %s; see --help\n' "$1" >&2; exit 2 ;;
   esac
   shift
@@ -37,14 +38,17 @@ fi
 need_build_packages
 build fuzz fuzzers
 
+cores=$(nproc)  # before OMP_NUM_THREADS, which it heeds
 # One thread: the targets are small, and a pool of threads costs more than it saves.
 export OMP_NUM_THREADS=1
 export UBSAN_OPTIONS=print_stacktrace=1
 findings=$build_folder/fuzz/findings
 mkdir -p "$findings"
-status=0
-for target in "${targets[@]}"; do
-  corpus=$build_folder/fuzz/corpus/$target log=$build_folder/fuzz/$target.log inputs=()
+trap 'trap - INT TERM; kill 0' INT TERM  # background jobs of a script do not heed Ctrl-C
+
+# fuzz TARGET: one of them; says what it found.
+fuzz() {
+  local target=$1 corpus=$build_folder/fuzz/corpus/$1 log=$build_folder/fuzz/$1.log inputs=() folder
   mkdir -p "$corpus"
   for folder in "$root/tests/fuzz/seeds/$target" "$root/tests/fuzz/regressions/$target"; do
     [ ! -d "$folder" ] || inputs+=("$folder")
@@ -53,11 +57,27 @@ for target in "${targets[@]}"; do
   if "$build_folder/fuzz/tests/fuzz/${target}_fuzz" -max_total_time="$seconds" -max_len=4096 -timeout=10 \
     -rss_limit_mb=2048 -malloc_limit_mb=512 -print_final_stats=1 -artifact_prefix="$findings/$target-" \
     "$corpus" "${inputs[@]}" >"$log" 2>&1; then
-    say "  nothing found: $(sed -n 's/^stat::number_of_executed_units: *//p' "$log") runs, $(grep -oE 'cov: [0-9]+' "$log" | tail -1), corpus of $(ls "$corpus" | wc -l) inputs"
+    say "  $target: nothing found: $(sed -n 's/^stat::number_of_executed_units: *//p' "$log") runs, $(grep -oE 'cov: [0-9]+' "$log" | tail -1), corpus of $(ls "$corpus" | wc -l) inputs"
   else
-    status=1
     grep -E 'SUMMARY|runtime error|does not hold|Test unit written' "$log" >&2 || tail -n 20 "$log" >&2
     printf 'error: %s: a finding; repeat it with build/fuzz/tests/fuzz/%s_fuzz FILE\n' "$target" "$target" >&2
+    return 1
   fi
+}
+
+# As many at a time as there are cores.
+status=0
+running=0
+for target in "${targets[@]}"; do
+  if [ "$running" -ge "$cores" ]; then
+    wait -n || status=1
+    running=$((running - 1))
+  fi
+  fuzz "$target" &
+  running=$((running + 1))
+done
+while [ "$running" -gt 0 ]; do
+  wait -n || status=1
+  running=$((running - 1))
 done
 exit $status

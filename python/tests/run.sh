@@ -25,7 +25,7 @@ say "python: installing the package into build/python-test (log: build/python-te
 {
   "$venv/bin/python" -m pip install -q 'pytest>=7' 'mypy>=1.10'
   "$venv/bin/python" -m pip install -q --no-deps -r "$root/scripts/requirements.txt"  # for scripts/evaluate.py
-  "$venv/bin/python" -m pip install -q --force-reinstall --no-deps "$root" -C cmake.define.FOURFOLD_CUDA=OFF
+  # A folder is built and installed again, also where the version is the same.
   "$venv/bin/python" -m pip install -q "$root$extras" -C cmake.define.FOURFOLD_CUDA=OFF
 } >"$build_folder/python-test.log" 2>&1 || { tail -n 40 "$build_folder/python-test.log" >&2; die "pip install failed"; }
 say "python: tests"

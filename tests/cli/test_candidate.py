@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import checkpoints as ck
-from command import FINDING, FINE, Json, Result, assert_refused, assert_usage, run
+from command import FINDING, FINE, SANITIZED, Json, Result, assert_refused, assert_usage, run
 from models import Model
 from numpy_engine import DEEPSEEK_V4, QWEN, Array, Engine
 from pages import assert_looks_well, page_of
@@ -170,6 +170,7 @@ def test_unknown_fault_is_not_explained_away(tmp_path: Path, folder: Path) -> No
     assert report["where"]["block"] == 16 and report["where"]["bad_blocks"] == [2]
 
 
+@pytest.mark.skipif(SANITIZED, reason="half a minute of arithmetic, of code that test_unknown_fault_... runs as well")
 def test_error_that_repeats_is_told(tmp_path: Path, folder: Path) -> None:
     def change(output: Array) -> None:
         output[:, 3::8] *= -7
@@ -179,6 +180,7 @@ def test_error_that_repeats_is_told(tmp_path: Path, folder: Path) -> None:
     assert report["verdict"] == "unexplained" and report["where"]["period"] == 8
 
 
+@pytest.mark.skipif(SANITIZED, reason="half a minute of arithmetic, of code that test_unknown_fault_... runs as well")
 def test_stage_that_is_off_is_told(tmp_path: Path, folder: Path) -> None:
     """Wrong between h and the activation: h is right, the output follows from the activation."""
     engine = engine_of(folder, "qwen3-moe")

@@ -22,8 +22,7 @@ endif()
 option(FOURFOLD_WERROR "Warnings are errors" ${known_compiler})
 set(FOURFOLD_SANITIZE "" CACHE STRING "Sanitizers, e.g. address,undefined")
 
-# Most of what those files take is headers that all of them have (JSON, formatting).
-option(FOURFOLD_UNITY "Compile the files of the rooms checkpoint and tools eight at a time" ON)
+option(FOURFOLD_UNITY "Compile the files of most rooms eight at a time" ON)
 
 find_program(FOURFOLD_CCACHE ccache)
 if(FOURFOLD_CCACHE)

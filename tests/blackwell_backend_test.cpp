@@ -65,6 +65,14 @@ TEST(BlackwellBackend, RefusesActivationsThatAreNotFp4) {
   }
 }
 
+TEST(BlackwellBackend, RefusesOtherRulesOfBlockScales) {
+  const RandomLayer layer({}, 1);
+  LayerOptions options;
+  options.activation_rule = ScaleRule::kMse;
+  const std::string reason = blackwell_backend().why_unsupported(layer.weights, layer.config, options);
+  EXPECT_NE(reason.find("amax, not mse"), std::string::npos) << reason;
+}
+
 TEST(BlackwellBackend, NamesTheTensorThatIsNotNvfp4) {
   RandomLayer layer({}, 1);
   std::get<BlockScaledView>(layer.weights.experts[1].up).format = QuantFormat::kMxfp4;

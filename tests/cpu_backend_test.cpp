@@ -189,6 +189,22 @@ TEST_P(CpuLayers, AreSoundInEveryFormatAndScalePolicy) {
   expect_sound({}, options_for(ActivationFormat::kBf16), ++salt);
 }
 
+TEST_P(CpuLayers, AreSoundByEveryRuleOfBlockScales) {
+  uint64_t salt = 50;
+  for (const ScaleRule rule : {ScaleRule::kFourOverSix, ScaleRule::kMse}) {
+    LayerOptions options = options_for(ActivationFormat::kNvfp4, kPolicies[salt % 4], kPolicies[salt % 3]);
+    options.activation_rule = rule;
+    expect_sound({}, options, ++salt);
+    TestLayer layer({}, kSeed + salt, SharedFormat::kNvfp4);
+    expect_sound(layer, options);
+    TestLayer with_bf16({}, kSeed + salt, SharedFormat::kBf16);
+    expect_sound(with_bf16, options);
+    LayerOptions amax = options;
+    amax.activation_rule = ScaleRule::kAmax;
+    EXPECT_NE(run(layer, options).staged_x.scales, run(layer, amax).staged_x.scales);
+  }
+}
+
 TEST_P(CpuLayers, AreSoundForEveryActivationWithAndWithoutBiases) {
   uint64_t salt = 100;
   for (const ActivationFunction& activation : kActivations) {

@@ -397,6 +397,27 @@ TEST_P(CpuKernels, StageLikeTheReferenceBitForBit) {
   }
 }
 
+TEST_P(CpuKernels, StageByOtherRulesLikeTheReferenceBitForBit) {
+  std::mt19937 random(kSeed + 40);
+  for (int trial = 0; trial < 100; ++trial) {
+    const int64_t cols = 16 * (1 + static_cast<int64_t>(random() % 12));
+    std::vector<Bf16> rows;
+    for (const float value : awkward_row(cols, random, trial % 2 == 0)) rows.push_back(encode_bf16(value));
+    for (const ScaleRule rule : {ScaleRule::kFourOverSix, ScaleRule::kMse}) {
+      StagedOne expected(cols), found(cols);
+      expected.row_scales[0] = found.row_scales[0] = 0.01f;
+      reference::stage(ActivationFormat::kNvfp4, {rows.data(), 1, cols},
+                       expected.views(ActivationFormat::kNvfp4, cols), rule);
+      const RowStager stager(functions(), ActivationFormat::kNvfp4, cols, rule);
+      const Aligned<std::byte> scratch(stager.scratch_bytes());
+      functions().widen(rows.data(), cols, stager.values(scratch.data()));
+      stager.quantize(0, found.views(ActivationFormat::kNvfp4, cols), scratch.data());
+      ASSERT_EQ(found.codes, expected.codes) << to_string(rule) << ", trial " << trial;
+      ASSERT_EQ(found.scales, expected.scales) << to_string(rule) << ", trial " << trial;
+    }
+  }
+}
+
 TEST_P(CpuKernels, IntBlocksHoldEveryCodeAndScale) {
   std::array<uint8_t, 8> codes;
   for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(2 * i | (2 * i + 1) << 4);

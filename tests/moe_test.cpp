@@ -187,6 +187,22 @@ TEST(ScalePolicies, DefaultToStaticOnlyWhereEveryExpertHasUsableScales) {
   EXPECT_EQ(default_scale_policies(layer.weights, ActivationFormat::kNvfp4).x, ScalePolicy::kDynamicToken);
 }
 
+TEST(ActivationRule, IsForNvfp4Alone) {
+  TestLayer layer;
+  LayerOptions options;
+  options.activation_rule = ScaleRule::kMse;
+  EXPECT_NO_THROW(layer.make(options));
+  for (const ActivationFormat format :
+       {ActivationFormat::kNvfp4x2, ActivationFormat::kFp8, ActivationFormat::kBf16}) {
+    options.activations = format;
+    const std::string message = message_of([&] { layer.make(options); });
+    EXPECT_NE(message.find(std::string("activation_rule for ") + std::string(to_string(format)) +
+                           " activations: expected amax, found mse"),
+              std::string::npos)
+        << message;
+  }
+}
+
 TEST(Backends, EndWithTheReferenceAndAreFoundByName) {
   EXPECT_EQ(backends().back(), &reference_backend());
   EXPECT_EQ(&find_backend("reference"), &reference_backend());

@@ -174,6 +174,7 @@ LayerOptions options_of(const Job& job) {
   const std::string policy = job.option("policy", "dynamic-token");
   options.x_scale = parse_scale_policy(job.option("x_policy", policy)).value();
   options.intermediate_scale = parse_scale_policy(job.option("intermediate_policy", policy)).value();
+  options.activation_rule = parse_scale_rule(job.option("rule", "amax")).value();
   options.accumulation = accumulation_of(job);
   options.dequantize_weights = job.option("dequantize") == "1";
   return options;

@@ -61,6 +61,9 @@ TEST(Sm90Backend, LeavesToTheReferenceWhatIsTheReferences) {
   options = {};
   options.dequantize_weights = true;
   EXPECT_NE(why_not(layer, options).find("dequantized"), std::string::npos);
+  options = {};
+  options.activation_rule = ScaleRule::kFourOverSix;
+  EXPECT_NE(why_not(layer, options).find("amax, not four-over-six"), std::string::npos);
 }
 
 TEST(Sm90Backend, SaysWhatItNeedsWhereItCantRun) {

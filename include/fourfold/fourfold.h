@@ -191,6 +191,8 @@ typedef struct fourfold_layer_options {
   int64_t expert_count;    ///< how many `experts` lists
   int32_t omit_shared;     ///< 1: without the shared expert, which another rank adds
   int64_t top_k;           ///< K; 0: the router's
+  /// Block scales of nvfp4 activations: "amax" (the default), or on CPUs "four-over-six" or "mse".
+  const char* activation_rule;
 } fourfold_layer_options;
 
 /// Makes `layer` of the checkpoint. `options` may be null. FOURFOLD_NOT_FOUND, FOURFOLD_BAD_FILE: as
@@ -214,6 +216,7 @@ typedef struct fourfold_layer_description {
   const char* reason;   ///< why this backend and none of the better ones
   const char* activations;
   const char *x_scale, *intermediate_scale;  ///< the policies; of formats other than NVFP4 not used
+  const char* activation_rule;
 } fourfold_layer_description;
 
 FOURFOLD_EXPORT fourfold_status fourfold_layer_describe(const fourfold_layer* layer,

@@ -21,6 +21,7 @@
 #include "fourfold/export.h"
 #include "fourfold/gemm.h"
 #include "fourfold/memory.h"
+#include "fourfold/quantize.h"
 #include "fourfold/routing.h"
 
 namespace FOURFOLD_EXPORT fourfold {
@@ -81,6 +82,9 @@ struct LayerOptions {
   ActivationFormat activations = ActivationFormat::kNvfp4;
   ScalePolicy x_scale = ScalePolicy::kStatic;             ///< used by nvfp4 and nvfp4x2 alone
   ScalePolicy intermediate_scale = ScalePolicy::kStatic;  ///< the same, for the second GEMM's input
+  /// How block scales of activations are chosen. Others than amax are for nvfp4 alone, and run on the
+  /// backends reference and cpu.
+  ScaleRule activation_rule = ScaleRule::kAmax;
   Accumulation accumulation = Accumulation::kFloat32;
   /// For max-over-experts: the largest input scales over all ranks, where this layer holds a part of the
   /// experts. Absent: the largest of this layer.
@@ -90,6 +94,9 @@ struct LayerOptions {
   bool dequantize_weights = false;
 };
 
+/// The same options for bf16 activations, which have no block scales to choose.
+LayerOptions with_bf16_activations(const LayerOptions& options);
+
 /// How the shared expert is computed: NVFP4 weights with the layer's activation format and scale policies
 /// (max-over-experts is its own scale), weights in any other format with bf16 activations.
 LayerOptions shared_options(const SharedExpert& shared, const LayerOptions& options);
@@ -97,6 +104,8 @@ LayerOptions shared_options(const SharedExpert& shared, const LayerOptions& opti
 /// Why a backend other than the reference has to refuse these options (float64 sums, dequantized weights);
 /// empty when it need not. Fast backends call it in why_unsupported.
 std::string why_reference_only(const LayerOptions& options);
+/// Why a backend that stages activations by the rule amax alone has to refuse them; empty when it need not.
+std::string why_not_activation_rule(const LayerOptions& options);
 
 /// Workspaces start at a multiple of this many bytes.
 inline constexpr size_t kWorkspaceAlignment = 256;

@@ -27,7 +27,9 @@ void activation_scales(ScalePolicy policy, MatrixView<const Bf16> rows,
                        std::span<float> global);
 
 /// Quantizes `rows` [M, cols] into `out`. NVFP4 reads out.row_scales [M]; fp8 writes them; bf16 copies.
-void stage(ActivationFormat format, MatrixView<const Bf16> rows, const StagedActivations& out);
+/// `rule` is nvfp4's.
+void stage(ActivationFormat format, MatrixView<const Bf16> rows, const StagedActivations& out,
+           ScaleRule rule = ScaleRule::kAmax);
 
 /// x in permuted order [M, H]; weighted where the routing weight goes on the input.
 void permute_rows(MatrixView<const Bf16> x, std::span<const int32_t> slot_of_row,

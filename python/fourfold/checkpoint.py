@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fourfold import _native
 from fourfold._arrays import F32, I32, Array, empty_like, exported, require_dimensions
 from fourfold.layer import MoeLayer
-from fourfold.quantization import ActivationFormat, ScalePolicy
+from fourfold.quantization import ActivationFormat, ScalePolicy, ScaleRule
 
 GateUpOrder = Literal["gate-first", "up-first", "interleaved"]
 WeightScheme = Literal["modelopt", "compressed-tensors", "mxfp4"]
@@ -110,6 +110,7 @@ class Checkpoint:
         activations: ActivationFormat = "nvfp4",
         x_scale: ScalePolicy | None = None,
         intermediate_scale: ScalePolicy | None = None,
+        activation_rule: ScaleRule = "amax",
         gate_up_order: GateUpOrder | None = None,
         scheme: WeightScheme | None = None,
         backend: str = "",
@@ -122,7 +123,7 @@ class Checkpoint:
         found = self.load_experts(layer, experts=experts, gate_up_order=gate_up_order, scheme=scheme)
         config = _native.config_of_checkpoint(self._checkpoint, found, activation, top_k or 0, shared)
         made = MoeLayer.__new__(MoeLayer)
-        made._make(found.weights(shared), config, activations, x_scale, intermediate_scale, backend)
+        made._make(found.weights(shared), config, activations, x_scale, intermediate_scale, activation_rule, backend)
         return made
 
 

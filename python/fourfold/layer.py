@@ -26,6 +26,7 @@ from fourfold.errors import InvalidArgumentError
 from fourfold.quantization import (
     ActivationFormat,
     ScalePolicy,
+    ScaleRule,
     StagedActivations,
     WeightMatrix,
     native_weight,
@@ -158,6 +159,8 @@ class MoeLayer:
     activations: what activations become before a GEMM, "nvfp4", "nvfp4x2", "fp8" or "bf16".
     x_scale, intermediate_scale: where NVFP4's global scale of x and of the intermediate comes from; None: "static"
     where every expert has input scales, "dynamic-token" where none has.
+    activation_rule: how block scales of "nvfp4" activations are chosen, "amax", "four-over-six" or "mse"; others than
+    "amax" run on CPUs.
     backend: see backends(); "" is the best that can compute this layer, or the environment's FOURFOLD_BACKEND.
 
     Raises InvalidArgumentError where the pieces do not fit each other, UnsupportedError where no backend, or not the
@@ -174,10 +177,11 @@ class MoeLayer:
         activations: ActivationFormat = "nvfp4",
         x_scale: ScalePolicy | None = None,
         intermediate_scale: ScalePolicy | None = None,
+        activation_rule: ScaleRule = "amax",
         backend: str = "",
     ) -> None:
         config = _native.config_of_weights(weights, top_k, activation, weight_on_input)
-        self._make(weights, config, activations, x_scale, intermediate_scale, backend)
+        self._make(weights, config, activations, x_scale, intermediate_scale, activation_rule, backend)
 
     def _make(
         self,
@@ -186,10 +190,11 @@ class MoeLayer:
         activations: str,
         x_scale: str | None,
         intermediate_scale: str | None,
+        activation_rule: str,
         backend: str,
     ) -> None:
         self._layer = _native.make_layer(
-            weights, config, activations, x_scale or "", intermediate_scale or "", backend
+            weights, config, activations, x_scale or "", intermediate_scale or "", activation_rule, backend
         )
         self._shared_activations = _native.shared_activations(weights, activations)
         self._plans: OrderedDict[int, _native.LayerPlan] = OrderedDict()
@@ -209,6 +214,11 @@ class MoeLayer:
     def scale_policies(self) -> tuple[str, str]:
         """Of x and of the intermediate."""
         return self._layer.x_scale, self._layer.intermediate_scale
+
+    @property
+    def activation_rule(self) -> str:
+        """How block scales of its activations are chosen."""
+        return self._layer.activation_rule
 
     @property
     def backend(self) -> str:

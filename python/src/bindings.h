@@ -33,5 +33,6 @@ void bind_layer(nb::module_& module);
 
 ActivationFormat activation_format(const std::string& name);
 ScalePolicy scale_policy(const std::string& name);
+ScaleRule scale_rule(const std::string& name);
 
 }  // namespace fourfold::python

@@ -16,9 +16,11 @@ namespace {
 
 /// Empty policies: the defaults.
 LayerOptions options_of(const ExpertWeights& weights, const std::string& activations,
-                        const std::string& x_scale, const std::string& intermediate_scale) {
+                        const std::string& x_scale, const std::string& intermediate_scale,
+                        const std::string& activation_rule) {
   LayerOptions options;
   options.activations = activation_format(activations);
+  options.activation_rule = scale_rule(activation_rule);
   if (!x_scale.empty()) options.x_scale = scale_policy(x_scale);
   if (!intermediate_scale.empty()) options.intermediate_scale = scale_policy(intermediate_scale);
   if (x_scale.empty() || intermediate_scale.empty()) {
@@ -31,10 +33,12 @@ LayerOptions options_of(const ExpertWeights& weights, const std::string& activat
 
 std::unique_ptr<Layer> make_layer(const std::shared_ptr<ExpertWeights>& weights, const LayerConfig& config,
                                   const std::string& activations, const std::string& x_scale,
-                                  const std::string& intermediate_scale, const std::string& backend) {
+                                  const std::string& intermediate_scale, const std::string& activation_rule,
+                                  const std::string& backend) {
   const nb::gil_scoped_release release;
   validate(*weights);
-  const LayerOptions options = options_of(*weights, activations, x_scale, intermediate_scale);
+  const LayerOptions options =
+      options_of(*weights, activations, x_scale, intermediate_scale, activation_rule);
   validate(*weights, config, options);
   return std::make_unique<Layer>(weights, config, options, backend);
 }
@@ -77,6 +81,9 @@ void bind_layer(nb::module_& module) {
                    [](const Layer& layer) {
                      return std::string(to_string(layer.layer().options().intermediate_scale));
                    })
+      .def_prop_ro(
+          "activation_rule",
+          [](const Layer& layer) { return std::string(to_string(layer.layer().options().activation_rule)); })
       .def_prop_ro("cuda_device",
                    [](const Layer& layer) -> std::optional<int> {
                      if (layer.device() == Device::host()) return std::nullopt;
@@ -96,7 +103,8 @@ void bind_layer(nb::module_& module) {
            nb::arg("out"), nb::arg("workspace").none(), nb::arg("status").none(), nb::arg("taps"),
            nb::arg("stream"));
   module.def("make_layer", make_layer, nb::arg("weights"), nb::arg("config"), nb::arg("activations"),
-             nb::arg("x_scale"), nb::arg("intermediate_scale"), nb::arg("backend"));
+             nb::arg("x_scale"), nb::arg("intermediate_scale"), nb::arg("activation_rule"),
+             nb::arg("backend"));
   module.def("shared_activations", shared_activations, nb::arg("weights"), nb::arg("activations"));
 }
 

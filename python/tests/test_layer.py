@@ -128,6 +128,21 @@ def test_weights_are_views_that_stay_alive() -> None:
     np.testing.assert_array_equal(layer.forward(made.x, made.ids, made.weights), due)
 
 
+def test_rule_of_block_scales() -> None:
+    made = Layer(8)
+    exact = made.make(activations="bf16").forward(made.x, made.ids, made.weights).astype(np.float32)
+    errors = {}
+    for rule in ("amax", "four-over-six", "mse"):
+        layers = [made.make(activation_rule=rule, backend=backend) for backend in ("cpu", "reference")]
+        assert all(layer.activation_rule == rule for layer in layers)
+        results = [layer.forward(made.x, made.ids, made.weights).astype(np.float32) for layer in layers]
+        assert rel_l2(results[0], results[1]) < 1e-2
+        errors[rule] = rel_l2(results[0], exact)
+    assert errors["mse"] < errors["amax"] and errors["four-over-six"] < errors["amax"]
+    with pytest.raises(fourfold.InvalidArgumentError, match="activation_rule for bf16 activations"):
+        made.make(activation_rule="mse", activations="bf16")
+
+
 def test_what_is_refused() -> None:
     made = Layer()
     layer = made.make()

@@ -50,6 +50,7 @@ class BlackwellBackend final : public Backend {
   std::string why_unsupported(const ExpertWeights& weights, const LayerConfig& config,
                               const LayerOptions& options) const override {
     std::string reason = why_reference_only(options);
+    if (reason.empty()) reason = why_not_activation_rule(options);
     if (reason.empty()) reason = why_not_activations(options.activations);
     if (!reason.empty()) return reason;
     if (config.experts > cuda::kMostExperts) {

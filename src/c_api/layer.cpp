@@ -57,6 +57,9 @@ LayerOptions layer_options_in(const fourfold_layer_options& options, const Exper
     reject("x_scale and intermediate_scale", fmt::format("none with {}", to_string(made.activations)),
            fmt::format("'{}' and '{}'", x, intermediate));
   }
+  made.activation_rule = c_api::parse_option(options.activation_rule, parse_scale_rule, "activation_rule",
+                                             "amax, four-over-six or mse")
+                             .value_or(ScaleRule::kAmax);
   // Asked for only where it is needed: without usable input scales there is no default.
   const bool both_given = !x.empty() && !intermediate.empty();
   const DefaultPolicies defaults =
@@ -189,6 +192,7 @@ fourfold_status fourfold_layer_describe(const fourfold_layer* layer,
     known.activations = to_string(made.layer->options().activations).data();
     known.x_scale = to_string(made.layer->options().x_scale).data();
     known.intermediate_scale = to_string(made.layer->options().intermediate_scale).data();
+    known.activation_rule = to_string(made.layer->options().activation_rule).data();
     c_api::write_struct(known, description, "fourfold_layer_description");
   });
 }

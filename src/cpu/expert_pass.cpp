@@ -55,8 +55,9 @@ ExpertPass::ExpertPass(const PreparedExperts& experts, const Kernels& kernels, c
       h_(h),
       adopted_(staged),
       group_offsets_(group_offsets),
-      x_stager_(functions_, format_of(experts), experts.config().hidden),
-      intermediate_stager_(functions_, format_of(experts), experts.config().intermediate) {
+      x_stager_(functions_, format_of(experts), experts.config().hidden, experts.options().activation_rule),
+      intermediate_stager_(functions_, format_of(experts), experts.config().intermediate,
+                           experts.options().activation_rule) {
   lay_out_groups(group_offsets);
 }
 

@@ -42,6 +42,9 @@ struct RowFunctions {
                          std::byte* scratch);
   void (*quantize_nvfp4x2)(const float* x, int64_t cols, float global, uint8_t* codes, uint8_t* scales,
                            uint8_t* residual_codes, uint8_t* residual_scales, std::byte* scratch);
+  /// quantize_row_nvfp4 (no floor) by a rule other than amax, bit for bit.
+  void (*quantize_nvfp4_searching)(ScaleRule rule, const float* x, int64_t cols, float global, uint8_t* codes,
+                                   uint8_t* scales);
   void (*encode_fp8)(const float* x, int64_t cols, float reciprocal, uint8_t* codes);
 
   /// cols / 16 blocks.

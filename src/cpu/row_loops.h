@@ -105,6 +105,26 @@ FOURFOLD_INLINE uint32_t encode_code(float value) {
   return code | sign;
 }
 
+/// decode_e2m1 without a branch.
+FOURFOLD_INLINE float decode_code(uint32_t code) {
+  const uint32_t magnitude = code & 7u;
+  const float normal = to_float((magnitude << 22) + (126u << 23));
+  const float positive = magnitude < 2 ? 0.5f * static_cast<float>(static_cast<int32_t>(magnitude)) : normal;
+  return to_float(to_bits(positive) | (code & 8u) << 28);
+}
+
+/// The block scale by amax / 6 of a block with this amax, not a number where the block holds none.
+FOURFOLD_INLINE uint32_t encode_block_scale(float amax, float global) {
+  const uint32_t scale = encode_positive_e4m3(amax / 6.0f / global);
+  return to_bits(amax) < kInfinityBits ? scale : uint32_t{kE4m3NanCode};
+}
+
+/// What values are multiplied by before they are rounded to codes, of a block with this decoded scale.
+FOURFOLD_INLINE float reciprocal_of(float decoded, float global) {
+  const float reciprocal = 1.0f / (decoded * global);
+  return decoded == 0.0f ? 0.0f : reciprocal;
+}
+
 /// Scratch of the quantizers, for rows of `cols` values.
 struct QuantizerScratch {
   float* reciprocals;  ///< [cols / 16]
@@ -126,11 +146,8 @@ FOURFOLD_INLINE void quantize_nvfp4(const float* x, int64_t cols, float global, 
   }
   for (int64_t block = 0; block < blocks; ++block) {
     const float amax = scratch.reciprocals[block];
-    uint32_t scale = encode_positive_e4m3(amax / 6.0f / global);
-    scale = to_bits(amax) < kInfinityBits ? scale : uint32_t{kE4m3NanCode};
-    const float decoded = decode_positive_e4m3(scale);
-    const float reciprocal = 1.0f / (decoded * global);
-    scratch.reciprocals[block] = decoded == 0.0f ? 0.0f : reciprocal;
+    const uint32_t scale = encode_block_scale(amax, global);
+    scratch.reciprocals[block] = reciprocal_of(decode_positive_e4m3(scale), global);
     scales[block] = static_cast<uint8_t>(scale);
   }
   for (int64_t block = 0; block < blocks; ++block) {
@@ -155,12 +172,99 @@ FOURFOLD_INLINE void subtract_quantized(const float* x, int64_t cols, float glob
     const float scale = decode_positive_e4m3(scales[block]);
     for (int64_t i = 0; i < kBlockDepth; ++i) {
       const int64_t k = block * kBlockDepth + i;
-      const uint32_t code = scratch.codes[k], magnitude = code & 7u;
-      const float normal = to_float((magnitude << 22) + (126u << 23));
-      const float positive =
-          magnitude < 2 ? 0.5f * static_cast<float>(static_cast<int32_t>(magnitude)) : normal;
-      const float value = to_float(to_bits(positive) | (code & 8u) << 28) * scale;
+      const float value = decode_code(scratch.codes[k]) * scale;
       scratch.residual[k] = x[k] - value * global;
+    }
+  }
+}
+
+/// Blocks of which a search over scales goes through side by side: every lane of a vector tries a candidate
+/// of its own block.
+inline constexpr int kSearchLanes = 16;
+
+struct SearchedBlocks {
+  alignas(64) float x[kBlockDepth][kSearchLanes];
+  alignas(64) uint32_t codes[kBlockDepth][kSearchLanes], tried[kBlockDepth][kSearchLanes];
+  alignas(64) double error[kSearchLanes], tried_error[kSearchLanes];
+  alignas(64) uint32_t scales[kSearchLanes], candidates[kSearchLanes], first[kSearchLanes];
+  alignas(64) float amax[kSearchLanes];
+};
+
+/// Quantizes all lanes with the scales `candidates` into `codes` and `error`.
+FOURFOLD_INLINE void quantize_lanes(const SearchedBlocks& blocks, float global,
+                                    uint32_t (&codes)[kBlockDepth][kSearchLanes],
+                                    double (&error)[kSearchLanes]) {
+  alignas(64) float decoded[kSearchLanes], reciprocal[kSearchLanes];
+  for (int lane = 0; lane < kSearchLanes; ++lane) {
+    decoded[lane] = decode_positive_e4m3(blocks.candidates[lane]);
+    reciprocal[lane] = reciprocal_of(decoded[lane], global);
+    error[lane] = 0.0;
+  }
+  for (int k = 0; k < kBlockDepth; ++k) {
+    for (int lane = 0; lane < kSearchLanes; ++lane) {
+      const float x = blocks.x[k][lane];
+      const uint32_t code = encode_code(x * reciprocal[lane]);
+      codes[k][lane] = code;
+      const double difference = double{x} - double{(decode_code(code) * decoded[lane]) * global};
+      error[lane] += difference * difference;
+    }
+  }
+}
+
+/// quantize_row_nvfp4 of fourfold/quantize.h with ScaleFloor::kNone by a rule that tries several scales, bit
+/// for bit. What has nothing to choose from keeps the first: zeros, whose error is 0, and blocks that are not
+/// finite, whose error is NaN.
+FOURFOLD_INLINE void quantize_nvfp4_searching(ScaleRule rule, const float* x, int64_t cols, float global,
+                                              uint8_t* codes, uint8_t* scales) {
+  constexpr int kOctave = 8;  // codes of e4m3
+  const int tries = rule == ScaleRule::kFourOverSix ? 1 : 2 * kOctave + 1;
+  SearchedBlocks blocks;
+  const int64_t count = cols / kBlockDepth;
+  for (int64_t begin = 0; begin < count; begin += kSearchLanes) {
+    const int present = static_cast<int>(count - begin < kSearchLanes ? count - begin : kSearchLanes);
+    for (int lane = 0; lane < kSearchLanes; ++lane) {
+      const float* const block = x + (begin + (lane < present ? lane : 0)) * kBlockDepth;
+      for (int k = 0; k < kBlockDepth; ++k) blocks.x[k][lane] = block[k];
+    }
+    for (int lane = 0; lane < kSearchLanes; ++lane) {
+      uint32_t largest = 0;
+      for (int k = 0; k < kBlockDepth; ++k) {
+        const uint32_t magnitude = to_bits(blocks.x[k][lane]) & kMagnitude;
+        largest = magnitude > largest ? magnitude : largest;
+      }
+      blocks.amax[lane] = to_float(largest);
+      blocks.first[lane] = encode_block_scale(blocks.amax[lane], global);
+      blocks.scales[lane] = blocks.candidates[lane] = blocks.first[lane];
+    }
+    quantize_lanes(blocks, global, blocks.codes, blocks.error);
+    for (int step = 0; step < tries; ++step) {
+      for (int lane = 0; lane < kSearchLanes; ++lane) {
+        const uint32_t fourth = encode_positive_e4m3(blocks.amax[lane] / 4.0f / global);
+        const auto near = static_cast<int32_t>(blocks.first[lane]) + step - kOctave;
+        const auto chosen = rule == ScaleRule::kFourOverSix ? static_cast<int32_t>(fourth) : near;
+        const int32_t positive = chosen < kE4m3SmallestCode ? kE4m3SmallestCode : chosen;
+        blocks.candidates[lane] = static_cast<uint32_t>(positive < kE4m3MaxCode ? positive : kE4m3MaxCode);
+      }
+      quantize_lanes(blocks, global, blocks.tried, blocks.tried_error);
+      uint32_t better[kSearchLanes];
+      for (int lane = 0; lane < kSearchLanes; ++lane) {
+        better[lane] = blocks.tried_error[lane] < blocks.error[lane] ? ~uint32_t{0} : 0;
+        blocks.error[lane] = better[lane] != 0 ? blocks.tried_error[lane] : blocks.error[lane];
+        blocks.scales[lane] = better[lane] != 0 ? blocks.candidates[lane] : blocks.scales[lane];
+      }
+      for (int k = 0; k < kBlockDepth; ++k) {
+        for (int lane = 0; lane < kSearchLanes; ++lane) {
+          blocks.codes[k][lane] =
+              (blocks.tried[k][lane] & better[lane]) | (blocks.codes[k][lane] & ~better[lane]);
+        }
+      }
+    }
+    for (int lane = 0; lane < present; ++lane) {
+      scales[begin + lane] = static_cast<uint8_t>(blocks.scales[lane]);
+      for (int k = 0; k < kBlockDepth; k += 2) {
+        codes[((begin + lane) * kBlockDepth + k) / 2] =
+            static_cast<uint8_t>(blocks.codes[k][lane] | blocks.codes[k + 1][lane] << 4);
+      }
     }
   }
 }

@@ -106,6 +106,11 @@ void RowStager::quantize(int64_t row, const StagedActivations& staged, std::byte
   std::byte* const rest = scratch + round_to_line(padded_depth() * 4);
   switch (format_) {
     case ActivationFormat::kNvfp4:
+      if (rule_ != ScaleRule::kAmax) {
+        return functions_.quantize_nvfp4_searching(rule_, x, depth_,
+                                                   staged.row_scales[static_cast<size_t>(row)],
+                                                   staged.codes.row(row), staged.scales.row(row));
+      }
       return functions_.quantize_nvfp4(x, depth_, staged.row_scales[static_cast<size_t>(row)],
                                        staged.codes.row(row), staged.scales.row(row), rest);
     case ActivationFormat::kNvfp4x2:

@@ -9,6 +9,7 @@
 #include "cpu/kernels.h"
 #include "cpu/row_functions.h"
 #include "fourfold/activations.h"
+#include "fourfold/quantize.h"
 
 namespace fourfold::cpu {
 
@@ -60,8 +61,10 @@ void copy_staged_row(const ActivationView& a, std::span<const int32_t> group_off
 /// Quantizes and expands rows of one width.
 class RowStager {
  public:
-  RowStager(const RowFunctions& functions, ActivationFormat format, int64_t depth)
-      : functions_(functions), format_(format), depth_(depth) {}
+  /// `rule`: nvfp4's.
+  RowStager(const RowFunctions& functions, ActivationFormat format, int64_t depth,
+            ScaleRule rule = ScaleRule::kAmax)
+      : functions_(functions), format_(format), depth_(depth), rule_(rule) {}
 
   int64_t depth() const { return depth_; }
   /// Bytes of scratch for one thread.
@@ -90,6 +93,7 @@ class RowStager {
   const RowFunctions& functions_;
   ActivationFormat format_;
   int64_t depth_;
+  ScaleRule rule_;
 };
 
 }  // namespace fourfold::cpu

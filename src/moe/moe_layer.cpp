@@ -221,6 +221,11 @@ std::string why_reference_only(const LayerOptions& options) {
   return "";
 }
 
+std::string why_not_activation_rule(const LayerOptions& options) {
+  if (options.activation_rule == ScaleRule::kAmax) return "";
+  return fmt::format("it stages activations by the rule amax, not {}", to_string(options.activation_rule));
+}
+
 LayerConfig shared_config(const LayerConfig& config) {
   LayerConfig shared;
   shared.hidden = config.hidden;
@@ -230,10 +235,16 @@ LayerConfig shared_config(const LayerConfig& config) {
   return shared;
 }
 
+LayerOptions with_bf16_activations(const LayerOptions& options) {
+  LayerOptions changed = options;
+  changed.activations = ActivationFormat::kBf16;
+  changed.activation_rule = ScaleRule::kAmax;
+  return changed;
+}
+
 LayerOptions shared_options(const SharedExpert& shared, const LayerOptions& options) {
-  LayerOptions own = options;
+  LayerOptions own = is_all_nvfp4(shared.expert) ? options : with_bf16_activations(options);
   own.x_max_scale = own.intermediate_max_scale = std::nullopt;
-  if (!is_all_nvfp4(shared.expert)) own.activations = ActivationFormat::kBf16;
   return own;
 }
 
@@ -297,6 +308,10 @@ void validate(const ExpertWeights& weights, const LayerConfig& config, const Lay
   if (config.top_k < 1) reject("top_k", "at least 1", config.top_k);
   for (const Expert& expert : weights.experts) validate_activation(expert, config.activation);
   if (weights.shared) validate_activation(weights.shared->expert, config.shared_activation);
+  if (options.activation_rule != ScaleRule::kAmax && options.activations != ActivationFormat::kNvfp4) {
+    reject(fmt::format("activation_rule for {} activations", to_string(options.activations)), "amax",
+           to_string(options.activation_rule));
+  }
   if (!is_nvfp4(options.activations)) return;
   if (config.hidden % 16 != 0 || config.intermediate % 16 != 0) {
     reject("H and I for nvfp4 activations", "multiples of 16",

@@ -162,7 +162,7 @@ class ExpertStages {
       reference::activation_scales(policy, rows, group_offsets, expert_scales,
                                    out.row_scales.first(static_cast<size_t>(rows.rows)));
     }
-    reference::stage(options_.activations, rows, out);
+    reference::stage(options_.activations, rows, out, options_.activation_rule);
   }
 
   LayerConfig config_;

@@ -32,11 +32,12 @@ void widen_row(MatrixView<const Bf16> rows, int64_t row, std::span<float> out) {
     out[static_cast<size_t>(col)] = static_cast<float>(rows(row, col));
 }
 
-void stage_row(ActivationFormat format, std::span<const float> x, int64_t row, const StagedActivations& out) {
+void stage_row(ActivationFormat format, ScaleRule rule, std::span<const float> x, int64_t row,
+               const StagedActivations& out) {
   const auto index = static_cast<size_t>(row);
   switch (format) {
     case ActivationFormat::kNvfp4:
-      return quantize_row_nvfp4(x, out.row_scales[index], ScaleFloor::kNone, out.codes.row(row),
+      return quantize_row_nvfp4(x, out.row_scales[index], ScaleFloor::kNone, rule, out.codes.row(row),
                                 out.scales.row(row));
     case ActivationFormat::kNvfp4x2:
       return quantize_row_nvfp4x2(x, out.row_scales[index], out.codes.row(row), out.scales.row(row),
@@ -139,7 +140,8 @@ void activation_scales(ScalePolicy policy, MatrixView<const Bf16> rows,
   }
 }
 
-void stage(ActivationFormat format, MatrixView<const Bf16> rows, const StagedActivations& out) {
+void stage(ActivationFormat format, MatrixView<const Bf16> rows, const StagedActivations& out,
+           ScaleRule rule) {
   if (is_nvfp4(format) && rows.cols % 16 != 0)
     reject("stage: columns for nvfp4", "a multiple of 16", rows.cols);
   ThreadScratch scratch(rows.cols);
@@ -149,7 +151,7 @@ void stage(ActivationFormat format, MatrixView<const Bf16> rows, const StagedAct
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows.rows; ++row) {
       widen_row(rows, row, x);
-      stage_row(format, x, row, out);
+      stage_row(format, rule, x, row, out);
     }
   }
 }

@@ -29,8 +29,9 @@ class Sm90Backend final : public Backend {
 
   std::string why_unsupported(const ExpertWeights& weights, const LayerConfig& config,
                               const LayerOptions& options) const override {
-    const std::string reference_only = why_reference_only(options);
-    if (!reference_only.empty()) return reference_only;
+    std::string reason = why_reference_only(options);
+    if (reason.empty()) reason = why_not_activation_rule(options);
+    if (!reason.empty()) return reason;
     if (config.experts > cuda::kMostExperts) {
       return fmt::format("it permutes to at most {} experts, not {}", cuda::kMostExperts, config.experts);
     }

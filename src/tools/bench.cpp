@@ -97,6 +97,7 @@ class BenchRun {
     if (is_nvfp4(format)) {
       options.x_scale = request_.x_scale;
       options.intermediate_scale = request_.intermediate_scale;
+      options.activation_rule = request_.activation_rule;
     }
     return options;
   }

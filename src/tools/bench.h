@@ -32,6 +32,7 @@ struct BenchRequest {
   std::vector<ActivationFormat> activations;
   /// For NVFP4 activations.
   ScalePolicy x_scale = ScalePolicy::kStatic, intermediate_scale = ScalePolicy::kStatic;
+  ScaleRule activation_rule = ScaleRule::kAmax;
   RoutingSource routing;
   int64_t most_experts = 0;  ///< of a shape's experts; 0: all
   std::vector<int> threads;  ///< for backends of the host; empty: as many as OpenMP takes

@@ -333,7 +333,7 @@ class LayerCheck {
       reference::activation_scales(policy, rows, sample.group_offsets, expert_scales,
                                    staged.views.row_scales);
     }
-    reference::stage(format, rows, staged.views);
+    reference::stage(format, rows, staged.views, options_.activation_rule);
     return staged;
   }
 

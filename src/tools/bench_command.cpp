@@ -17,7 +17,7 @@ namespace {
 
 struct BenchArguments {
   std::string shape = "qwen3-30b-a3b", tokens = "1,16,256", backends, activations = "nvfp4", activation_scale,
-              routing = "uniform", threads, json;
+              activation_rule = "amax", routing = "uniform", threads, json;
   int64_t experts = 0;
   int repeats = TimingLimits{}.min_samples;
   double min_time = TimingLimits{}.min_seconds;
@@ -108,6 +108,7 @@ BenchRequest request_of(const BenchArguments& arguments) {
   request.tokens = parse_counts<int64_t>(arguments.tokens, "--tokens", kMostTokens);
   request.activations = parse_formats(arguments.activations);
   set_policies(request, arguments.activation_scale);
+  request.activation_rule = activation_rule_in(arguments.activation_rule, request.activations);
   request.routing = routing_of(arguments.routing);
   request.most_experts = arguments.experts;
   if (!arguments.threads.empty()) {
@@ -193,6 +194,7 @@ void add_bench(CLI::App& app, int& exit_code) {
   command->add_option("--activation-scale", arguments->activation_scale,
                       "global scale of NVFP4 activations: static, max-over-experts, dynamic-tensor or "
                       "dynamic-token; two, with a comma, for x and the intermediate (default: static)");
+  add_activation_rule(*command, arguments->activation_rule);
   command
       ->add_option("--routing", arguments->routing,
                    "uniform, zipf, one-expert, or a safetensors file with topk_ids and topk_weights")

@@ -201,6 +201,7 @@ std::string format_bench_json(const BenchRequest& request, const std::vector<Mac
                {"routing", request.routing.describe()},
                {"activation_scale",
                 {{"x", to_string(request.x_scale)}, {"intermediate", to_string(request.intermediate_scale)}}},
+               {"activation_rule", to_string(request.activation_rule)},
                {"machines", Json::array()},
                {"cases", Json::array()}};
   for (const MachineReport& machine : machines) json["machines"].push_back(machine_json(machine));

@@ -60,6 +60,11 @@ inline DefaultPolicies parse_scale_policies(const std::string& text) {
   return {x, comma == std::string::npos ? x : parse(text.substr(comma + 1))};
 }
 
+/// --activation-rule into `rule`, which holds the default.
+void add_activation_rule(CLI::App& command, std::string& rule);
+/// What it says. Throws CLI::ValidationError where one of `formats` has no use for it.
+ScaleRule activation_rule_in(const std::string& text, std::span<const ActivationFormat> formats);
+
 /// --isa, beside --backend: the instruction set of the backend "cpu" (fourfold/cpu.h).
 void add_isa_option(CLI::App& command);
 

@@ -68,9 +68,9 @@ void add_diagnosis_options(CLI::App& layertest, DiagnosisArguments& arguments) {
       ->check(whole_number<int64_t>())
       ->check(CLI::Range(int64_t{1}, int64_t{100'000}))
       ->needs(self_test);
-  for (const char* name :
-       {"--original", "--layers", "--all-layers", "--stress", "--experts", "--tokens", "--activations",
-        "--activation-scale", "--gate-up", "--accumulate", "--backend", "--isa", "--double-quantize"}) {
+  for (const char* name : {"--original", "--layers", "--all-layers", "--stress", "--experts", "--tokens",
+                           "--activations", "--activation-scale", "--activation-rule", "--gate-up",
+                           "--accumulate", "--backend", "--isa", "--double-quantize"}) {
     candidate->excludes(name);
     self_test->excludes(name);
   }

@@ -13,7 +13,9 @@ constexpr double kBackendWork = 3e10;
 
 std::optional<diagnosis::Staging> staging_of(const LayerOptions& options) {
   diagnosis::Staging staging{options.activations, ScalePolicy::kDynamicToken};
-  if (options.activations == ActivationFormat::kNvfp4x2) return std::nullopt;
+  if (options.activations == ActivationFormat::kNvfp4x2 || options.activation_rule != ScaleRule::kAmax) {
+    return std::nullopt;
+  }
   if (options.activations != ActivationFormat::kNvfp4) return staging;
   staging.policy = options.x_scale;
   const bool is_replayed =

@@ -78,12 +78,13 @@ double ScaleLoss::severity() const {
   return std::max(median_ratio, std::sqrt(1.0 + clipped_over_noise));
 }
 
-ScaleLoss worst_scale_loss(MatrixView<const Bf16> rows, const StagedBuffers& staged, ActivationFormat format,
-                           std::span<const int32_t> group_offsets) {
+ScaleLoss worst_scale_loss(MatrixView<const Bf16> rows, const StagedBuffers& staged,
+                           const LayerOptions& options, std::span<const int32_t> group_offsets) {
+  const ActivationFormat format = options.activations;
   StagedBuffers by_token(format, rows.rows, rows.cols);
   reference::activation_scales(ScalePolicy::kDynamicToken, rows, group_offsets, {},
                                by_token.views.row_scales);
-  reference::stage(format, rows, by_token.views);
+  reference::stage(format, rows, by_token.views, options.activation_rule);
 
   ScaleLoss worst;
   for (size_t expert = 0; expert + 1 < group_offsets.size(); ++expert) {

@@ -26,8 +26,8 @@ struct ScaleLoss {
 };
 
 /// The expert whose input scale does most harm beside dynamic-token staging of the same rows. `rows` [M,
-/// cols] is what was staged into `staged` as `format` (NVFP4 formats alone); `group_offsets` [E+1].
-ScaleLoss worst_scale_loss(MatrixView<const Bf16> rows, const StagedBuffers& staged, ActivationFormat format,
-                           std::span<const int32_t> group_offsets);
+/// cols] is what was staged into `staged` as `options` say (NVFP4 formats alone); `group_offsets` [E+1].
+ScaleLoss worst_scale_loss(MatrixView<const Bf16> rows, const StagedBuffers& staged,
+                           const LayerOptions& options, std::span<const int32_t> group_offsets);
 
 }  // namespace fourfold

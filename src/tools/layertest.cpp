@@ -68,8 +68,7 @@ class Layertest {
 
   LayertestReport run() {
     report_.backend = request_.backend->name();
-    LayerOptions dequantized = request_.options;
-    dequantized.activations = ActivationFormat::kBf16;
+    LayerOptions dequantized = with_bf16_activations(request_.options);
     dequantized.dequantize_weights = true;
     dequantized_ =
         run_reference("the reference in the dequantized NVFP4 weights", *request_.nvfp4, dequantized);
@@ -275,7 +274,7 @@ class Layertest {
   /// Rows in groups by expert; a single group of all tokens is the shared expert's.
   InputScaleReport judge_input_scale(const std::string& what, MatrixView<const Bf16> rows,
                                      const StagedBuffers& staged, std::span<const int32_t> group_offsets) {
-    const ScaleLoss loss = worst_scale_loss(rows, staged, request_.options.activations, group_offsets);
+    const ScaleLoss loss = worst_scale_loss(rows, staged, request_.options, group_offsets);
     const bool is_shared = group_offsets.data() != emulation_.permutation.group_offsets.data();
     const int64_t expert =
         loss.expert < 0 || is_shared ? -1 : request_.expert_ids[static_cast<size_t>(loss.expert)];

@@ -31,7 +31,8 @@ struct LayertestArguments : RuleArguments {
   std::string experts, input;
   int64_t tokens = 0;
   uint64_t seed = 0;
-  std::string activations = "nvfp4", activation_scale, gate_up = "exact", backend, accumulate = "f32", json;
+  std::string activations = "nvfp4", activation_scale, activation_rule = "amax", gate_up = "exact", backend,
+              accumulate = "f32", json;
   std::string layers, html;
   bool double_quantize = false, all_layers = false, stress = false;
   DiagnosisArguments diagnosis;
@@ -205,6 +206,7 @@ class Run {
     if (original_config_) note_other_rules(overrides);
     describe_shared();
     options_.activations = *parse_activation_format(arguments_.activations);
+    options_.activation_rule = activation_rule_in(arguments_.activation_rule, {&options_.activations, 1});
     const DefaultPolicies policies = policies_for(arguments_, weights_, options_.activations);
     options_.x_scale = policies.x;
     options_.intermediate_scale = policies.intermediate;
@@ -213,8 +215,11 @@ class Run {
     const std::string origin = arguments_.activation_scale.empty() ? "default" : "--activation-scale";
     fact("staging",
          is_nvfp4(options_.activations)
-             ? fmt::format("{}, scale of x {}, of the intermediate {} ({})", arguments_.activations,
-                           to_string(policies.x), to_string(policies.intermediate), origin)
+             ? fmt::format("{}, scale of x {}, of the intermediate {} ({}){}", arguments_.activations,
+                           to_string(policies.x), to_string(policies.intermediate), origin,
+                           options_.activation_rule == ScaleRule::kAmax
+                               ? ""
+                               : fmt::format("; block scales by {}", arguments_.activation_rule))
              : arguments_.activations);
   }
 
@@ -450,6 +455,7 @@ void add_layertest(CLI::App& app, int& exit_code) {
       "global scale of NVFP4 activations: static, max-over-experts, dynamic-tensor or dynamic-token; two, "
       "with a comma, for x and the intermediate (default: static where every expert has input_scale, "
       "dynamic-token where none has)");
+  add_activation_rule(*command, arguments->activation_rule);
   add_rule_options(*command, *arguments, "--nvfp4");
   command
       ->add_option("--gate-up", arguments->gate_up,

@@ -53,7 +53,7 @@ StagedBuffers restage(const Replay& replay, MatrixView<const Bf16> activation) {
     reference::activation_scales(replay.options.intermediate_scale, activation, replay.group_offsets, scales,
                                  staged.views.row_scales);
   }
-  reference::stage(format, activation, staged.views);
+  reference::stage(format, activation, staged.views, replay.options.activation_rule);
   return staged;
 }
 

@@ -319,13 +319,12 @@ class LayerStress {
 
   /// A scale of the intermediate that follows the data would be another one on each rank.
   LayerOptions tensor_parallel_options() const {
-    LayerOptions options = subject_.options;
+    const LayerOptions& options = subject_.options;
     const bool follows_data =
         is_nvfp4(options.activations) && (options.intermediate_scale == ScalePolicy::kDynamicToken ||
                                           options.intermediate_scale == ScalePolicy::kDynamicTensor);
-    if (follows_data || options.activations == ActivationFormat::kFp8)
-      options.activations = ActivationFormat::kBf16;
-    return options;
+    const bool follows_rows = follows_data || options.activations == ActivationFormat::kFp8;
+    return follows_rows ? with_bf16_activations(options) : options;
   }
 
   std::string expert_parallel() {

@@ -104,6 +104,12 @@ def test_activation_scale(tmp_path: Path, policy: str) -> None:
     assert found["cases"][0]["status"] == "ok"
 
 
+def test_activation_rule(tmp_path: Path) -> None:
+    found = report(tmp_path, "--tokens", "9", "--activation-rule", "four-over-six")
+    assert found["activation_rule"] == "four-over-six" and found["cases"][0]["status"] == "ok"
+    assert_usage(bench("--tokens", "9", "--activations", "nvfp4,bf16", "--activation-rule", "mse"), "found bf16")
+
+
 def test_experts_bounds_a_named_shape(tmp_path: Path) -> None:
     (case,) = report(tmp_path, "--tokens", "1", "--experts", "8", shape="B")["cases"]
     assert (case["model"], case["experts"], case["hidden"]) == ("qwen3-30b-a3b", 8, 2048)

@@ -33,13 +33,14 @@ from command import (
 OPTIONS = {
     "layertest": [
         *("--nvfp4", "--original", "--layer", "--experts", "--tokens", "--input", "--seed", "--activations"),
-        *("--activation-scale", "--gate-up", "--accumulate", "--backend", "--isa", "--double-quantize", "--json"),
+        *("--activation-scale", "--activation-rule", "--gate-up", "--accumulate", "--backend", "--isa"),
+        *("--double-quantize", "--json"),
     ],
     "synthesize": ["DIR", "--shape", "--original", "--profile", "--layers", "--tokens", "--seed", "--force"],
     "gemmtest": ["--shape", "--backend", "--isa", "--seed"],
     "bench": [
-        *("--shape", "--tokens", "--backend", "--isa", "--activations", "--activation-scale", "--routing"),
-        *("--experts", "--threads", "--repeats", "--min-time", "--stages", "--seed", "--json"),
+        *("--shape", "--tokens", "--backend", "--isa", "--activations", "--activation-scale", "--activation-rule"),
+        *("--routing", "--experts", "--threads", "--repeats", "--min-time", "--stages", "--seed", "--json"),
     ],
 }
 UNKNOWN_BACKENDS = ["nosuch", "Reference", "reference ", "0"]
@@ -150,6 +151,8 @@ LAYERTEST_USAGE = [
     "--activation-scale=,",
     "--activation-scale=static,",
     "--activation-scale=Static",
+    "--activation-rule=max",
+    "--activation-rule=",
     "--gate-up=none",
     "--accumulate=f16",
     "--experts=x",

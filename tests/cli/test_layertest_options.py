@@ -8,7 +8,7 @@ import pytest
 
 import checkpoints as ck
 from checkpoints import EXPERTS, HIDDEN, QWEN, Tensor, zeros
-from command import FINDING, assert_fine, assert_refused, fact, layertest, report_of
+from command import FINDING, assert_fine, assert_refused, assert_usage, fact, layertest, report_of
 
 BACKENDS = pytest.mark.parametrize("backend", [(), ("--backend", "reference")], ids=["default", "reference"])
 
@@ -215,6 +215,26 @@ def test_accumulate(cast: Path, accumulate: str) -> None:
 
 
 POLICIES = ["static", "max-over-experts", "dynamic-tensor", "dynamic-token"]
+
+
+@pytest.mark.parametrize("rule", ["four-over-six", "mse"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_activation_rule(tmp_path: Path, cast: Path, backend: str, rule: str) -> None:
+    """It is told, every stage is right, and what is staged errs less than by amax."""
+    errors = {}
+    for name in ("amax", rule):
+        options = ("--backend", backend, "--activation-rule", name)
+        result = layertest(cast, *options)
+        assert_fine(result)
+        assert (f"block scales by {name}" in fact(result, "staging")) == (name != "amax")
+        errors[name] = report_of(tmp_path, cast, *options)["comparisons"]["activations"]["l1"]["rel_l2"]
+    assert errors[rule] < errors["amax"]
+
+
+@pytest.mark.parametrize("activations", ["nvfp4x2", "fp8", "bf16"])
+def test_activation_rule_of_other_formats_is_refused(cast: Path, activations: str) -> None:
+    result = layertest(cast, "--activation-rule", "mse", "--activations", activations)
+    assert_usage(result, "--activation-rule", activations)
 
 
 @pytest.mark.parametrize("activations", ["nvfp4", "nvfp4x2"])

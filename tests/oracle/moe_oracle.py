@@ -206,12 +206,13 @@ class Layer:
     activations: str = "bf16"
     policies: tuple[str, str] = ("dynamic-token", "dynamic-token")
     accumulate: type[np.floating] = np.float32
+    rule: str = "amax"
 
     def dequantized(self) -> "Layer":
         """bf16 activations and weights with their global scales applied."""
         shared = None if self.shared is None else self.shared.dequantized()
         experts = [expert.dequantized() for expert in self.experts]
-        return replace(self, experts=experts, shared=shared, activations="bf16")
+        return replace(self, experts=experts, shared=shared, activations="bf16", rule="amax")
 
     def converted(self, convert: Callable[[Expert], Expert]) -> "Layer":
         """Every expert converted, the shared one too."""
@@ -281,7 +282,7 @@ class Layer:
     def stage(self, rows: Array, policy: str, scales: list[np.float32 | None], offsets: Array) -> Staged:
         if None in scales:
             scales = [np.float32(np.nan)] * len(scales)
-        return oracle.stage(rows, self.activations, policy, scales, offsets)
+        return oracle.stage(rows, self.activations, policy, scales, offsets, self.rule)
 
     def multiply(self, staged: Staged, offsets: Array, weights: list[Projection]) -> Array:
         """Each expert's rows times its weights: bf16(alpha * acc + bias), (M, N)."""

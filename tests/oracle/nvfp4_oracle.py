@@ -456,9 +456,9 @@ def static_globals(expert_scales: list[np.float32], group_offsets: Array, policy
 
 
 def stage(
-    rows: Array, activations: str, policy: str, expert_scales: list[np.float32], offsets: Array
+    rows: Array, activations: str, policy: str, expert_scales: list[np.float32], offsets: Array, rule: str = "amax"
 ) -> Staged:
-    """bf16 rows (M, K) sorted by expert -> the activation format that the multiplication reads."""
+    """bf16 rows (M, K) sorted by expert -> the activation format that the multiplication reads. `rule`: nvfp4's."""
     values = rows.astype(np.float32)
     if activations == "bf16":
         return Staged([values], np.ones(len(values), np.float32), {})
@@ -471,7 +471,10 @@ def stage(
         row_globals = np.full(len(values), nvfp4_global_of_tensor(values))
     else:
         row_globals = static_globals(expert_scales, offsets, policy)
-    first = quantize_nvfp4(values, row_globals)
+    if rule == "amax":
+        first = quantize_nvfp4(values, row_globals)
+    else:
+        first = quantize_nvfp4_searching(values, row_globals, rule, modelopt_floor=False)
     arrays = {"codes": first.codes, "scales": first.scales, "row_scales": row_globals}
     terms = [decode_nvfp4(first.codes, first.scales)]
     if activations == "nvfp4x2":

@@ -239,6 +239,18 @@ def test_shared_expert_under_every_policy(activations: str, policies: tuple[str,
     check(case, make_x(4), *make_routing(5))
 
 
+@pytest.mark.parametrize("policies", [("static", "dynamic-token"), ("dynamic-tensor", "static")], ids="-".join)
+@pytest.mark.parametrize("shared", ["nvfp4", "bf16"])
+@pytest.mark.parametrize("rule", ["four-over-six", "mse"])
+def test_rule_of_block_scales(rule: str, shared: str, policies: tuple[str, str]) -> None:
+    """Of the routed experts, and of the shared one where its activations are NVFP4."""
+    case = make_case(shared=shared, policies=policies)
+    by_amax = check(case, make_x(10), *make_routing(11))
+    case.layer.rule = rule
+    result = check(case, make_x(10), *make_routing(11), rule=rule)
+    assert not np.array_equal(result["staged_x_scales"], by_amax["staged_x_scales"])
+
+
 @pytest.mark.parametrize("shared", FORMATS)
 def test_shared_expert_alone(shared: str) -> None:
     """No slot has an expert here: what is left is the shared expert's output times its weight."""

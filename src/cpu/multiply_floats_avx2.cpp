@@ -67,8 +67,9 @@ constexpr MultiplyRows kMultiplyRows[kRowsAtATime + 1] = {nullptr, multiply_rows
 }  // namespace
 
 void decode_floats(const uint8_t* pair, int64_t chunks, float* weights) {
+  const PrefetchPlan plan = prefetch_plan();
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    prefetch_ahead(pair + chunk * kPairChunkBytes);
+    prefetch_ahead(pair + chunk * kPairChunkBytes, plan);
     for (int half_panel = 0; half_panel < 4; ++half_panel) {
       decode_half_panel(pair + chunk * kPairChunkBytes + half_panel / 2 * kPanelChunkBytes, half_panel % 2,
                         weights + chunk * kChunkDepth * kPairRows + half_panel * 8);

@@ -104,8 +104,9 @@ constexpr MultiplyRows kMultiplyRows[kRowsAtATime + 1] = {
 }  // namespace
 
 FOURFOLD_AVX512 void decode_floats(const uint8_t* pair, int64_t chunks, float* weights) {
+  const PrefetchPlan plan = prefetch_plan();
   for (int64_t chunk = 0; chunk < chunks; ++chunk, pair += kPairChunkBytes) {
-    prefetch_ahead(pair);
+    prefetch_ahead(pair, plan);
     float* const out = weights + chunk * kChunkDepth * kPairRows;
     decode_panel(pair, out);
     decode_panel(pair + kPanelChunkBytes, out + kPanelRows);

@@ -68,8 +68,9 @@ FOURFOLD_AVX2 void multiply_half_panel(const uint8_t* panel, int half_panel, int
   __m256 sums[kRows];
   for (__m256& sum : sums) sum = _mm256_setzero_ps();
   const int64_t stride = chunks * kBlocksPerChunk;
+  const PrefetchPlan plan = prefetch_plan();
   for (int64_t chunk = 0; chunk < chunks; ++chunk, panel += kPairChunkBytes) {
-    if (half_panel == 0) prefetch_ahead(panel);  // the other halves find it in the cache
+    if (half_panel == 0) prefetch_ahead(panel, plan);  // the other halves find it in the cache
     for (int block = 0; block < kBlocksPerChunk; ++block) {
       Block decoded;
       decode(panel, block, half_panel, decoded);

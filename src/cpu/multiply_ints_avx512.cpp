@@ -85,8 +85,9 @@ FOURFOLD_AVX512 void multiply_direct(const uint8_t* pair, int64_t chunks, const 
   __m512 sums[kRows][2];
   for (auto& row : sums) row[0] = row[1] = _mm512_setzero_ps();
   const int64_t stride = chunks * kBlocksPerChunk;
+  const PrefetchPlan plan = prefetch_plan();
   for (int64_t chunk = 0; chunk < chunks; ++chunk, pair += kPairChunkBytes) {
-    prefetch_ahead(pair);
+    prefetch_ahead(pair, plan);
 #pragma GCC unroll 8
     for (int block = 0; block < kBlocksPerChunk; ++block) {
       Block first, second;

@@ -14,14 +14,29 @@ FOURFOLD_INLINE void prefetch_to_second_level(const uint8_t* at, int64_t bytes) 
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
 }
 
-/// Before a pair's chunk is read: the chunk six further on to the second level, the next one to the first.
-/// Measured with int8 products, % of the DRAM bandwidth at 1, 2 and 4 rows: nothing near and 4 chunks ahead
-/// 89, 84, 78; 1 and 2: 85, 77, 73; 1 and 4: 103, 93, 86; 1 and 6: 97, 93, 90; 1 and 16: 95, 93, 87.
-FOURFOLD_INLINE void prefetch_ahead(const uint8_t* pair_chunk) {
-  constexpr int64_t kNear = kPairChunkBytes, kFar = 6 * kPairChunkBytes;
-  for (int64_t line = 0; line < kPairChunkBytes; line += 64) {
-    __builtin_prefetch(pair_chunk + kFar + line, 0, 2);
-    __builtin_prefetch(pair_chunk + kNear + line, 0, 3);
+/// How far ahead of a pair's chunk the chunks lie that are asked for when it is read: one far away to the
+/// second level, one nearer to the first or once more to the second.
+struct PrefetchPlan {
+  int64_t near_bytes = 0, far_bytes = 0;
+  bool near_to_first_level = false;
+};
+
+/// The plan of the CPU's maker, from sweeps on one machine of each (docs/cpu.md, "What was tried").
+const PrefetchPlan& prefetch_plan();
+
+/// Before a pair's chunk is read.
+FOURFOLD_INLINE void prefetch_ahead(const uint8_t* pair_chunk, const PrefetchPlan& plan) {
+  const uint8_t *const near = pair_chunk + plan.near_bytes, *const far = pair_chunk + plan.far_bytes;
+  if (plan.near_to_first_level) {
+    for (int64_t line = 0; line < kPairChunkBytes; line += 64) {
+      __builtin_prefetch(far + line, 0, 2);
+      __builtin_prefetch(near + line, 0, 3);
+    }
+  } else {
+    for (int64_t line = 0; line < kPairChunkBytes; line += 64) {
+      __builtin_prefetch(far + line, 0, 2);
+      __builtin_prefetch(near + line, 0, 2);
+    }
   }
 }
 

@@ -21,7 +21,7 @@ while [ $# -gt 0 ]; do
 done
 
 need_build_packages
-# Blackwell's kernels take ten minutes to compile: here only for who has such a GPU. A build that has them keeps them.
+# Blackwell's kernels take four minutes to compile: here only for who has such a GPU. A build that has them keeps them.
 options=()
 [ -f "$build_folder/release/CMakeCache.txt" ] || has_blackwell_gpu || options=(-DFOURFOLD_BLACKWELL=OFF)
 build release fourfold_command ${options[@]+"${options[@]}"}

@@ -238,6 +238,32 @@ TEST_P(CpuKernels, FloatSumsAreWithinTheirRoundings) {
   }
 }
 
+TEST_P(CpuKernels, FloatSumsOfFewRowsHaveTheBitsOfMany) {
+  if (kernels().multiply_few_floats == nullptr) GTEST_SKIP() << "no kernel for few rows";
+  std::mt19937 random(kSeed + 41);
+  std::normal_distribution<float> normal;
+  Kernels general = kernels();
+  general.multiply_few_floats = nullptr;
+  for (const int64_t depth : kDepths) {
+    for (int64_t rows = 0; rows <= kFewFloatRows; ++rows) {
+      const auto packed = pack(random_matrix(kPairRows, depth, random));
+      const int64_t chunks = chunks_of(depth);
+      const Aligned<float> operand(std::max<int64_t>(rows, 1) * chunks * kChunkDepth);
+      for (int64_t i = 0; i < rows * chunks * kChunkDepth; ++i) operand.data()[i] = normal(random);
+      const Aligned<std::byte> scratch(kKernelScratchBytes);
+      std::vector<float> sums[2];
+      for (const bool is_general : {false, true}) {
+        const Aligned<float> out((kFewFloatRows + 1) * kPairRows);
+        std::fill_n(out.data(), (kFewFloatRows + 1) * kPairRows, 7.0f);  // what is behind stays
+        multiply_pair_floats(is_general ? general : kernels(), packed.data(), chunks, operand.data(), rows,
+                             scratch.data(), out.data());
+        sums[is_general].assign(out.data(), out.data() + (kFewFloatRows + 1) * kPairRows);
+      }
+      ASSERT_EQ(sums[0], sums[1]) << "depth " << depth << ", " << rows << " rows";
+    }
+  }
+}
+
 /// bf16 rows, with a magnitude of their own each.
 std::vector<Bf16> random_rows(int64_t rows, int64_t depth, std::mt19937& random) {
   std::normal_distribution<float> normal;

@@ -24,6 +24,9 @@ inline constexpr int64_t kKernelScratchBytes = 128 << 10;
 inline constexpr int64_t kFloatChunks = 4;
 inline constexpr int64_t kFloatDepth = kFloatChunks * kChunkDepth;
 
+/// Up to so many rows multiply_few_floats takes.
+inline constexpr int64_t kFewFloatRows = 6;
+
 struct Kernels {
   Isa isa = Isa::kPortable;
   /// sums [row_count][32] = rows x pair. Rows are `chunks * kBlocksPerChunk` blocks apart.
@@ -34,6 +37,10 @@ struct Kernels {
   /// sums [row_count][32] += rows [row_count][depth] x weights [depth][32].
   void (*multiply_floats)(const float* weights, int64_t depth, const float* rows, int64_t row_stride,
                           int64_t row_count, float* sums) = nullptr;
+  /// sums [row_count][32] = rows x pair, the bits that decode_floats and multiply_floats give kFloatChunks at
+  /// a time, for at most kFewFloatRows rows. Null where those are as good.
+  void (*multiply_few_floats)(const uint8_t* pair, int64_t chunks, const float* rows, int64_t row_count,
+                              float* sums) = nullptr;
   /// sums [row_tiles * 16][32] = tiles x pair. Within TileSession. Null where there are no tiles.
   void (*multiply_tiles)(const uint8_t* pair, int64_t chunks, const std::byte* tiles, int64_t row_tiles,
                          int terms, std::byte* scratch, float* sums) = nullptr;
@@ -49,7 +56,7 @@ const Kernels& kernels_with_emulated_tiles();
 /// Why they can't run here; empty when they can.
 std::string why_no_emulated_tiles();
 
-/// multiply_floats over the whole depth of a pair of NVFP4 panels: sums [row_count][32] = rows x pair.
+/// Floats over the whole depth of a pair of NVFP4 panels: sums [row_count][32] = rows x pair.
 void multiply_pair_floats(const Kernels& kernels, const uint8_t* pair, int64_t chunks, const float* rows,
                           int64_t row_count, std::byte* scratch, float* sums);
 
@@ -76,6 +83,8 @@ void multiply_ints(const uint8_t* pair, int64_t chunks, const IntBlock* rows, in
 void decode_floats(const uint8_t* pair, int64_t chunks, float* weights);
 void multiply_floats(const float* weights, int64_t depth, const float* rows, int64_t row_stride,
                      int64_t row_count, float* sums);
+void multiply_few_floats(const uint8_t* pair, int64_t chunks, const float* rows, int64_t row_count,
+                         float* sums);
 }  // namespace avx512
 
 namespace amx {

@@ -15,22 +15,36 @@ namespace {
 
 constexpr int kRowsAtATime = 12;
 
+/// Values x 256, for scales x 2^-8. A look-up takes the low four bits of a lane.
+FOURFOLD_AVX512 FOURFOLD_INLINE __m512 value_table() {
+  return _mm512_setr_ps(0.0f, 128.0f, 256.0f, 384.0f, 512.0f, 768.0f, 1024.0f, 1536.0f, -0.0f, -128.0f,
+                        -256.0f, -384.0f, -512.0f, -768.0f, -1024.0f, -1536.0f);
+}
+
+/// x 2^-8.
+FOURFOLD_AVX512 FOURFOLD_INLINE __m512 load_scales(const uint8_t* panel_chunk, int block) {
+  const auto* const scales = reinterpret_cast<const __m128i*>(panel_chunk + scale_offset(0, block));
+  return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(scales)), 7));
+}
+
+/// The `nibble`th code of every row's word times its scale.
+FOURFOLD_AVX512 FOURFOLD_INLINE __m512 decode_nibble(__m512i words, int nibble, __m512 table, __m512 scale) {
+  const __m512i codes = _mm512_srli_epi32(words, static_cast<unsigned>(4 * nibble));
+  return _mm512_mul_ps(_mm512_permutexvar_ps(codes, table), scale);
+}
+
 FOURFOLD_AVX512 FOURFOLD_INLINE void decode_panel(const uint8_t* panel_chunk, float* weights) {
-  // Values x 256, for scales x 2^-8. A look-up takes the low four bits of a lane.
-  const __m512 table = _mm512_setr_ps(0.0f, 128.0f, 256.0f, 384.0f, 512.0f, 768.0f, 1024.0f, 1536.0f, -0.0f,
-                                      -128.0f, -256.0f, -384.0f, -512.0f, -768.0f, -1024.0f, -1536.0f);
+  const __m512 table = value_table();
 #pragma GCC unroll 4
   for (int block = 0; block < kBlocksPerChunk; ++block) {
-    const auto* const scales = reinterpret_cast<const __m128i*>(panel_chunk + scale_offset(0, block));
-    const __m512 scale = _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(scales)), 7));
+    const __m512 scale = load_scales(panel_chunk, block);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const __m512i words = _mm512_loadu_si512(panel_chunk + block * kBlockBytes + half * kHalfBytes);
 #pragma GCC unroll 8
       for (int nibble = 0; nibble < 8; ++nibble) {
         const int k = block * kBlockDepth + half * 8 + k_of_nibble(nibble);
-        const __m512i codes = _mm512_srli_epi32(words, static_cast<unsigned>(4 * nibble));
-        _mm512_storeu_ps(weights + k * kPairRows, _mm512_mul_ps(_mm512_permutexvar_ps(codes, table), scale));
+        _mm512_storeu_ps(weights + k * kPairRows, decode_nibble(words, nibble, table, scale));
       }
     }
   }
@@ -95,6 +109,58 @@ FOURFOLD_AVX512 void multiply_single_row(const float* weights, int64_t depth, co
   for (int panel = 0; panel < 2; ++panel) add_sums(sums[panel], out + panel * kPanelRows);
 }
 
+/// kFloatChunks of one panel against kRows rows: values go from their codes into the sums. Within a word
+/// nibbles come in the order of their k, as far as every fourth k goes.
+template <int kRows>
+FOURFOLD_AVX512 FOURFOLD_INLINE void add_decoded(const uint8_t* panel, int64_t chunks, const float* rows,
+                                                 int64_t row_stride, const PrefetchPlan* plan, float* out) {
+  const __m512 table = value_table();
+  __m512 sums[kRows][kSums];
+  for (auto& row : sums) {
+    for (__m512& sum : row) sum = _mm512_setzero_ps();
+  }
+  for (int64_t chunk = 0; chunk < chunks; ++chunk, panel += kPairChunkBytes, rows += kChunkDepth) {
+    if (plan != nullptr) prefetch_ahead(panel, *plan);
+    for (int block = 0; block < kBlocksPerChunk; ++block) {
+      const __m512 scale = load_scales(panel, block);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m512i words = _mm512_loadu_si512(panel + block * kBlockBytes + half * kHalfBytes);
+        const float* const at = rows + block * kBlockDepth + half * 8;
+#pragma GCC unroll 8
+        for (int nibble = 0; nibble < 8; ++nibble) {
+          const __m512 weight = decode_nibble(words, nibble, table, scale);
+          const int k = k_of_nibble(nibble);
+#pragma GCC unroll 6
+          for (int row = 0; row < kRows; ++row) {
+            sums[row][k % kSums] =
+                _mm512_fmadd_ps(_mm512_set1_ps(at[row * row_stride + k]), weight, sums[row][k % kSums]);
+          }
+        }
+      }
+    }
+  }
+  for (int row = 0; row < kRows; ++row) add_sums(sums[row], out + row * kPairRows);
+}
+
+template <int kRows>
+FOURFOLD_AVX512 void multiply_few(const uint8_t* pair, int64_t chunks, const float* rows, float* out) {
+  const PrefetchPlan plan = prefetch_plan();
+  std::fill_n(out, kRows * kPairRows, 0.0f);
+  for (int64_t chunk = 0; chunk < chunks; chunk += kFloatChunks) {
+    const int64_t count = std::min(kFloatChunks, chunks - chunk);
+    const uint8_t* const at = pair + chunk * kPairChunkBytes;
+    const float* const x = rows + chunk * kChunkDepth;
+    add_decoded<kRows>(at, count, x, chunks * kChunkDepth, &plan, out);
+    add_decoded<kRows>(at + kPanelChunkBytes, count, x, chunks * kChunkDepth, nullptr, out + kPanelRows);
+  }
+}
+
+using MultiplyFew = void (*)(const uint8_t*, int64_t, const float*, float*);
+constexpr MultiplyFew kMultiplyFew[kFewFloatRows + 1] = {nullptr,         multiply_few<1>, multiply_few<2>,
+                                                         multiply_few<3>, multiply_few<4>, multiply_few<5>,
+                                                         multiply_few<6>};
+
 using MultiplyRows = void (*)(const float*, int64_t, const float*, int64_t, float*);
 constexpr MultiplyRows kMultiplyRows[kRowsAtATime + 1] = {
     nullptr,           multiply_rows<1>,  multiply_rows<2>, multiply_rows<3>, multiply_rows<4>,
@@ -111,6 +177,11 @@ FOURFOLD_AVX512 void decode_floats(const uint8_t* pair, int64_t chunks, float* w
     decode_panel(pair, out);
     decode_panel(pair + kPanelChunkBytes, out + kPanelRows);
   }
+}
+
+void multiply_few_floats(const uint8_t* pair, int64_t chunks, const float* rows, int64_t row_count,
+                         float* sums) {
+  if (row_count > 0) kMultiplyFew[row_count](pair, chunks, rows, sums);
 }
 
 void multiply_floats(const float* weights, int64_t depth, const float* rows, int64_t row_stride,

@@ -33,6 +33,7 @@ void bind_layer(nb::module_& module);
 
 ActivationFormat activation_format(const std::string& name);
 ScalePolicy scale_policy(const std::string& name);
-ScaleRule scale_rule(const std::string& name);
+/// `argument`: what Python calls it.
+ScaleRule scale_rule(const char* argument, const std::string& name);
 
 }  // namespace fourfold::python

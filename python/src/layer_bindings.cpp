@@ -20,7 +20,7 @@ LayerOptions options_of(const ExpertWeights& weights, const std::string& activat
                         const std::string& activation_rule) {
   LayerOptions options;
   options.activations = activation_format(activations);
-  options.activation_rule = scale_rule(activation_rule);
+  options.activation_rule = scale_rule("activation_rule", activation_rule);
   if (!x_scale.empty()) options.x_scale = scale_policy(x_scale);
   if (!intermediate_scale.empty()) options.intermediate_scale = scale_policy(intermediate_scale);
   if (x_scale.empty() || intermediate_scale.empty()) {

@@ -45,8 +45,8 @@ ScalePolicy scale_policy(const std::string& name) {
                     "static, max-over-experts, dynamic-tensor or dynamic-token");
 }
 
-ScaleRule scale_rule(const std::string& name) {
-  return parse_name("rule", name, parse_scale_rule, "amax, four-over-six or mse");
+ScaleRule scale_rule(const char* argument, const std::string& name) {
+  return parse_name(argument, name, parse_scale_rule, "amax, four-over-six or mse");
 }
 
 }  // namespace fourfold::python

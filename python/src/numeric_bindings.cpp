@@ -80,7 +80,7 @@ float quantize(const Array& x_array, const std::string& format_name, const std::
   scales.require_shape({values.rows, values.cols / block});
   const MatrixView<uint8_t> code_rows = byte_matrix(codes), scale_rows = byte_matrix(scales);
   std::optional<ScaleRule> rule;
-  if (!rule_name.empty()) rule = scale_rule(rule_name);
+  if (!rule_name.empty()) rule = scale_rule("rule", rule_name);
   const nb::gil_scoped_release release;
   float global = 1.0f;
   if (format == QuantFormat::kNvfp4)

@@ -141,6 +141,8 @@ def test_rule_of_block_scales() -> None:
     assert errors["mse"] < errors["amax"] and errors["four-over-six"] < errors["amax"]
     with pytest.raises(fourfold.InvalidArgumentError, match="activation_rule for bf16 activations"):
         made.make(activation_rule="mse", activations="bf16")
+    with pytest.raises(fourfold.InvalidArgumentError, match="activation_rule: expected amax, .* found 'max'"):
+        made.make(activation_rule="max")
 
 
 def test_what_is_refused() -> None:

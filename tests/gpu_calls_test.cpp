@@ -1,6 +1,7 @@
 // How layers on a GPU are called: captured, from several streams, with new weights, in parts, by halves.
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <optional>
 
 #include "cuda/expert_layer.h"
@@ -131,6 +132,44 @@ TEST(GpuCalls, CapturedOnceGiveForEveryRoutingWhatEagerCallsGive) {
         captured.set(inputs);
         graph.replay();
         ASSERT_EQ(eager.y(), captured.y()) << to_string(options.activations) << ", routing " << number;
+      }
+    }
+  }
+}
+
+/// Kernels begin while those before them end, some of them with what they need not wait for: here each call
+/// has other rows than the one before, whose kernels are just ending.
+TEST(GpuCalls, RightBehindEachOtherGiveWhatEachGivesAlone) {
+  const RandomLayer layer({.tokens = 5, .hidden = 256, .intermediate = 128, .experts = 40, .top_k = 4},
+                          test_seed());
+  std::vector<int32_t> known(40);
+  std::iota(known.begin(), known.end(), 0);
+  known[3] = known[20] = -1;
+  const DeviceArray<int32_t> local_experts(known);
+  for (const LayerOptions& options : options_of_formats()) {
+    const auto moe = make(layer, options);
+    std::vector<std::unique_ptr<Call>> calls;
+    std::vector<std::vector<Bf16>> alone;
+    for (uint64_t number = 0; number < 12; ++number) {
+      LayerInputs inputs = other_inputs(layer, 30 + number);
+      inputs.tokens = 1 + static_cast<int64_t>(number) % 5;
+      inputs.x.resize(static_cast<size_t>(inputs.tokens * inputs.hidden));
+      inputs.topk_ids.resize(static_cast<size_t>(inputs.tokens * inputs.top_k));
+      inputs.topk_weights.resize(static_cast<size_t>(inputs.tokens * inputs.top_k));
+      calls.push_back(std::make_unique<Call>(*moe, inputs.tokens));
+      calls.back()->set(inputs);
+      for (int32_t& id : inputs.topk_ids) id = id < 0 ? id : known[static_cast<size_t>(id)];
+      alone.push_back(trace(*moe, inputs, nullptr, gpu()).y);
+    }
+    CapturedGraph graph([&](void* stream) {
+      for (int repeat = 0; repeat < 5; ++repeat) {
+        for (const auto& call : calls) call->enqueue(stream, {}, local_experts.span());
+      }
+    });
+    for (int repeat = 0; repeat < 20; ++repeat) {
+      graph.replay();
+      for (size_t i = 0; i < calls.size(); ++i) {
+        ASSERT_EQ(calls[i]->y(), alone[i]) << to_string(options.activations) << ", call " << i;
       }
     }
   }

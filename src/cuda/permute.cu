@@ -12,6 +12,7 @@
 #include <string>
 
 #include "cuda/block_scan.cuh"
+#include "cuda/expert_ids.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/permute.h"
 
@@ -24,27 +25,6 @@ constexpr int kWarpsPerBlock = 4;  // of its kernels
 constexpr int kFewSlots = 1024;    // one block is faster up to about here
 constexpr int kFewThreads = 512;
 constexpr size_t kSharedBytes = 47 * 1024;  // without asking for more; the scan has some of its own
-
-/// The ids of one call, as a kernel reads them.
-template <class Id>
-struct Ids {
-  const Id* data;
-  int64_t stride;
-  int32_t top_k, slots, experts;
-  const int32_t* local_experts;  // null: ids are this rank's
-  int64_t known;                 // experts that it maps
-
-  /// Expert of `slot`; -1 where it has none here. Sets `bad` for an id that is no expert.
-  __device__ int32_t expert_of(int32_t slot, bool& bad) const {
-    int64_t id = data[slot / top_k * stride + slot % top_k];
-    if (local_experts != nullptr && id != kAbsentExpert) {
-      id = id >= 0 && id < known ? local_experts[id] : experts;  // one beyond the last: no expert
-    }
-    const bool present = id >= 0 && id < experts;
-    bad |= !present && id != kAbsentExpert;
-    return present ? static_cast<int32_t>(id) : -1;
-  }
-};
 
 struct Outputs {
   int32_t* group_offsets;
@@ -68,8 +48,7 @@ __device__ int lane_id() {
 }
 
 /// Adds the chunk's slots of each expert to counts[expert]. A whole warp takes part.
-template <class Id>
-__device__ void count_chunk(const Ids<Id>& ids, int32_t first, int32_t end, int32_t* counts,
+__device__ void count_chunk(const ExpertIds& ids, int32_t first, int32_t end, int32_t* counts,
                             int32_t* status) {
   bool bad = false;
   for (int32_t base = first; base < end; base += kSlotsAtOnce) {
@@ -85,8 +64,7 @@ __device__ void count_chunk(const Ids<Id>& ids, int32_t first, int32_t end, int3
 }
 
 /// Writes rows of the chunk's slots: first_rows[expert] + starts[expert] + rank. `starts` walks forward.
-template <class Id>
-__device__ void place_chunk(const Ids<Id>& ids, int32_t first, int32_t end, const int32_t* first_rows,
+__device__ void place_chunk(const ExpertIds& ids, int32_t first, int32_t end, const int32_t* first_rows,
                             int32_t* starts, const Outputs& out) {
   bool ignored = false;
   for (int32_t base = first; base < end; base += kSlotsAtOnce) {
@@ -118,9 +96,8 @@ __device__ int32_t sum_before(int32_t* counts, int32_t chunks, int32_t experts, 
 }
 
 /// One block. Shared memory: counts [warps, experts], then offsets [experts + 1].
-template <class Id>
 __global__ void __launch_bounds__(kFewThreads)
-    permute_few(Ids<Id> ids, int32_t chunk_slots, int32_t chunks, Outputs out) {
+    permute_few(ExpertIds ids, int32_t chunk_slots, int32_t chunks, Outputs out) {
   extern __shared__ int32_t shared[];
   start_after_previous();
   int32_t* counts = shared;
@@ -143,17 +120,23 @@ __global__ void __launch_bounds__(kFewThreads)
 }
 
 /// One block, for no more slots than a warp has lanes: whoever wants to know how many slots have an expert
-/// below his counts them, so that there is no scan.
-template <class Id>
-__global__ void __launch_bounds__(kFewThreads) permute_handful(Ids<Id> ids, Outputs out) {
-  __shared__ int32_t experts[kSlotsAtOnce];
-  start_after_previous();
-  clear_words(out);
+/// below his counts them, so that there is no scan. The next kernel is let go late, so that it may use the
+/// cleared words as soon as it runs: by then they are written where its atomics and acquiring loads look, in
+/// L2.
+__global__ void __launch_bounds__(kFewThreads) permute_handful(ExpertIds ids, Outputs out) {
+  __shared__ int32_t experts[kHandfulOfSlots];
+  cudaGridDependencySynchronize();
   const auto thread = static_cast<int32_t>(threadIdx.x);
   int32_t expert = -1;
-  if (thread < kSlotsAtOnce) {
-    bool bad = false;
-    if (thread < ids.slots) expert = ids.expert_of(thread, bad);
+  bool bad = false;
+  if (thread < ids.slots) expert = ids.expert_of(thread, bad);
+  if (thread < out.cleared_words) {
+    clear_words(out);
+    __threadfence();
+  }
+  __syncthreads();
+  cudaTriggerProgrammaticLaunchCompletion();
+  if (thread < kHandfulOfSlots) {
     experts[thread] = expert >= 0 ? expert : ids.experts;  // behind all others
     if (__any_sync(~0u, bad) && out.status != nullptr && thread == 0) {
       atomicOr(out.status, kStatusExpertOutOfRange);
@@ -167,7 +150,7 @@ __global__ void __launch_bounds__(kFewThreads) permute_handful(Ids<Id> ids, Outp
     return below;
   };
   for (int32_t e = thread; e <= ids.experts; e += kFewThreads) out.group_offsets[e] = slots_below(e);
-  if (thread >= kSlotsAtOnce) return;
+  if (thread >= kHandfulOfSlots) return;
   const unsigned peers = __match_any_sync(~0u, expert);
   if (thread >= ids.slots) return;
   const int32_t row = expert < 0 ? -1 : slots_below(expert) + __popc(peers & ((1u << thread) - 1u));
@@ -175,8 +158,7 @@ __global__ void __launch_bounds__(kFewThreads) permute_handful(Ids<Id> ids, Outp
   if (row >= 0) out.slot_of_row[row] = thread;
 }
 
-template <class Id>
-__global__ void count_slots(Ids<Id> ids, int32_t chunk_slots, int32_t chunks, int32_t* counts,
+__global__ void count_slots(ExpertIds ids, int32_t chunk_slots, int32_t chunks, int32_t* counts,
                             int32_t* status) {
   start_after_previous();
   const auto chunk = static_cast<int32_t>(blockIdx.x * kWarpsPerBlock + threadIdx.x / 32);
@@ -218,8 +200,7 @@ __global__ void sum_chunks(int32_t* counts, int32_t chunks, int32_t experts, int
 }
 
 /// Shared memory: offsets [experts + 1]; every block sums the totals for itself.
-template <class Id>
-__global__ void place_slots(Ids<Id> ids, int32_t chunk_slots, int32_t chunks, int32_t* counts,
+__global__ void place_slots(ExpertIds ids, int32_t chunk_slots, int32_t chunks, int32_t* counts,
                             const int32_t* totals, Outputs out) {
   extern __shared__ int32_t offsets[];
   start_after_previous();
@@ -261,14 +242,13 @@ bool fits_one_block(int64_t slots, int64_t experts) {
   return slots <= kFewSlots && few_shared_bytes(chunks, experts) <= kSharedBytes;
 }
 
-template <class Id>
-void launch(const Ids<Id>& ids, const Outputs& out, std::span<std::byte> scratch, cudaStream_t stream) {
-  if (ids.slots <= kSlotsAtOnce) {
-    return launch_after_previous("permute_handful", permute_handful<Id>, 1, kFewThreads, 0, stream, ids, out);
+void launch(const ExpertIds& ids, const Outputs& out, std::span<std::byte> scratch, cudaStream_t stream) {
+  if (ids.slots <= kHandfulOfSlots) {
+    return launch_after_previous("permute_handful", permute_handful, 1, kFewThreads, 0, stream, ids, out);
   }
   if (fits_one_block(ids.slots, ids.experts)) {
     const Chunks chunks = cut(ids.slots, kFewThreads / 32);
-    return launch_after_previous("permute_few", permute_few<Id>, 1, kFewThreads,
+    return launch_after_previous("permute_few", permute_few, 1, kFewThreads,
                                  few_shared_bytes(chunks.count, ids.experts), stream, ids, chunks.slots_each,
                                  chunks.count, out);
   }
@@ -276,13 +256,13 @@ void launch(const Ids<Id>& ids, const Outputs& out, std::span<std::byte> scratch
   auto* counts = reinterpret_cast<int32_t*>(scratch.data());
   int32_t* totals = counts + int64_t{chunks.count} * ids.experts;
   const auto blocks = static_cast<unsigned>((chunks.count + kWarpsPerBlock - 1) / kWarpsPerBlock);
-  launch_after_previous("count_slots", count_slots<Id>, blocks, kWarpsPerBlock * 32, 0, stream, ids,
+  launch_after_previous("count_slots", count_slots, blocks, kWarpsPerBlock * 32, 0, stream, ids,
                         chunks.slots_each, chunks.count, counts, out.status);
   launch_after_previous("sum_chunks", sum_chunks, static_cast<unsigned>((ids.experts + 31) / 32),
                         dim3(32, 32), 0, stream, counts, chunks.count, ids.experts, totals);
   const size_t shared_bytes = static_cast<size_t>(ids.experts + 1) * sizeof(int32_t);
-  launch_after_previous("place_slots", place_slots<Id>, blocks, kWarpsPerBlock * 32, shared_bytes, stream,
-                        ids, chunks.slots_each, chunks.count, counts, totals, out);
+  launch_after_previous("place_slots", place_slots, blocks, kWarpsPerBlock * 32, shared_bytes, stream, ids,
+                        chunks.slots_each, chunks.count, counts, totals, out);
 }
 
 [[noreturn]] void reject(const std::string& what, const std::string& expected, int64_t found) {
@@ -314,23 +294,10 @@ void permute(const PermuteArgs& args, void* stream) {
     reject("permute: scratch", std::to_string(permute_scratch_bytes(slots, experts)) + " bytes",
            static_cast<int64_t>(args.scratch.size()));
   }
-  const std::span<const int32_t> local = args.routing.local_experts;
   const Outputs out{args.out.group_offsets.data(), args.out.slot_of_row.data(),
                     args.out.row_of_slot.data(),   args.status,
                     args.cleared.data(),           static_cast<int32_t>(args.cleared.size())};
-  std::visit(
-      [&](const auto& ids) {
-        using Id = std::remove_const_t<std::remove_pointer_t<decltype(ids.data)>>;
-        const Ids<Id> typed{ids.data,
-                            ids.stride,
-                            static_cast<int32_t>(args.routing.top_k()),
-                            static_cast<int32_t>(slots),
-                            static_cast<int32_t>(experts),
-                            local.empty() ? nullptr : local.data(),
-                            static_cast<int64_t>(local.size())};
-        launch(typed, out, args.scratch, static_cast<cudaStream_t>(stream));
-      },
-      args.routing.topk_ids);
+  launch(ExpertIds(args.routing, experts), out, args.scratch, static_cast<cudaStream_t>(stream));
 }
 
 void slice_group_offsets(std::span<const int32_t> group_offsets, int64_t first, int64_t rows,

@@ -18,13 +18,16 @@ struct PermuteArgs {
   PermutationView out;                ///< [E+1], room for [T*K] and [T*K]
   int32_t* status = nullptr;          ///< bits are or-ed in; may be null
   std::span<std::byte> scratch = {};  ///< permute_scratch_bytes()
-  /// Set to zero beside: counters of the kernels that follow.
+  /// Set to zero beside: counters of the kernels that follow. For a handful of slots they are zero before the
+  /// kernel lets the next one start (programmatic dependent launch), for more when it has ended.
   std::span<int32_t> cleared = {};
 };
 
 /// Scratch for `slots` slots or fewer.
 size_t permute_scratch_bytes(int64_t slots, int64_t experts);
 
+/// No more slots than a warp has lanes.
+inline constexpr int64_t kHandfulOfSlots = 32;
 inline constexpr int64_t kMostExperts = 8192;
 inline constexpr int64_t kMostSlots = int64_t{1} << 30;
 

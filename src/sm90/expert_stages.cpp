@@ -5,6 +5,7 @@
 
 #include "base/fail.h"
 #include "cuda/device.h"
+#include "cuda/permute.h"
 #include "sm90/fused_layer.h"
 
 namespace fourfold::sm90 {
@@ -267,8 +268,9 @@ void ExpertStages::stage_fused_x(const ExpertSpace& space, const cuda::RowSource
     layer.x_row_scales = restages() ? space.x_row_scales.data() : nullptr;
     layer.slot_of_row = nullptr;
     layer.weights_ahead = true;
-  } else if (!taps.staged_x) {
-    return;
+  } else {
+    layer.finds_own_rows = rows.rows <= cuda::kHandfulOfSlots;
+    if (!taps.staged_x) return;
   }
   if (is_dynamic_tensor(options_.x_scale)) {
     cuda::find_amax(source, rows.group_offsets, rows.rows, &space.amaxes[0], step.stream);
@@ -301,7 +303,7 @@ void ExpertStages::run_fused(const ExpertSpace& space, const cuda::RowSource& so
     if (!taps.activation.empty() || taps.staged_intermediate) layer.activated = space.activation;
   }
   layer.z = z;
-  layer.topk_weights = args.routing.topk_weights;
+  layer.routing = args.routing;
   layer.y = args.y;
   layer.counters = space.fused_counters;
   launch_fused_layer(layer, step.stream);

@@ -18,6 +18,10 @@
 //   finishers  four warps; gate/up: activation -> memory, count; down: z -> memory, count; the last tile of
 //              some columns combines them into y
 //
+// A handful of slots (finds_own_rows) is sorted by every CTA for itself, while the permutation sorts them for
+// the finishers: all that is used of it before it has ended are the counters, zero before it lets this kernel
+// start.
+//
 // No stage waits for the whole of another, so that weights come at the memory's speed from the first byte to
 // the last.
 #include <cuda_runtime.h>
@@ -47,10 +51,15 @@ FOURFOLD_HOST_DEVICE FusedShared layout_of(const FusedLayerArgs& args) {
   return {longest_depth(args), args.tile_tokens, args.token_buffers, args.stages};
 }
 
-__device__ void init_barriers(const FusedLayerArgs& args, const FusedShared& layout, uint32_t shared) {
+/// By one thread of every warp: an mbarrier's initialisation takes some thirty cycles, and those of a warp
+/// follow each other even if its lanes share them.
+__device__ void init_barriers(const FusedLayerArgs& args, const FusedShared& layout, uint32_t shared,
+                              int warp) {
   constexpr int kConsumerThreads = 128 * kFusedParts;
   const auto init = [&](uint32_t first, int count, int arrivals) {
-    for (int i = 0; i < count; ++i) ptx::mbarrier_init(shared + first + i * 8, arrivals);
+    for (int i = warp; i < count; i += kFusedThreads / 32) {
+      ptx::mbarrier_init(shared + first + i * 8, arrivals);
+    }
   };
   init(layout.full, args.stages, 1);
   init(layout.empty, args.stages, kConsumerThreads);
@@ -68,14 +77,16 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   extern __shared__ __align__(128) uint8_t raw_shared[];
   const uint32_t shared = ptx::shared_address(raw_shared);
   const FusedShared layout = layout_of(args);
-  if (threadIdx.x == 0) init_barriers(args, layout, shared);
-  __syncthreads();
   constexpr int kConsumerWarps = 4 * kFusedParts;
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  FusedSchedule schedule(args, layout, shared);
+  if (threadIdx.x % 32 == 0) init_barriers(args, layout, shared, warp);
+  if (warp == kConsumerWarps) schedule.begin();
+  __syncthreads();
   if (warp < kConsumerWarps) {
     FusedConsumer(args, layout, shared, warp / 4).run();
   } else if (warp == kConsumerWarps) {
-    run_fused_schedule(args, layout, shared);
+    schedule.run();
   } else if (warp == kConsumerWarps + 1) {
     if (threadIdx.x % 32 == 0) run_fused_weights(args, layout, shared);
   } else if (warp == kConsumerWarps + 2) {
@@ -105,12 +116,14 @@ FusedLayerArgs kernel_args(const FusedLayer& layer) {
   args.tokens = static_cast<int32_t>(layer.tokens);
   args.group_offsets = layer.group_offsets;
   args.slot_of_row = layer.slot_of_row;
+  args.finds_own_rows = layer.finds_own_rows;
+  args.ids = cuda::ExpertIds(layer.routing, layer.experts);
   args.x = layer.x.data;
   args.x_stride = layer.x.stride;
   args.x_row_scales = layer.x_row_scales;
   args.intermediate_scales = layer.intermediate_scales;
   args.intermediate = layer.intermediate.data;
-  args.weights_wait = !layer.weights_ahead;
+  args.weights_wait = !layer.weights_ahead && !layer.finds_own_rows;
   args.h = layer.h.data;
   args.h_stride = layer.h.stride;
   args.activated = layer.activated.data;
@@ -119,8 +132,8 @@ FusedLayerArgs kernel_args(const FusedLayer& layer) {
   args.slots = {layer.z.data,
                 layer.z.stride,
                 layer.row_of_slot,
-                layer.topk_weights.data,
-                layer.topk_weights.stride,
+                layer.routing.topk_weights.data,
+                layer.routing.topk_weights.stride,
                 static_cast<int32_t>(layer.top_k)};
   std::visit(
       [&](const auto& y) {

@@ -11,6 +11,7 @@
 
 #include "fourfold/gemm.h"
 #include "fourfold/moe_layer.h"
+#include "fourfold/routing.h"
 #include "sm90/packed_layout.h"
 
 namespace fourfold::sm90 {
@@ -40,13 +41,17 @@ struct FusedLayer {
   MatrixView<Bf16> intermediate;  ///< [M, I] what down multiplies; 16-byte aligned, stride a multiple of 8
   MatrixView<Bf16> activated;     ///< [M, I] the activation's output, laid out as that; optional
   MatrixView<Bf16> z;             ///< [M, H]; 16-byte aligned, stride a multiple of 8
-  MatrixView<const float> topk_weights;
+  Routing routing;
   OutputView y;  ///< [T, H], any alignment
   /// fused_counters() words, which an earlier kernel of the stream has set to zero; see weights_ahead.
   std::span<int32_t> counters;
   /// Weights, group_offsets and counters are complete before the previous kernel lets this one start, as in
   /// ExpertGemm::overlap_previous: weights are fetched before that kernel ends.
   bool weights_ahead = false;
+  /// x is as it was before the slots, a handful, were permuted, and by the kernel that did counters were set
+  /// to zero before it let another start. Then this one finds its rows by the router's ids, and begins before
+  /// group_offsets are there.
+  bool finds_own_rows = false;
 };
 
 /// What the kernel's lists in shared memory have room for.

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/combine_row.cuh"
+#include "cuda/expert_ids.cuh"
 #include "fourfold/number_formats.h"
 #include "sm90/packed_decode.h"
 #include "sm90/swiglu.cuh"
@@ -30,6 +31,8 @@ struct FusedLayerArgs {
   int32_t stages;         ///< of the ring of weights
   const int32_t* group_offsets;
   const int32_t* slot_of_row;  ///< null: x has a row for each of ours
+  bool finds_own_rows;         ///< by `ids`; group_offsets and slot_of_row may not be there yet
+  cuda::ExpertIds ids;
   const Bf16* x;
   int64_t x_stride;
   const float* x_row_scales;         ///< null: 1
@@ -46,7 +49,7 @@ struct FusedLayerArgs {
   bool y_is_float32;
   SwigluArgs swiglu;
   DecodeMasks masks;
-  bool weights_wait;  ///< for the previous kernel, as everything else does
+  bool weights_wait;  ///< for the previous kernel
   /// Tickets taken; then, by the first row of a token tile, how many of its gate/up tiles are done; then, by
   /// tile of down's rows, how many token tiles are done.
   int32_t* tickets;

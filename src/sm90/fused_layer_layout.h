@@ -16,6 +16,7 @@ inline constexpr int kFusedMostStages = 30;
 inline constexpr int kFusedMostTokenBuffers = 8;
 inline constexpr int kFusedMostTokenTiles = kMostFusedSlots;
 inline constexpr int kFusedMostExperts = kMostFusedExperts;
+inline constexpr int kFusedMostOwnRows = 32;  ///< that the kernel finds by itself: of a handful of slots
 /// The next ticket is taken when no more than so many stages of the last tile are left to be asked for: about
 /// the time that takes. Sooner would keep it from a CTA that has nothing left.
 inline constexpr int kFusedAheadStages = 5;
@@ -32,8 +33,8 @@ inline constexpr int kFusedMaxSharedBytes = 227 * 1024;
 /// Byte offsets in shared memory, from a multiple of 128. Barriers are 8 bytes each.
 struct FusedShared {
   uint32_t tokens, token_row_bytes, token_buffer_bytes;
-  uint32_t partials, partial_bytes, stage_tiles, token_tiles, queue, full, empty, tokens_full, tokens_empty,
-      queued, partials_full, partials_free, nearly_asked, tile_count, end;
+  uint32_t partials, partial_bytes, stage_tiles, token_tiles, own_slots, queue, full, empty, tokens_full,
+      tokens_empty, queued, partials_full, partials_free, nearly_asked, tile_count, end;
 
   /// Rows of K bf16 in shared memory are 16 bytes longer than they need, so that eight of them, read at the
   /// same k, are in different banks.
@@ -50,7 +51,8 @@ struct FusedShared {
         partial_bytes(static_cast<uint32_t>(tile_tokens + 1) / 2 * 128 / 4 * 16),
         stage_tiles(partials + kFusedFinishers * kFusedParts * partial_bytes),
         token_tiles(stage_tiles + static_cast<uint32_t>(stages) * 16),
-        queue(token_tiles + kFusedMostTokenTiles * 8),
+        own_slots(token_tiles + kFusedMostTokenTiles * 8),
+        queue(own_slots + kFusedMostOwnRows * 4),
         full(queue + kFusedQueue * 16),
         empty(full + static_cast<uint32_t>(stages) * 8),
         tokens_full(empty + static_cast<uint32_t>(stages) * 8),

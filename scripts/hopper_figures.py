@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Turns a run of scripts/gpu_check.sh into the tables and the plot of the documentation.
 
-    scripts/hopper_figures.py record FOLDER --commit SUBJECT   FOLDER: gpu_check's --out -> docs/measured/hopper.json
+    scripts/hopper_figures.py record FOLDER --commit SUBJECT   FOLDER: gpu_check's --out -> docs/measured/hopper.json,
+                                                               or h200.json where that is the GPU
     scripts/hopper_figures.py write                            the tables of README.md and docs/hopper.md, and the plot
     scripts/hopper_figures.py check                            exit status 1 where those are not what the JSON says
 
-docs/measured/hopper.json holds medians and fractions of the floor as measured, and nothing else may stand in the
-tables; docs/measured/hopper_peers.json holds figures of programs that were measured elsewhere, with their source.
+docs/measured/hopper.json (an H100's) and h200.json hold medians and fractions of the floor as measured, and nothing else
+may stand in the tables; docs/measured/hopper_peers.json holds figures of programs that were measured elsewhere, with their source.
 `write` needs matplotlib (pip install matplotlib), the others Python alone.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from measured_pages import ROOT, digest, pyplot, report_stale, row, save_plot, with_tables
 
 MEASURED = ROOT / "docs/measured/hopper.json"
+MEASURED_H200 = ROOT / "docs/measured/h200.json"
 PEERS = ROOT / "docs/measured/hopper_peers.json"
 PLOT = ROOT / "docs/measured/hopper.svg"
 FORMATS = ("bf16", "nvfp4")
@@ -48,9 +50,9 @@ class Cell:
         return self.floor[activations] / self.ours[activations]
 
 
-def cells() -> dict[str, dict[int, Cell]]:
-    """By model, then tokens."""
-    measured, peers = json.loads(MEASURED.read_text()), json.loads(PEERS.read_text())
+def cells(of: Path = MEASURED) -> dict[str, dict[int, Cell]]:
+    """By model, then tokens. Peers were measured on an H100, and are none of another GPU's."""
+    measured, peers = json.loads(of.read_text()), json.loads(PEERS.read_text())
     found: dict[str, dict[int, Cell]] = {}
     for case in measured["cases"]:
         cell = found.setdefault(case["model"], {}).setdefault(case["tokens"], Cell({}, {}, {}))
@@ -58,7 +60,7 @@ def cells() -> dict[str, dict[int, Cell]]:
         cell.floor[case["activations"]] = case["floor_seconds"]
     for case in measured["torch"]:
         found[case["model"]][case["tokens"]].others[TORCH] = case["seconds"]
-    for program in peers["programs"]:
+    for program in peers["programs"] if of == MEASURED else []:
         for model, times in program["microseconds"].items():
             for tokens, microseconds in times.items():
                 found[model][int(tokens)].others[program["name"]] = microseconds / 1e6
@@ -131,14 +133,15 @@ def record(folder: Path, commit: str) -> None:
         "routings": {name: fractions(folder, f"{name}.json") for name in ROUTINGS},
         "counters": json.loads(result_of(folder, "counters.json")),
     }
-    MEASURED.write_text(json.dumps(measured, indent=1) + "\n")
+    target = MEASURED_H200 if "H200" in machine["machine"] else MEASURED
+    target.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 # ---- tables ----
 
 
-def table_of(model: str) -> str:
-    found = cells()[model]
+def table_of(model: str, measured: Path = MEASURED) -> str:
+    found = cells(measured)[model]
     programs = list(next(iter(found.values())).others)
     text = row(["T", *(f"fourfold {name}" for name in FORMATS), *programs])
     text += row(["---"] * (1 + len(FORMATS) + len(programs)))
@@ -199,6 +202,7 @@ def readme_table() -> str:
 def documents() -> dict[Path, str]:
     """The files that hold tables, as they have to be."""
     by_model = {f"measured: {model}": lambda model=model: table_of(model) for model in TITLES}
+    by_model |= {f"measured on an H200: {model}": lambda model=model: table_of(model, MEASURED_H200) for model in TITLES}
     others = {"measured: untuned": untuned_table, "measured: routings": routing_table, "measured: counters": counter_table}
     files = {ROOT / "README.md": {"measured: hopper": readme_table}, ROOT / "docs/hopper.md": by_model | others}
     return {file: with_tables(file, sections) for file, sections in files.items()}
@@ -233,13 +237,13 @@ def plot() -> None:
 
 def check() -> int:
     plots = {PLOT: digest(MEASURED, PEERS)}
-    return report_stale(documents(), plots, "docs/measured/hopper.json", Path(__file__).name)
+    return report_stale(documents(), plots, "docs/measured/hopper.json and h200.json", Path(__file__).name)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    recording = commands.add_parser("record", help="gpu_check's results -> docs/measured/hopper.json")
+    recording = commands.add_parser("record", help="gpu_check's results -> docs/measured/hopper.json or h200.json")
     recording.add_argument("folder", type=Path)
     recording.add_argument("--commit", required=True, help="subject of the commit that was measured")
     commands.add_parser("write", help="tables and plot from the JSON")

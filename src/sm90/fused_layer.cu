@@ -32,6 +32,7 @@
 #include "cuda/check.cuh"
 #include "cuda/device.h"
 #include "cuda/launch.cuh"
+#include "cuda/permute.h"
 #include "sm90/fused_layer.h"
 #include "sm90/fused_layer_args.cuh"
 #include "sm90/fused_layer_consumer.cuh"
@@ -43,6 +44,8 @@
 namespace fourfold::sm90 {
 namespace {
 
+static_assert(kFusedMostOwnRows == cuda::kHandfulOfSlots);
+
 FOURFOLD_HOST_DEVICE int32_t longest_depth(const FusedLayerArgs& args) {
   return args.gate_up.depth_units > args.down.depth_units ? args.gate_up.depth_units : args.down.depth_units;
 }
@@ -51,8 +54,8 @@ FOURFOLD_HOST_DEVICE FusedShared layout_of(const FusedLayerArgs& args) {
   return {longest_depth(args), args.tile_tokens, args.token_buffers, args.stages};
 }
 
-/// By one thread of every warp: an mbarrier's initialisation takes some thirty cycles, and those of a warp
-/// follow each other even if its lanes share them.
+/// By one thread of every warp: a fence goes with each initialisation of an mbarrier, and the compiler puts
+/// those of a warp's lanes one after the other.
 __device__ void init_barriers(const FusedLayerArgs& args, const FusedShared& layout, uint32_t shared,
                               int warp) {
   constexpr int kConsumerThreads = 128 * kFusedParts;

@@ -34,6 +34,7 @@ class Call {
         workspace_(plan_.workspace_bytes, gpu()),
         x_(elements(max_tokens, layer.config().hidden)),
         ids_(elements(max_tokens, layer.config().top_k)),
+        wide_ids_(elements(max_tokens, layer.config().top_k)),
         weights_(elements(max_tokens, layer.config().top_k)),
         y_(elements(max_tokens, layer.config().hidden)) {
     // What a workspace holds at the start must not matter.
@@ -44,15 +45,20 @@ class Call {
     tokens_ = inputs.tokens;
     x_.set(inputs.x);
     ids_.set(inputs.topk_ids);
+    wide_ids_.set({inputs.topk_ids.begin(), inputs.topk_ids.end()});
     weights_.set(inputs.topk_weights);
     gpu().synchronize();
   }
 
-  void enqueue(void* stream, const StageTaps& taps = {}, std::span<const int32_t> local_experts = {}) const {
+  void enqueue(void* stream, const StageTaps& taps = {}, std::span<const int32_t> local_experts = {},
+               bool wide_ids = false) const {
     const LayerConfig& config = layer_.config();
     ForwardArgs args;
     args.x = x_.matrix(tokens_, config.hidden);
     args.routing.topk_ids = MatrixView<const int32_t>(ids_.matrix(tokens_, config.top_k));
+    if (wide_ids) {
+      args.routing.topk_ids = MatrixView<const int64_t>(wide_ids_.matrix(tokens_, config.top_k));
+    }
     args.routing.topk_weights = weights_.matrix(tokens_, config.top_k);
     args.routing.local_experts = local_experts;
     args.y = y_.matrix(tokens_, config.hidden);
@@ -77,6 +83,7 @@ class Call {
   int64_t tokens_ = 0;
   DeviceArray<Bf16> x_;
   DeviceArray<int32_t> ids_;
+  DeviceArray<int64_t> wide_ids_;
   DeviceArray<float> weights_;
   DeviceArray<Bf16> y_;
 };
@@ -138,7 +145,8 @@ TEST(GpuCalls, CapturedOnceGiveForEveryRoutingWhatEagerCallsGive) {
 }
 
 /// Kernels begin while those before them end, some of them with what they need not wait for: here each call
-/// has other rows than the one before, whose kernels are just ending.
+/// has other rows than the one before, whose kernels are just ending, and every other one ids of 64 bits.
+/// Some ids are no expert's.
 TEST(GpuCalls, RightBehindEachOtherGiveWhatEachGivesAlone) {
   const RandomLayer layer({.tokens = 5, .hidden = 256, .intermediate = 128, .experts = 40, .top_k = 4},
                           test_seed());
@@ -157,13 +165,16 @@ TEST(GpuCalls, RightBehindEachOtherGiveWhatEachGivesAlone) {
       inputs.topk_ids.resize(static_cast<size_t>(inputs.tokens * inputs.top_k));
       inputs.topk_weights.resize(static_cast<size_t>(inputs.tokens * inputs.top_k));
       calls.push_back(std::make_unique<Call>(*moe, inputs.tokens));
+      if (number % 3 == 2) inputs.topk_ids[1] = number % 2 == 0 ? 40 : -2;
       calls.back()->set(inputs);
-      for (int32_t& id : inputs.topk_ids) id = id < 0 ? id : known[static_cast<size_t>(id)];
+      for (int32_t& id : inputs.topk_ids) id = id < 0 || id >= 40 ? -1 : known[static_cast<size_t>(id)];
       alone.push_back(trace(*moe, inputs, nullptr, gpu()).y);
     }
     CapturedGraph graph([&](void* stream) {
       for (int repeat = 0; repeat < 5; ++repeat) {
-        for (const auto& call : calls) call->enqueue(stream, {}, local_experts.span());
+        for (size_t i = 0; i < calls.size(); ++i) {
+          calls[i]->enqueue(stream, {}, local_experts.span(), i % 2 == 1);
+        }
       }
     });
     for (int repeat = 0; repeat < 20; ++repeat) {

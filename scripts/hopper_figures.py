@@ -104,6 +104,14 @@ def shape_text(case: dict) -> str:
     return f"H {case['hidden']}, I {case['intermediate']}, E {case['experts']}, top-{case['top_k']}"
 
 
+def target_of(machine: str) -> Path:
+    """The file of a machine's figures."""
+    for gpu, target in (("H100", MEASURED), ("H200", MEASURED_H200)):
+        if gpu in machine:
+            return target
+    sys.exit(f"error: grid.json: expected a run on an H100 or H200, whose figures docs/hopper.md has, found {machine}")
+
+
 def record(folder: Path, commit: str) -> None:
     grid, control = json.loads(result_of(folder, "grid.json")), json.loads(result_of(folder, "control.json"))
     for case in grid["cases"]:
@@ -133,8 +141,7 @@ def record(folder: Path, commit: str) -> None:
         "routings": {name: fractions(folder, f"{name}.json") for name in ROUTINGS},
         "counters": json.loads(result_of(folder, "counters.json")),
     }
-    target = MEASURED_H200 if "H200" in machine["machine"] else MEASURED
-    target.write_text(json.dumps(measured, indent=1) + "\n")
+    target_of(machine["machine"]).write_text(json.dumps(measured, indent=1) + "\n")
 
 
 # ---- tables ----

@@ -471,6 +471,21 @@ TEST_P(CpuKernels, IntBlocksHoldEveryCodeAndScale) {
 
 // The header of activation_loops.h derives 1e-6; gelu's exponent adds 5e-6. Rounded to bf16, a value may fall
 // to the other side of a boundary: one unit in the last place, 2^-7 of the value at most.
+TEST_P(CpuKernels, DecodeEveryE4m3Code) {
+  std::vector<uint8_t> codes;
+  for (int code = 0; code < 256; ++code) codes.push_back(static_cast<uint8_t>(code));
+  std::vector<float> values(codes.size());
+  functions().decode_fp8(codes.data(), std::ssize(codes), values.data());
+  for (const uint8_t code : codes) {
+    const float expected = decode_e4m3(code);
+    if (std::isnan(expected)) {
+      EXPECT_TRUE(std::isnan(values[code])) << int{code};
+    } else {
+      EXPECT_EQ(float_bits(values[code]), float_bits(expected)) << int{code};
+    }
+  }
+}
+
 TEST_P(CpuKernels, ActivationsAreWithinARoundingOfTheReference) {
   std::vector<Bf16> h;
   for (uint32_t bits = 0; bits < 0x10000u; bits += 3) h.push_back(Bf16{static_cast<uint16_t>(bits)});

@@ -16,6 +16,13 @@ ActivationFormat format_of(const PreparedExperts& experts) {
   return experts.options().activations;
 }
 
+/// Rows a line further apart than they are long: a pair's columns of many rows, at a distance of a power of
+/// two, would share a few sets of the caches.
+MatrixView<Bf16> take_padded(WorkspaceCarver& carver, int64_t rows, int64_t cols) {
+  const int64_t stride = cols + 64 / static_cast<int64_t>(sizeof(Bf16));
+  return {carver.take<Bf16>(rows * stride).data(), rows, cols, stride};
+}
+
 /// Pairs of a matrix that are one piece of work.
 int64_t pairs_a_piece(const PanelMatrix& matrix) {
   return std::max<int64_t>(1, kWeightBytesAPiece / panel_pair_bytes(matrix.storage, matrix.depth));
@@ -34,8 +41,8 @@ PassSpace carve_pass(WorkspaceCarver& carver, const PreparedExperts& experts, co
   PassSpace space;
   space.staged_x = carver.take_staged(format, rows, config.hidden);
   space.staged_intermediate = carver.take_staged(format, rows, config.intermediate);
-  space.activation = carver.take<Bf16>(rows, config.intermediate);
-  space.z = carver.take<Bf16>(rows, config.hidden);
+  space.activation = take_padded(carver, rows, config.intermediate);
+  space.z = take_padded(carver, rows, config.hidden);
   space.operands =
       carver.take<std::byte>(std::max(most_bytes(config.hidden), most_bytes(config.intermediate)));
   space.row_factors = carver.take<float>(rows);

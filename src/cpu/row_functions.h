@@ -46,6 +46,7 @@ struct RowFunctions {
   void (*quantize_nvfp4_searching)(ScaleRule rule, const float* x, int64_t cols, float global, uint8_t* codes,
                                    uint8_t* scales);
   void (*encode_fp8)(const float* x, int64_t cols, float reciprocal, uint8_t* codes);
+  void (*decode_fp8)(const uint8_t* codes, int64_t cols, float* out);
 
   /// cols / 16 blocks.
   void (*make_int_blocks)(const uint8_t* codes, const uint8_t* scales, int64_t cols, IntBlock* out);

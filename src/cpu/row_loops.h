@@ -67,9 +67,10 @@ FOURFOLD_INLINE float largest_magnitude(const float* x, int64_t cols) {
 FOURFOLD_INLINE float largest_finite_magnitude(const float* x, int64_t cols) {
   uint32_t largest = 0;
   for (int64_t col = 0; col < cols; ++col) {
-    uint32_t magnitude = to_bits(x[col]) & kMagnitude;
-    magnitude = magnitude < kInfinityBits ? magnitude : 0;
-    largest = magnitude > largest ? magnitude : largest;
+    const uint32_t magnitude = to_bits(x[col]) & kMagnitude;
+    const uint32_t finite =
+        magnitude & -static_cast<uint32_t>(magnitude < kInfinityBits);  // vectorised, unlike ?:
+    largest = finite > largest ? finite : largest;
   }
   return to_float(largest);
 }
@@ -275,6 +276,19 @@ FOURFOLD_INLINE void encode_fp8(const float* x, int64_t cols, float reciprocal, 
     const uint32_t bits = to_bits(x[col] * reciprocal), magnitude = bits & kMagnitude;
     const uint32_t code = encode_positive_e4m3(to_float(magnitude));
     codes[col] = static_cast<uint8_t>(code == kE4m3NanCode ? code : code | (bits >> 24 & 0x80u));
+  }
+}
+
+/// decode_e4m3 of a row, without a table.
+FOURFOLD_INLINE void decode_fp8(const uint8_t* codes, int64_t cols, float* out) {
+  constexpr uint32_t kExponents = 127 - 7;  // between the biases of float32 and e4m3
+  for (int64_t col = 0; col < cols; ++col) {
+    const uint32_t code = codes[col], magnitude = code & 0x7Fu;
+    const uint32_t normal = (magnitude << 20) + (kExponents << 23);
+    const uint32_t subnormal = to_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f);
+    uint32_t bits = magnitude < 8 ? subnormal : normal;
+    bits = magnitude == kE4m3NanCode ? 0x7FC00000u : bits;
+    out[col] = to_float(bits | (code & 0x80u) << 24);
   }
 }
 

@@ -133,7 +133,7 @@ void RowStager::decode_term(const StagedRow& staged, int term, float* out, std::
       functions_.widen(staged.values, depth_, out);
       break;
     case ActivationFormat::kFp8:
-      for (int64_t k = 0; k < depth_; ++k) out[k] = e4m3_values()[staged.codes[k]];
+      functions_.decode_fp8(staged.codes, depth_, out);
       break;
     case ActivationFormat::kNvfp4:
     case ActivationFormat::kNvfp4x2: {

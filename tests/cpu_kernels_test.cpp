@@ -173,7 +173,9 @@ TEST_P(CpuKernels, IntegerSumsEqualTheEmulationBitForBit) {
   }
 }
 
-TEST_P(CpuKernels, DecodeEveryCodeTimesEveryScaleExactly) {
+/// Calls check(matrix) with matrices of one chunk that hold every code with every scale between them.
+template <class Check>
+void for_every_code_and_scale(const Check& check) {
   // 16 rows x 4 blocks of a panel hold 64 scales at a time; every block holds all codes.
   BlockScaledMatrix matrix{QuantFormat::kNvfp4, kPairRows, kChunkDepth, {}, {}, {}};
   for (int64_t i = 0; i < kPairRows * kChunkDepth / 2; ++i) {
@@ -184,16 +186,21 @@ TEST_P(CpuKernels, DecodeEveryCodeTimesEveryScaleExactly) {
     for (int64_t i = 0; i < kPairRows * kBlocksPerChunk; ++i) {
       matrix.scales.push_back(static_cast<uint8_t>((first + i) % (kE4m3MaxCode + 1)));
     }
-    const Aligned<uint8_t> packed = pack(matrix);
+    check(matrix);
+  }
+}
+
+TEST_P(CpuKernels, DecodeEveryCodeTimesEveryScaleExactly) {
+  for_every_code_and_scale([&](const BlockScaledMatrix& matrix) {
     const Aligned<float> decoded(kChunkDepth * kPairRows);
-    kernels().decode_floats(packed.data(), 1, decoded.data());
+    kernels().decode_floats(pack(matrix).data(), 1, decoded.data());
     const std::vector<float> expected = decode(matrix);
     for (int64_t row = 0; row < kPairRows; ++row) {
       for (int64_t k = 0; k < kChunkDepth; ++k) {
         ASSERT_EQ(decoded[k * kPairRows + row], expected[static_cast<size_t>(row * kChunkDepth + k)]);
       }
     }
-  }
+  });
 }
 
 /// What float32 sums of `depth` products in any order can be off: each of them rounds, and so do `depth - 1`
@@ -268,10 +275,10 @@ TEST_P(CpuKernels, FloatSumsOfFewRowsHaveTheBitsOfMany) {
   }
 }
 
-/// bf16 rows, with a magnitude of their own each.
+/// bf16 rows, with a magnitude of their own each, one of subnormals.
 std::vector<Bf16> random_rows(int64_t rows, int64_t depth, std::mt19937& random) {
   std::normal_distribution<float> normal;
-  constexpr int kExponents[] = {0, 40, -40, 122, -110, 15};
+  constexpr int kExponents[] = {0, 40, -40, 122, -110, 15, -126};
   std::vector<Bf16> values;
   for (int64_t row = 0; row < rows; ++row) {
     const float scale = power_of_two(kExponents[row % std::ssize(kExponents)]);
@@ -280,21 +287,22 @@ std::vector<Bf16> random_rows(int64_t rows, int64_t depth, std::mt19937& random)
   return values;
 }
 
-TEST_P(CpuTiles, OfBf16AreWithinTheirRoundings) {
+/// Calls multiply(packed weights, chunks, operand, rows, scratch, sums) for rows of bf16 in `form` and
+/// compares its sums with exact ones.
+template <class Multiply>
+void expect_bf16_sums(const RowFunctions& functions, OperandForm form, const Multiply& multiply) {
   std::mt19937 random(kSeed + 2);
-  if (kernels().begin_tiles != nullptr) kernels().begin_tiles();
   for (const int64_t depth : kDepths) {
     for (const int64_t rows : kRowCounts) {
       const BlockScaledMatrix weights = random_matrix(kPairRows, depth, random);
       std::vector<Bf16> values = random_rows(rows, depth, random);
       StagedActivations staged;
       staged.values = {values.data(), rows, depth};
-      const Operand operand(functions(), staged, ActivationFormat::kBf16, OperandForm::kTiles, rows, depth);
+      const Operand operand(functions, staged, ActivationFormat::kBf16, form, rows, depth);
       const Aligned<std::byte> scratch(kKernelScratchBytes);
-      const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-      const Aligned<float> sums(tiles * kTileRows * kPairRows);
-      kernels().multiply_tiles(pack(weights).data(), chunks_of(depth), operand.bytes.data(), tiles, 1,
-                               scratch.data(), sums.data());
+      const Aligned<float> sums((rows + kTileRows) * kPairRows);
+      multiply(pack(weights).data(), chunks_of(depth), operand.bytes.data(), rows, scratch.data(),
+               sums.data());
       const std::vector<float> w = decode(weights);
       for (int64_t row = 0; row < rows; ++row) {
         std::vector<float> a;
@@ -305,6 +313,43 @@ TEST_P(CpuTiles, OfBf16AreWithinTheirRoundings) {
       }
     }
   }
+}
+
+/// One chunk's weights come back, exactly, from rows that have a 1 at one k each.
+template <class Multiply>
+void expect_exact_weights(const RowFunctions& functions, OperandForm form, const Multiply& multiply) {
+  std::vector<Bf16> ones(static_cast<size_t>(kChunkDepth * kChunkDepth), encode_bf16(0.0f));
+  for (int64_t k = 0; k < kChunkDepth; ++k)
+    ones[static_cast<size_t>(k * kChunkDepth + k)] = encode_bf16(1.0f);
+  StagedActivations staged;
+  staged.values = {ones.data(), kChunkDepth, kChunkDepth};
+  const Operand operand(functions, staged, ActivationFormat::kBf16, form, kChunkDepth, kChunkDepth);
+  const Aligned<std::byte> scratch(kKernelScratchBytes);
+  const Aligned<float> sums(kChunkDepth * kPairRows);
+  for_every_code_and_scale([&](const BlockScaledMatrix& matrix) {
+    multiply(pack(matrix).data(), 1, operand.bytes.data(), kChunkDepth, scratch.data(), sums.data());
+    const std::vector<float> expected = decode(matrix);
+    for (int64_t row = 0; row < kPairRows; ++row) {
+      for (int64_t k = 0; k < kChunkDepth; ++k) {
+        ASSERT_EQ(sums[k * kPairRows + row], expected[static_cast<size_t>(row * kChunkDepth + k)]);
+      }
+    }
+  });
+}
+
+/// multiply_tiles as those two take it, for bf16.
+auto multiply_with_tiles(const Kernels& kernels) {
+  return [&](const uint8_t* pair, int64_t chunks, const std::byte* operand, int64_t rows, std::byte* scratch,
+             float* sums) {
+    DecodedAhead ahead;
+    kernels.multiply_tiles(pair, nullptr, chunks, operand, (rows + kTileRows - 1) / kTileRows, 1, scratch,
+                           ahead, sums);
+  };
+}
+TEST_P(CpuTiles, OfBf16AreWithinTheirRoundings) {
+  if (kernels().begin_tiles != nullptr) kernels().begin_tiles();
+  expect_bf16_sums(functions(), OperandForm::kTiles, multiply_with_tiles(kernels()));
+  expect_exact_weights(functions(), OperandForm::kTiles, multiply_with_tiles(kernels()));
   if (kernels().end_tiles != nullptr) kernels().end_tiles();
 }
 
@@ -322,8 +367,9 @@ TEST_P(CpuTiles, AddBothTermsOfNvfp4x2) {
     const Aligned<std::byte> scratch(kKernelScratchBytes);
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     const Aligned<float> sums(tiles * kTileRows * kPairRows);
-    kernels().multiply_tiles(pack(weights).data(), chunks_of(depth), operand.bytes.data(), tiles, 2,
-                             scratch.data(), sums.data());
+    DecodedAhead ahead;
+    kernels().multiply_tiles(pack(weights).data(), nullptr, chunks_of(depth), operand.bytes.data(), tiles, 2,
+                             scratch.data(), ahead, sums.data());
     // Both terms as one operand of twice the depth.
     const std::vector<float> w = decode(weights), a = decode(first), b = decode(second);
     std::vector<float> w2, a2;
@@ -337,6 +383,43 @@ TEST_P(CpuTiles, AddBothTermsOfNvfp4x2) {
       a2.insert(a2.end(), b.begin() + row * depth, b.begin() + (row + 1) * depth);
     }
     expect_close(sums.data(), w2, a2, rows, 2 * depth, 1.0);
+  }
+  if (kernels().end_tiles != nullptr) kernels().end_tiles();
+}
+
+TEST_P(CpuTiles, OfPairsDecodedAheadHaveTheSameBits) {
+  std::mt19937 random(kSeed + 43);
+  if (kernels().begin_tiles != nullptr) kernels().begin_tiles();
+  for (const int64_t depth : kDepths) {
+    const int64_t chunks = chunks_of(depth), count = 4;
+    const Aligned<uint8_t> pairs(count * pair_bytes(depth));
+    for (int64_t i = 0; i < count; ++i) {
+      const auto packed = pack(random_matrix(kPairRows, depth, random));
+      std::copy_n(packed.data(), pair_bytes(depth), pairs.data() + i * pair_bytes(depth));
+    }
+    for (const int64_t rows : {1, 17, 33, 49, 65, 100, 128}) {
+      const int64_t tiles = (rows + kTileRows - 1) / kTileRows, sums_of_pair = tiles * kTileRows * kPairRows;
+      std::vector<Bf16> values = random_rows(rows, depth, random);
+      StagedActivations staged;
+      staged.values = {values.data(), rows, depth};
+      const Operand operand(functions(), staged, ActivationFormat::kBf16, OperandForm::kTiles, rows, depth);
+      const Aligned<std::byte> scratch(kKernelScratchBytes);
+      const Aligned<float> alone(sums_of_pair), sums(sums_of_pair);
+      DecodedAhead ahead;
+      // In an order in which the pair decoded ahead is twice not the one that comes.
+      for (const auto& [pair, next] : {std::pair{0, 1}, {1, 3}, {2, 3}, {3, 3}, {3, -1}, {0, 2}, {2, -1}}) {
+        const auto at = [&](int64_t i) { return i < 0 ? nullptr : pairs.data() + i * pair_bytes(depth); };
+        kernels().multiply_tiles(at(pair), at(next), chunks, operand.bytes.data(), tiles, 1, scratch.data(),
+                                 ahead, sums.data());
+        DecodedAhead none;
+        const Aligned<std::byte> scratch_of_its_own(kKernelScratchBytes);
+        kernels().multiply_tiles(at(pair), nullptr, chunks, operand.bytes.data(), tiles, 1,
+                                 scratch_of_its_own.data(), none, alone.data());
+        ASSERT_EQ(std::memcmp(sums.data(), alone.data(), static_cast<size_t>(sums_of_pair) * sizeof(float)),
+                  0)
+            << "depth " << depth << ", " << rows << " rows, pair " << pair;
+      }
+    }
   }
   if (kernels().end_tiles != nullptr) kernels().end_tiles();
 }

@@ -32,8 +32,7 @@ std::string describe_kernels(Isa isa, ActivationFormat format) {
   const bool ints = is_nvfp4(format);
   switch (isa) {
     case Isa::kAmx:
-      return ints ? "AMX bf16 tiles, int8 VNNI for up to 8 rows an expert"
-                  : "AMX bf16 tiles, AVX-512 float32 for up to 2 rows an expert";
+      return ints ? "AMX bf16 tiles, int8 VNNI for up to 6 rows an expert" : "AMX bf16 tiles";
     case Isa::kAvx512:
       return ints ? "AVX-512 VNNI int8" : "AVX-512 float32";
     case Isa::kAvx2:

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "cpu/prefetch.h"
 #include "cpu/targets.h"
 
 namespace fourfold::cpu::amx {
@@ -73,18 +74,26 @@ struct EmulatedTiles {
     const __m256i high = multiply_sixteen(_mm512_extracti64x4_epi64(a, 1), _mm512_extracti64x4_epi64(b, 1));
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
+  template <int kCode>
+  FOURFOLD_AVX512 FOURFOLD_INLINE static __m512i code_to_front(__m512i words) {
+    return _mm512_srli_epi32(words, 4 * kCode);
+  }
+  FOURFOLD_AVX512 FOURFOLD_INLINE static __m512i shift_in_low_bits(__m512i bits, __m512i low_bits) {
+    return _mm512_or_si512(_mm512_srli_epi16(bits, 3), _mm512_slli_epi16(low_bits, 13));
+  }
 
  private:
   FOURFOLD_AVX512 FOURFOLD_INLINE static __m256i multiply_sixteen(__m256i a, __m256i b) {
-    return _mm512_cvtps_ph(_mm512_mul_ps(_mm512_cvtph_ps(a), _mm512_cvtph_ps(b)), _MM_FROUND_TO_NEAREST_INT);
+    return _mm512_cvtps_ph(_mm512_mul_ps(_mm512_cvtph_ps(a), _mm512_cvtph_ps(b)), _MM_FROUND_TO_ZERO);
   }
 };
 
 }  // namespace
 
-FOURFOLD_AVX512 void multiply_emulated_tiles(const uint8_t* pair, int64_t chunks, const std::byte* tiles,
-                                             int64_t row_tiles, int terms, std::byte* scratch, float* sums) {
-  multiply_pair<EmulatedTiles>(pair, chunks, tiles, row_tiles, terms, scratch, sums);
+FOURFOLD_AVX512 void multiply_emulated_tiles(const uint8_t* pair, const uint8_t* next_pair, int64_t chunks,
+                                             const std::byte* tiles, int64_t row_tiles, int terms,
+                                             std::byte* scratch, DecodedAhead& ahead, float* sums) {
+  multiply_pair<EmulatedTiles>(pair, next_pair, chunks, tiles, row_tiles, terms, scratch, ahead, sums);
 }
 
 }  // namespace fourfold::cpu::amx

@@ -26,7 +26,8 @@ class PairMultiplier {
         sums_(reinterpret_cast<float*>(scratch)),
         scratch_(scratch + kSumsBytes) {}
 
-  void run(int64_t pair, const RowRange& rows) const {
+  /// `next_pair`: what run() is called with next; negative: nothing is known of it.
+  void run(int64_t pair, int64_t next_pair, const RowRange& rows) {
     PairSums sums;
     sums.sums = sums_;
     sums.rows = rows.count;
@@ -35,7 +36,7 @@ class PairMultiplier {
     if (irregular) {
       multiply_irregular(matrix_.panels, pair, *args_.staged, args_.format, row, rows.count, sums_);
     } else {
-      multiply(pair, rows);
+      multiply(pair, next_pair, rows);
       sums.terms = operand_rows(group_.form, args_.format);
       if (group_.form == OperandForm::kTiles && args_.format == ActivationFormat::kBf16) {
         sums.row_factors = args_.row_factors + row;
@@ -51,7 +52,7 @@ class PairMultiplier {
   }
 
  private:
-  void multiply(int64_t pair, const RowRange& rows) const {
+  void multiply(int64_t pair, int64_t next_pair, const RowRange& rows) {
     const int64_t chunks = matrix_.panels.chunks();
     const auto* const weights = reinterpret_cast<const uint8_t*>(matrix_.panels.pair(pair));
     const int terms = operand_rows(group_.form, args_.format);
@@ -71,8 +72,11 @@ class PairMultiplier {
       case OperandForm::kTiles: {
         // rows.first is a multiple of a tile's rows.
         const std::byte* const tiles = operand_ + rows.first * terms_of(args_.format) * row_bytes;
-        return args_.kernels->multiply_tiles(weights, chunks, tiles, (rows.count + kTileRows - 1) / kTileRows,
-                                             terms_of(args_.format), scratch_, sums_);
+        const auto* const next =
+            next_pair < 0 ? nullptr : reinterpret_cast<const uint8_t*>(matrix_.panels.pair(next_pair));
+        return args_.kernels->multiply_tiles(weights, next, chunks, tiles,
+                                             (rows.count + kTileRows - 1) / kTileRows, terms_of(args_.format),
+                                             scratch_, decoded_ahead_, sums_);
       }
     }
   }
@@ -128,6 +132,7 @@ class PairMultiplier {
   const std::byte* operand_;
   float* sums_;
   std::byte* scratch_;
+  DecodedAhead decoded_ahead_;
 };
 
 }  // namespace
@@ -138,11 +143,12 @@ int64_t multiply_scratch_bytes() {
 
 void multiply_group(const GroupMultiply& args, const ExpertMatrix& matrix, const RowGroup& group,
                     int64_t operand_offset, int64_t first, int64_t last, std::byte* scratch) {
-  const PairMultiplier multiplier(args, matrix, group, args.operands + operand_offset, scratch);
+  PairMultiplier multiplier(args, matrix, group, args.operands + operand_offset, scratch);
   const int64_t step = kRowsAtATime / operand_rows(group.form, args.format);
   for (int64_t row = 0; row < group.rows; row += step) {
     const RowRange rows{row, std::min(step, group.rows - row)};
-    for (int64_t pair = first; pair < last; ++pair) multiplier.run(pair, rows);
+    for (int64_t pair = first; pair < last; ++pair)
+      multiplier.run(pair, pair + 1 < last ? pair + 1 : -1, rows);
   }
 }
 

@@ -39,6 +39,8 @@ constexpr std::array kAmxFeatures = {
     CpuFeature{"amx_tile", 7, 0, CpuFeature::kEdx, 24},
     CpuFeature{"amx_bf16", 7, 0, CpuFeature::kEdx, 22},
     CpuFeature{"avx512_fp16", 7, 0, CpuFeature::kEdx, 23},
+    CpuFeature{"avx512_vbmi", 7, 0, CpuFeature::kEcx, 1},
+    CpuFeature{"avx512_vbmi2", 7, 0, CpuFeature::kEcx, 6},
 };
 
 // Register state that the system must save (XCR0): SSE and AVX; opmasks and ZMM; tile configuration and data.

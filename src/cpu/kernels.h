@@ -27,6 +27,12 @@ inline constexpr int64_t kFloatDepth = kFloatChunks * kChunkDepth;
 /// Up to so many rows multiply_few_floats takes.
 inline constexpr int64_t kFewFloatRows = 6;
 
+/// What multiply_tiles has left in its scratch.
+struct DecodedAhead {
+  const uint8_t* pair = nullptr;  ///< its beginning lies decoded; null: none does
+  int64_t half = 0;               ///< of the scratch
+};
+
 struct Kernels {
   Isa isa = Isa::kPortable;
   /// sums [row_count][32] = rows x pair. Rows are `chunks * kBlocksPerChunk` blocks apart.
@@ -41,9 +47,12 @@ struct Kernels {
   /// a time, for at most kFewFloatRows rows. Null where those are as good.
   void (*multiply_few_floats)(const uint8_t* pair, int64_t chunks, const float* rows, int64_t row_count,
                               float* sums) = nullptr;
-  /// sums [row_tiles * 16][32] = tiles x pair. Within TileSession. Null where there are no tiles.
-  void (*multiply_tiles)(const uint8_t* pair, int64_t chunks, const std::byte* tiles, int64_t row_tiles,
-                         int terms, std::byte* scratch, float* sums) = nullptr;
+  /// sums [row_tiles * 16][32] = tiles x pair. Between begin_tiles and end_tiles. Null where there are no
+  /// tiles. Begins to decode `next_pair` (of as many chunks; may be null) for the next call, which gets the
+  /// same scratch and `ahead`.
+  void (*multiply_tiles)(const uint8_t* pair, const uint8_t* next_pair, int64_t chunks,
+                         const std::byte* tiles, int64_t row_tiles, int terms, std::byte* scratch,
+                         DecodedAhead& ahead, float* sums) = nullptr;
   /// Around multiply_tiles, on each thread; null where there are no tiles.
   void (*begin_tiles)() = nullptr;
   void (*end_tiles)() = nullptr;
@@ -88,12 +97,13 @@ void multiply_few_floats(const uint8_t* pair, int64_t chunks, const float* rows,
 }  // namespace avx512
 
 namespace amx {
-void multiply_tiles(const uint8_t* pair, int64_t chunks, const std::byte* tiles, int64_t row_tiles, int terms,
-                    std::byte* scratch, float* sums);
+void multiply_tiles(const uint8_t* pair, const uint8_t* next_pair, int64_t chunks, const std::byte* tiles,
+                    int64_t row_tiles, int terms, std::byte* scratch, DecodedAhead& ahead, float* sums);
 void begin_tiles();
 void end_tiles();
-void multiply_emulated_tiles(const uint8_t* pair, int64_t chunks, const std::byte* tiles, int64_t row_tiles,
-                             int terms, std::byte* scratch, float* sums);
+void multiply_emulated_tiles(const uint8_t* pair, const uint8_t* next_pair, int64_t chunks,
+                             const std::byte* tiles, int64_t row_tiles, int terms, std::byte* scratch,
+                             DecodedAhead& ahead, float* sums);
 }  // namespace amx
 
 }  // namespace fourfold::cpu

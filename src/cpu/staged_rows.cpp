@@ -9,10 +9,9 @@
 namespace fourfold::cpu {
 namespace {
 
-// Up to so many rows (of operands) byte products beat tiles: measured on a machine with AMX, docs/cpu.md. For
-// floats the limit is a count of operations: decoding for tiles costs as much as two rows of them.
-constexpr int64_t kMostIntRows = 8;
-constexpr int64_t kMostFloatRows = 2;
+// Up to so many rows (of operands) byte products beat tiles: measured on a machine with AMX, docs/cpu.md.
+// Floats never do: one row of them takes longer than a row tile.
+constexpr int64_t kMostIntRows = 6;
 
 constexpr int64_t round_to_line(int64_t bytes) {
   return (bytes + 63) / 64 * 64;
@@ -77,7 +76,7 @@ OperandForm choose_form(const Kernels& kernels, ActivationFormat format, int64_t
   if (is_nvfp4(format)) {
     return has_tiles && rows * terms_of(format) > kMostIntRows ? OperandForm::kTiles : OperandForm::kInts;
   }
-  return has_tiles && rows > kMostFloatRows ? OperandForm::kTiles : OperandForm::kFloats;
+  return has_tiles ? OperandForm::kTiles : OperandForm::kFloats;
 }
 
 int64_t operand_bytes(OperandForm form, ActivationFormat format, int64_t rows, int64_t depth) {
@@ -166,6 +165,12 @@ void RowStager::expand_floats(const StagedRow& staged, int64_t row, std::byte* o
   for (int term = 0; term < terms; ++term, out += padded_depth()) decode_term(staged, term, out, scratch);
 }
 
+int RowStager::exponent_of(const float* row) const {
+  if (format_ != ActivationFormat::kBf16) return 0;
+  const float amax = functions_.largest_finite_magnitude(row, depth_);
+  return amax == 0.0f ? 0 : std::max(static_cast<int>(float_bits(amax) >> 23), 1) - 127;
+}
+
 void RowStager::expand_tiles(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
                              float& row_factor, std::byte* scratch) const {
   float* const x = values(scratch);
@@ -177,14 +182,9 @@ void RowStager::expand_tiles(const StagedRow& staged, const RowGroup& group, int
                       row % kTileRows * kTileDepth;
   for (int term = 0; term < terms; ++term) {
     decode_term(staged, term, x, rest);
-    int exponent = 0;
-    if (format_ == ActivationFormat::kBf16) {
-      // Below 2 in magnitude, or the factor of kTileScale would take it beyond float32.
-      const float amax = functions_.largest_finite_magnitude(x, depth_);
-      const auto biased = static_cast<int>(float_bits(amax) >> 23);
-      exponent = amax == 0.0f ? 0 : std::max(biased, 1) - 127;
-      row_factor = power_of_two(exponent);
-    }
+    // Below 2 in magnitude, or the factor of kTileScale would take it beyond float32.
+    const int exponent = exponent_of(x);
+    row_factor = power_of_two(exponent);
     const auto [factor, factor2] = two_factors(112 - exponent);
     functions_.write_tile_row(x, padded_depth(), factor, factor2, terms * kTileValues,
                               tiles + term * kTileValues);

@@ -86,6 +86,9 @@ class RowStager {
   void expand_floats(const StagedRow& staged, int64_t row, std::byte* operand, std::byte* scratch) const;
   void expand_tiles(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
                     float& row_factor, std::byte* scratch) const;
+  /// Of the power of two that a decoded row is divided by to lie below 2 in magnitude: 0 unless it is bf16,
+  /// which alone can lie far from 1.
+  int exponent_of(const float* row) const;
   void decode_term(const StagedRow& staged, int term, float* out, std::byte* scratch) const;
 
   int64_t padded_depth() const { return chunks_of(depth_) * kChunkDepth; }

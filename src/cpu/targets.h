@@ -9,5 +9,6 @@
 
 #define FOURFOLD_AVX2 [[gnu::target(FOURFOLD_AVX2_FEATURES)]]
 #define FOURFOLD_AVX512 [[gnu::target(FOURFOLD_AVX512_FEATURES)]]
-#define FOURFOLD_AVX512_FP16 [[gnu::target(FOURFOLD_AVX512_FEATURES ",avx512fp16")]]
+// What the tile kernel takes beside AMX; CPUs with tiles have it.
+#define FOURFOLD_AMX_VECTORS [[gnu::target(FOURFOLD_AVX512_FEATURES ",avx512fp16,avx512vbmi,avx512vbmi2")]]
 #define FOURFOLD_INLINE [[gnu::always_inline]] inline

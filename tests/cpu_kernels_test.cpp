@@ -275,6 +275,15 @@ TEST_P(CpuKernels, FloatSumsOfFewRowsHaveTheBitsOfMany) {
   }
 }
 
+/// The kernel sets with bf16 products.
+class CpuPairs : public ForEveryIsa {};
+std::vector<KernelCase> pair_cases() {
+  std::vector<KernelCase> cases = kernel_cases();
+  std::erase_if(cases, [](const KernelCase& entry) { return entry.kernels->multiply_pairs == nullptr; });
+  return cases;
+}
+INSTANTIATE_TEST_SUITE_P(Isa, CpuPairs, testing::ValuesIn(pair_cases()), name_of_case);
+
 /// bf16 rows, with a magnitude of their own each, one of subnormals.
 std::vector<Bf16> random_rows(int64_t rows, int64_t depth, std::mt19937& random) {
   std::normal_distribution<float> normal;
@@ -337,7 +346,7 @@ void expect_exact_weights(const RowFunctions& functions, OperandForm form, const
   });
 }
 
-/// multiply_tiles as those two take it, for bf16.
+/// multiply_tiles and multiply_pairs as those two take them, for bf16.
 auto multiply_with_tiles(const Kernels& kernels) {
   return [&](const uint8_t* pair, int64_t chunks, const std::byte* operand, int64_t rows, std::byte* scratch,
              float* sums) {
@@ -346,11 +355,46 @@ auto multiply_with_tiles(const Kernels& kernels) {
                            ahead, sums);
   };
 }
+auto multiply_with_pairs(const Kernels& kernels) {
+  return [&](const uint8_t* pair, int64_t chunks, const std::byte* operand, int64_t rows, std::byte* scratch,
+             float* sums) {
+    kernels.multiply_pairs(pair, chunks, reinterpret_cast<const Bf16*>(operand), rows, scratch, sums);
+  };
+}
+
 TEST_P(CpuTiles, OfBf16AreWithinTheirRoundings) {
   if (kernels().begin_tiles != nullptr) kernels().begin_tiles();
   expect_bf16_sums(functions(), OperandForm::kTiles, multiply_with_tiles(kernels()));
   expect_exact_weights(functions(), OperandForm::kTiles, multiply_with_tiles(kernels()));
   if (kernels().end_tiles != nullptr) kernels().end_tiles();
+}
+
+TEST_P(CpuPairs, SumsOfBf16AreWithinTheirRoundings) {
+  expect_bf16_sums(functions(), OperandForm::kPairs, multiply_with_pairs(kernels()));
+  expect_exact_weights(functions(), OperandForm::kPairs, multiply_with_pairs(kernels()));
+}
+
+TEST_P(CpuPairs, ARowHasTheSameBitsAloneAndAmongOthers) {
+  std::mt19937 random(kSeed + 42);
+  for (const int64_t depth : kDepths) {
+    const auto packed = pack(random_matrix(kPairRows, depth, random));
+    const int64_t chunks = chunks_of(depth), stride = chunks * kChunkDepth;
+    const Aligned<std::byte> scratch(kKernelScratchBytes);
+    for (int64_t rows = 0; rows <= 30; ++rows) {
+      const std::vector<Bf16> x = random_rows(std::max<int64_t>(rows, 1), stride, random);
+      const Aligned<float> sums((rows + 1) * kPairRows), alone(kPairRows);
+      std::fill_n(sums.data(), (rows + 1) * kPairRows, 7.0f);  // what is behind stays
+      kernels().multiply_pairs(packed.data(), chunks, x.data(), rows, scratch.data(), sums.data());
+      for (int64_t row = 0; row < rows; ++row) {
+        kernels().multiply_pairs(packed.data(), chunks, x.data() + row * stride, 1, scratch.data(),
+                                 alone.data());
+        ASSERT_EQ(std::memcmp(alone.data(), sums.data() + row * kPairRows, kPairRows * sizeof(float)), 0)
+            << "depth " << depth << ", " << rows << " rows, at " << row;
+      }
+      ASSERT_TRUE(std::all_of(sums.data() + rows * kPairRows, sums.data() + (rows + 1) * kPairRows,
+                              [](float value) { return value == 7.0f; }));
+    }
+  }
 }
 
 TEST_P(CpuTiles, AddBothTermsOfNvfp4x2) {

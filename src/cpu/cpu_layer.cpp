@@ -33,6 +33,8 @@ std::string describe_kernels(Isa isa, ActivationFormat format) {
   switch (isa) {
     case Isa::kAmx:
       return ints ? "AMX bf16 tiles, int8 VNNI for up to 6 rows an expert" : "AMX bf16 tiles";
+    case Isa::kAvx512Bf16:
+      return ints ? "AVX-512 VNNI int8" : "AVX-512 bf16 products";
     case Isa::kAvx512:
       return ints ? "AVX-512 VNNI int8" : "AVX-512 float32";
     case Isa::kAvx2:
@@ -48,6 +50,8 @@ std::string arithmetic_of(Isa isa, ActivationFormat format) {
   switch (isa) {
     case Isa::kAmx:
       return "bf16-amx";
+    case Isa::kAvx512Bf16:
+      return is_nvfp4(format) ? "int8-vnni-avx512" : "bf16-avx512";
     case Isa::kAvx512:
       return is_nvfp4(format) ? "int8-vnni-avx512" : "f32-avx512";
     case Isa::kAvx2:

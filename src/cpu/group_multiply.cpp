@@ -38,7 +38,8 @@ class PairMultiplier {
     } else {
       multiply(pair, next_pair, rows);
       sums.terms = operand_rows(group_.form, args_.format);
-      if (group_.form == OperandForm::kTiles && args_.format == ActivationFormat::kBf16) {
+      const bool is_normalised = group_.form == OperandForm::kPairs || group_.form == OperandForm::kTiles;
+      if (is_normalised && args_.format == ActivationFormat::kBf16) {
         sums.row_factors = args_.row_factors + row;
       }
     }
@@ -69,6 +70,10 @@ class PairMultiplier {
         return multiply_pair_floats(*args_.kernels, weights, chunks, values, rows.count * terms, scratch_,
                                     sums_);
       }
+      case OperandForm::kPairs:
+        return args_.kernels->multiply_pairs(weights, chunks,
+                                             reinterpret_cast<const Bf16*>(operand_ + rows.first * row_bytes),
+                                             rows.count, scratch_, sums_);
       case OperandForm::kTiles: {
         // rows.first is a multiple of a tile's rows.
         const std::byte* const tiles = operand_ + rows.first * terms_of(args_.format) * row_bytes;

@@ -9,11 +9,11 @@
 
 namespace fourfold::cpu {
 
-enum class Isa : uint8_t { kAmx, kAvx512, kAvx2, kPortable };
+enum class Isa : uint8_t { kAmx, kAvx512Bf16, kAvx512, kAvx2, kPortable };
 
 /// Best first; the last can always run.
 std::span<const Isa> isas();
-/// "amx", "avx512", "avx2" or "portable".
+/// "amx", "avx512_bf16", "avx512", "avx2" or "portable".
 std::string_view to_string(Isa isa);
 /// Why this machine can't run it, e.g. "the CPU has no avx512_vnni"; empty when it can. Asks the system for
 /// the permission to use tiles.
@@ -24,8 +24,9 @@ struct IsaChoice {
   std::string reason;  ///< why this one and none of the better ones
 };
 
-/// The best that can run, or the forced one (fourfold/cpu.h). Throws Error when that can't run, saying why
-/// for each.
+/// The best that can run, or the forced one (fourfold/cpu.h). "avx512_bf16" is passed over on Intel's CPUs,
+/// whose bf16 products are slower than their float32 ones. Throws Error when the forced one can't run, saying
+/// why for each.
 IsaChoice choose_isa();
 
 /// For listings: what choose_isa() gives, or its error.

@@ -4,24 +4,53 @@
 
 namespace fourfold::cpu {
 
+namespace {
+
+constexpr Kernels kPortable = {.isa = Isa::kPortable,
+                               .multiply_ints = portable::multiply_ints,
+                               .decode_floats = portable::decode_floats,
+                               .multiply_floats = portable::multiply_floats};
+constexpr Kernels kAvx2 = {.isa = Isa::kAvx2,
+                           .multiply_ints = avx2::multiply_ints,
+                           .decode_floats = avx2::decode_floats,
+                           .multiply_floats = avx2::multiply_floats};
+constexpr Kernels kAvx512 = {.isa = Isa::kAvx512,
+                             .multiply_ints = avx512::multiply_ints,
+                             .decode_floats = avx512::decode_floats,
+                             .multiply_floats = avx512::multiply_floats,
+                             .multiply_few_floats = avx512::multiply_few_floats};
+
+constexpr Kernels with_pairs() {
+  Kernels kernels = kAvx512;
+  kernels.isa = Isa::kAvx512Bf16;
+  kernels.multiply_pairs = avx512_bf16::multiply_pairs;
+  return kernels;
+}
+constexpr Kernels with_tiles() {
+  Kernels kernels = kAvx512;
+  kernels.isa = Isa::kAmx;
+  kernels.multiply_tiles = amx::multiply_tiles;
+  kernels.begin_tiles = amx::begin_tiles;
+  kernels.end_tiles = amx::end_tiles;
+  return kernels;
+}
+constexpr Kernels with_emulated_tiles() {
+  Kernels kernels = kAvx512;
+  kernels.isa = Isa::kAmx;
+  kernels.multiply_tiles = amx::multiply_emulated_tiles;
+  return kernels;
+}
+
+constexpr Kernels kAvx512Bf16 = with_pairs(), kAmx = with_tiles(), kEmulatedTiles = with_emulated_tiles();
+
+}  // namespace
+
 const Kernels& kernels_of(Isa isa) {
-  static constexpr Kernels kAvx512 = {Isa::kAvx512, avx512::multiply_ints, avx512::decode_floats,
-                                      avx512::multiply_floats, avx512::multiply_few_floats};
-  static constexpr Kernels kAmx = {Isa::kAmx,
-                                   avx512::multiply_ints,
-                                   avx512::decode_floats,
-                                   avx512::multiply_floats,
-                                   avx512::multiply_few_floats,
-                                   amx::multiply_tiles,
-                                   amx::begin_tiles,
-                                   amx::end_tiles};
-  static constexpr Kernels kAvx2 = {Isa::kAvx2, avx2::multiply_ints, avx2::decode_floats,
-                                    avx2::multiply_floats};
-  static constexpr Kernels kPortable = {Isa::kPortable, portable::multiply_ints, portable::decode_floats,
-                                        portable::multiply_floats};
   switch (isa) {
     case Isa::kAmx:
       return kAmx;
+    case Isa::kAvx512Bf16:
+      return kAvx512Bf16;
     case Isa::kAvx512:
       return kAvx512;
     case Isa::kAvx2:
@@ -33,13 +62,7 @@ const Kernels& kernels_of(Isa isa) {
 }
 
 const Kernels& kernels_with_emulated_tiles() {
-  static constexpr Kernels kEmulated = {Isa::kAmx,
-                                        avx512::multiply_ints,
-                                        avx512::decode_floats,
-                                        avx512::multiply_floats,
-                                        avx512::multiply_few_floats,
-                                        amx::multiply_emulated_tiles};
-  return kEmulated;
+  return kEmulatedTiles;
 }
 
 void multiply_pair_floats(const Kernels& kernels, const uint8_t* pair, int64_t chunks, const float* rows,

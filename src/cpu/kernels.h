@@ -15,6 +15,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/operands.h"
+#include "fourfold/number_formats.h"
 
 namespace fourfold::cpu {
 
@@ -47,6 +48,10 @@ struct Kernels {
   /// a time, for at most kFewFloatRows rows. Null where those are as good.
   void (*multiply_few_floats)(const uint8_t* pair, int64_t chunks, const float* rows, int64_t row_count,
                               float* sums) = nullptr;
+  /// sums [row_count][32] = rows x pair; a row is `chunks * 64` values. Null where there are no bf16
+  /// products.
+  void (*multiply_pairs)(const uint8_t* pair, int64_t chunks, const Bf16* rows, int64_t row_count,
+                         std::byte* scratch, float* sums) = nullptr;
   /// sums [row_tiles * 16][32] = tiles x pair. Between begin_tiles and end_tiles. Null where there are no
   /// tiles. Begins to decode `next_pair` (of as many chunks; may be null) for the next call, which gets the
   /// same scratch and `ahead`.
@@ -95,6 +100,11 @@ void multiply_floats(const float* weights, int64_t depth, const float* rows, int
 void multiply_few_floats(const uint8_t* pair, int64_t chunks, const float* rows, int64_t row_count,
                          float* sums);
 }  // namespace avx512
+
+namespace avx512_bf16 {
+void multiply_pairs(const uint8_t* pair, int64_t chunks, const Bf16* rows, int64_t row_count,
+                    std::byte* scratch, float* sums);
+}  // namespace avx512_bf16
 
 namespace amx {
 void multiply_tiles(const uint8_t* pair, const uint8_t* next_pair, int64_t chunks, const std::byte* tiles,

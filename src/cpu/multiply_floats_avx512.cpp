@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "cpu/block_scales_avx512.h"
 #include "cpu/kernels.h"
 #include "cpu/prefetch.h"
 #include "cpu/targets.h"
@@ -19,12 +20,6 @@ constexpr int kRowsAtATime = 12;
 FOURFOLD_AVX512 FOURFOLD_INLINE __m512 value_table() {
   return _mm512_setr_ps(0.0f, 128.0f, 256.0f, 384.0f, 512.0f, 768.0f, 1024.0f, 1536.0f, -0.0f, -128.0f,
                         -256.0f, -384.0f, -512.0f, -768.0f, -1024.0f, -1536.0f);
-}
-
-/// x 2^-8.
-FOURFOLD_AVX512 FOURFOLD_INLINE __m512 load_scales(const uint8_t* panel_chunk, int block) {
-  const auto* const scales = reinterpret_cast<const __m128i*>(panel_chunk + scale_offset(0, block));
-  return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(scales)), 7));
 }
 
 /// The `nibble`th code of every row's word times its scale.

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 
+#include "cpu/block_scales_avx512.h"
 #include "cpu/kernels.h"
 #include "cpu/prefetch.h"
 #include "cpu/targets.h"
@@ -36,12 +37,6 @@ FOURFOLD_AVX512 FOURFOLD_INLINE __m512i byte_table() {
   return _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
 }
 
-FOURFOLD_AVX512 FOURFOLD_INLINE __m512 load_scales(const uint8_t* scales) {
-  // e4m3 without its sign is an fp16 number shifted by 7 bits, times 2^8.
-  const __m256i bits = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
-  return _mm512_cvtph_ps(_mm256_slli_epi16(bits, 7));
-}
-
 FOURFOLD_AVX512 FOURFOLD_INLINE void decode(const uint8_t* panel_chunk, int block, Block& out) {
   const __m512i table = byte_table(), nibble = _mm512_set1_epi8(15);
   const uint8_t* const codes = panel_chunk + block * kBlockBytes;
@@ -50,7 +45,7 @@ FOURFOLD_AVX512 FOURFOLD_INLINE void decode(const uint8_t* panel_chunk, int bloc
   out.weights[1] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(first, 4), nibble));
   out.weights[2] = _mm512_shuffle_epi8(table, _mm512_and_si512(second, nibble));
   out.weights[3] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(second, 4), nibble));
-  out.scale = load_scales(panel_chunk + scale_offset(0, block));
+  out.scale = load_scales(panel_chunk, block);
   out.bias = _mm512_mul_ps(out.scale, _mm512_set1_ps(kFloatBias));
 }
 

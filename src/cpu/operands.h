@@ -11,6 +11,7 @@ namespace fourfold::cpu {
 enum class OperandForm : uint8_t {
   kInts,    ///< NVFP4 as integers: IntBlock [row][block]
   kFloats,  ///< float32 [row][K padded to chunks]
+  kPairs,   ///< bf16 [row][K padded to chunks], bf16 rows divided by a power of two
   kTiles,   ///< bf16 tiles of 16 rows x 32 k: [row / 16][k / 32][term][row % 16][k % 32]
 };
 
@@ -56,6 +57,7 @@ constexpr int64_t operand_row_bytes(OperandForm form, int64_t depth) {
       return chunks * kBlocksPerChunk * static_cast<int64_t>(sizeof(IntBlock));
     case OperandForm::kFloats:
       return chunks * kChunkDepth * 4;
+    case OperandForm::kPairs:
     case OperandForm::kTiles:
       return chunks * kChunkDepth * 2;
   }

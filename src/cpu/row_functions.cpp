@@ -219,6 +219,7 @@ namespace rows_avx512 {
 const RowFunctions& row_functions_of(Isa isa) {
   switch (isa) {
     case Isa::kAmx:
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return rows_avx512::kFunctions;
     case Isa::kAvx2:

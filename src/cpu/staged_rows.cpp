@@ -76,7 +76,8 @@ OperandForm choose_form(const Kernels& kernels, ActivationFormat format, int64_t
   if (is_nvfp4(format)) {
     return has_tiles && rows * terms_of(format) > kMostIntRows ? OperandForm::kTiles : OperandForm::kInts;
   }
-  return has_tiles ? OperandForm::kTiles : OperandForm::kFloats;
+  if (has_tiles) return OperandForm::kTiles;
+  return kernels.multiply_pairs != nullptr ? OperandForm::kPairs : OperandForm::kFloats;
 }
 
 int64_t operand_bytes(OperandForm form, ActivationFormat format, int64_t rows, int64_t depth) {
@@ -171,6 +172,17 @@ int RowStager::exponent_of(const float* row) const {
   return amax == 0.0f ? 0 : std::max(static_cast<int>(float_bits(amax) >> 23), 1) - 127;
 }
 
+void RowStager::expand_pairs(const StagedRow& staged, int64_t row, std::byte* operand, float& row_factor,
+                             std::byte* scratch) const {
+  float* const x = values(scratch);
+  decode_term(staged, 0, x, scratch + round_to_line(padded_depth() * 4));
+  const int exponent = exponent_of(x);
+  row_factor = power_of_two(exponent);
+  const auto [factor, factor2] = two_factors(-exponent);
+  functions_.write_tile_row(x, padded_depth(), factor, factor2, kTileDepth,
+                            reinterpret_cast<Bf16*>(operand) + row * padded_depth());
+}
+
 void RowStager::expand_tiles(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
                              float& row_factor, std::byte* scratch) const {
   float* const x = values(scratch);
@@ -206,6 +218,8 @@ void RowStager::expand(const StagedRow& staged, const RowGroup& group, int64_t r
       return expand_ints(staged, row, operand);
     case OperandForm::kFloats:
       return expand_floats(staged, row, operand, scratch);
+    case OperandForm::kPairs:
+      return expand_pairs(staged, row, operand, row_factor, scratch);
     case OperandForm::kTiles:
       return expand_tiles(staged, group, row, operand, row_factor, scratch);
   }

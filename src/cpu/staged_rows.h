@@ -84,6 +84,8 @@ class RowStager {
  private:
   void expand_ints(const StagedRow& staged, int64_t row, std::byte* operand) const;
   void expand_floats(const StagedRow& staged, int64_t row, std::byte* operand, std::byte* scratch) const;
+  void expand_pairs(const StagedRow& staged, int64_t row, std::byte* operand, float& row_factor,
+                    std::byte* scratch) const;
   void expand_tiles(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
                     float& row_factor, std::byte* scratch) const;
   /// Of the power of two that a decoded row is divided by to lie below 2 in magnitude: 0 unless it is bf16,

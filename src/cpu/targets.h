@@ -11,4 +11,5 @@
 #define FOURFOLD_AVX512 [[gnu::target(FOURFOLD_AVX512_FEATURES)]]
 // What the tile kernel takes beside AMX; CPUs with tiles have it.
 #define FOURFOLD_AMX_VECTORS [[gnu::target(FOURFOLD_AVX512_FEATURES ",avx512fp16,avx512vbmi,avx512vbmi2")]]
+#define FOURFOLD_AVX512_BF16 [[gnu::target(FOURFOLD_AVX512_FEATURES ",avx512bf16")]]
 #define FOURFOLD_INLINE [[gnu::always_inline]] inline

@@ -32,6 +32,7 @@ Ceiling measure_dram_read(int64_t bytes);
 ///   f32-avx2, f32-avx512           fused multiply-add
 ///   int8-avx2                          vpmaddubsw and the addition of its 16-bit sums
 ///   int8-vnni-avx2, int8-vnni-avx512   vpdpbusd
+///   bf16-avx512                    vdpbf16ps
 ///   int8-amx, bf16-amx             tile multiplication
 /// Those that can't run are listed without a number, with the reason.
 std::vector<Ceiling> measure_cpu_peaks();

@@ -86,6 +86,18 @@ __attribute__((target("avx512f,avx512vnni"))) void run_int8_avx512(int64_t itera
   for (__m512i& sum : sums) asm volatile("" ::"v"(sum));
 }
 
+__attribute__((target("avx512f,avx512bf16"))) void run_bf16_avx512(int64_t iterations) {
+  const __m512i ones = _mm512_set1_epi32(0x3F803F80);
+  __m512bh a = reinterpret_cast<__m512bh>(ones), b = a;
+  __m512 sums[kChains];
+  asm volatile("" : "+v"(a), "+v"(b));
+  for (__m512& sum : sums) sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < iterations; ++i) {
+    for (__m512& sum : sums) sum = _mm512_dpbf16_ps(sum, a, b);
+  }
+  for (__m512& sum : sums) asm volatile("" ::"v"(sum));
+}
+
 /// The 64 bytes of `ldtilecfg`: eight tiles of 16 rows of 64 bytes.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0;
@@ -189,6 +201,8 @@ std::vector<CpuPeak> x86_peaks() {
       {"int8-vnni-avx512",
        unless(avx512 && __builtin_cpu_supports("avx512vnni"), "this CPU has no AVX-512 VNNI"),
        run_int8_avx512, kChains * 64 * 2.0},
+      {"bf16-avx512", unless(avx512 && __builtin_cpu_supports("avx512bf16"), "this CPU has no AVX-512 BF16"),
+       run_bf16_avx512, kChains * 32 * 2.0},
       {"int8-amx", tiles(kAmxInt8Bit, "this CPU has no AMX for int8"), run_int8_amx, 4 * 16 * 16 * 64 * 2.0},
       {"bf16-amx", tiles(kAmxBf16Bit, "this CPU has no AMX for bf16"), run_bf16_amx, 4 * 16 * 16 * 32 * 2.0},
   };

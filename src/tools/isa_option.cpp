@@ -12,7 +12,7 @@ void add_isa_option(CLI::App& command) {
           "--isa", [](const std::string& name) { force_cpu_isa(name); },
           fmt::format("instruction set of the backend cpu (default: the best that runs here, or {})",
                       kIsaVariable))
-      ->check(CLI::IsMember({"amx", "avx512", "avx2", "portable"}));
+      ->check(CLI::IsMember({"amx", "avx512_bf16", "avx512", "avx2", "portable"}));
 }
 
 }  // namespace fourfold

@@ -240,7 +240,7 @@ def test_backend_variable_of_gemmtest() -> None:
 
 # ---- instruction sets of the backend cpu ----
 
-ISAS = ["amx", "avx512", "avx2", "portable"]
+ISAS = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
 
 
 def can_run(isa: str) -> bool:

@@ -204,7 +204,6 @@ class BenchRun {
 
   void measure_case(const Testbed& testbed, const PreparedLayers& prepared, BenchResult& result) {
     const BenchCase& bench_case = result.bench_case;
-    const MachineReport& machine = machine_of(testbed, bench_case.threads);
     const int64_t expert_bytes = weight_bytes_of(1, bench_case.hidden, bench_case.intermediate);
     const auto cold_bytes =
         static_cast<int64_t>(kColdFactor * static_cast<double>(testbed.cache_bytes())) + expert_bytes;
@@ -213,6 +212,8 @@ class BenchRun {
         make_rotation(request_.routing, bench_case.tokens, bench_case.experts, bench_case.top_k,
                       cold_bytes / expert_bytes + bench_case.experts, request_.seed);
     describe_rotation(rotation, prepared, expert_bytes, testbed.cache_bytes(), result);
+    // Seconds of measuring, so not before it is known that the routing fits.
+    const MachineReport& machine = machine_of(testbed, bench_case.threads);
 
     std::vector<LayerPlan> plans;
     size_t workspace_bytes = 0;

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import checkpoints as ck
-from command import FINE, Json, Result, assert_fine, assert_refused, assert_usage, run
+from command import Json, Result, assert_fine, assert_refused, assert_usage, run
 
 SHAPE = "6,64,32,2"
 FAST = ("--backend", "reference", "--repeats", "3", "--min-time", "0.001")
@@ -33,6 +33,7 @@ def report(folder: Path, *arguments: str | Path, **options: str) -> Json:
 def test_table_and_json_agree(tmp_path: Path) -> None:
     result = bench("--tokens", "1,5", "--json", tmp_path / "report.json")
     assert_fine(result)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "something is left behind"
     found = json.loads((tmp_path / "report.json").read_text())
     names = [case["case"] for case in found["cases"]]
     assert names == [f"reference/{SHAPE}/1", f"reference/{SHAPE}/5"]
@@ -75,9 +76,15 @@ def test_json_of_a_case(tmp_path: Path) -> None:
     assert case["rotation"]["routings"] >= 8 and case["rotation"]["cold"] is False
 
 
-def test_json_of_the_check(tmp_path: Path) -> None:
-    (case,) = report(tmp_path, "--tokens", "40")["cases"]
-    check = case["check"]
+@pytest.fixture(scope="module")
+def forty_tokens(tmp_path_factory: pytest.TempPathFactory) -> Json:
+    """The case of a run with seed 3."""
+    (case,) = report(tmp_path_factory.mktemp("forty"), "--tokens", "40", "--seed", "3")["cases"]
+    return case
+
+
+def test_json_of_the_check(forty_tokens: Json) -> None:
+    check = forty_tokens["check"]
     assert check["depth"] == "stages" and check["findings"] == []
     assert check["rows"] == 80 and check["tokens"] == 40 and check["whole_experts"] == 3
     assert check["staged_values"] > 0
@@ -96,7 +103,7 @@ def test_every_format_and_thread_count_is_a_case(tmp_path: Path) -> None:
     assert operations["nvfp4x2"] == 2 * operations["bf16"]
 
 
-@pytest.mark.parametrize("policy", ["max-over-experts", "dynamic-tensor", "dynamic-token,static"])
+@pytest.mark.parametrize("policy", ["max-over-experts", "dynamic-token,static"])
 def test_activation_scale(tmp_path: Path, policy: str) -> None:
     found = report(tmp_path, "--tokens", "9", "--activation-scale", policy)
     x, *rest = policy.split(",")
@@ -120,9 +127,9 @@ def test_one_expert_gets_every_token(tmp_path: Path) -> None:
     assert case["rows"] == 60 and case["status"] == "ok"
 
 
-def test_the_same_seed_gives_the_same_check(tmp_path: Path) -> None:
-    checks = [report(tmp_path, "--tokens", "9", "--seed", seed)["cases"][0]["check"] for seed in "334"]
-    assert checks[0] == checks[1] != checks[2]
+def test_the_same_seed_gives_the_same_check(tmp_path: Path, forty_tokens: Json) -> None:
+    same, other = (report(tmp_path, "--tokens", "40", "--seed", seed)["cases"][0]["check"] for seed in "34")
+    assert same == forty_tokens["check"] != other
 
 
 # ---- routings from files ----
@@ -158,9 +165,11 @@ def test_slots_without_an_expert_have_no_row(tmp_path: Path) -> None:
     ids=["too few tokens", "another top-k", "an expert beyond"],
 )
 def test_routing_that_does_not_fit(tmp_path: Path, ids: list[list[int]], tokens: str, part: str) -> None:
+    """Refused before ceilings are measured."""
     path = routing_file(tmp_path / "routing.safetensors", ids)
     result = bench("--tokens", tokens, "--routing", path)
     assert result.code == 1 and part in result.stderr, str(result)
+    assert "DRAM read" not in result.stdout, str(result)
 
 
 def test_routing_file_that_is_not_there() -> None:
@@ -217,8 +226,3 @@ def test_json_that_cannot_be_written() -> None:
     result = bench("--tokens", "1", "--json", "/no/such/folder/report.json")
     assert result.code == 1 and "/no/such/folder" in result.stderr, str(result)
     assert result.stdout == "", str(result)
-
-
-def test_nothing_is_left_behind(tmp_path: Path) -> None:
-    assert bench("--tokens", "1", "--json", tmp_path / "report.json").code == FINE
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

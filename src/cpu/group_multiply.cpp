@@ -36,6 +36,7 @@ class PairMultiplier {
     if (irregular) {
       multiply_irregular(matrix_.panels, pair, *args_.staged, args_.format, row, rows.count, sums_);
     } else {
+      ask_for_targets(pair, rows);
       multiply(pair, next_pair, rows);
       sums.terms = operand_rows(group_.form, args_.format);
       const bool is_normalised = group_.form == OperandForm::kPairs || group_.form == OperandForm::kTiles;
@@ -100,6 +101,17 @@ class PairMultiplier {
       }
       args_.kernels->multiply_floats(weights, now, rows + k, depth, count, sums_);
     }
+  }
+
+  /// The lines that sums will be stored to: on their way while the pair is multiplied.
+  void ask_for_targets(int64_t pair, const RowRange& rows) const {
+    const PairColumns columns = columns_of(matrix_.panels, pair);
+    const GroupOutput& output = args_.output;
+    const auto* const d = output.d == nullptr ? nullptr : std::get_if<MatrixView<Bf16>>(output.d);
+    const MatrixView<Bf16> to = d != nullptr ? *d : output.activated;
+    if (to.empty()) return;
+    const int64_t row = group_.first_row + rows.first;
+    for (int64_t i = 0; i < rows.count; ++i) __builtin_prefetch(to.row(row + i) + columns.first[0], 1, 2);
   }
 
   void store(int64_t pair, int64_t row, const PairSums& sums) const {

@@ -71,7 +71,7 @@ void add_instruction_sets(Facts& facts) {
     const std::string& reason = cpu::why_not(isa);
     facts.emplace_back(
         isa == cpu::isas().front() ? "cpu sets" : "",
-        fmt::format("{:<9} {}", cpu::to_string(isa), reason.empty() ? "yes" : "no: " + reason));
+        fmt::format("{:<11} {}", cpu::to_string(isa), reason.empty() ? "yes" : "no: " + reason));
   }
 }
 

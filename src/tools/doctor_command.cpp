@@ -143,7 +143,7 @@ void print_self_tests(const std::vector<SelfTest>& tests) {
     const auto print = test.is_fine ? print_fact : print_trouble;
     print(
         &test == &tests.front() ? "self-test" : "",
-        fmt::format("{:<13} {:<7} {} in {:.2f} s{}", test.backend, to_string(test.activations),
+        fmt::format("{:<15} {:<7} {} in {:.2f} s{}", test.backend, to_string(test.activations),
                     test.is_fine ? "right" : "WRONG", test.seconds, test.is_fine ? "" : ": " + test.trouble));
   }
 }

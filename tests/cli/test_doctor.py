@@ -91,7 +91,7 @@ def test_doctor_json(tmp_path: Path, models: Path) -> None:
     report = doctor_json(tmp_path, models / "qwen3-moe/nvfp4", "--layer", "1")
     assert list(report) == ["version", "verdict", "machine", "chosen", "isa_trouble", "layer", "self_tests"]
     assert all(isinstance(text, str) for texts in report["machine"].values() for text in texts)
-    assert len(report["machine"]["cpu sets"]) == 4 and report["isa_trouble"] is None
+    assert len(report["machine"]["cpu sets"]) == 5 and report["isa_trouble"] is None
     layer = report["layer"]
     assert (layer["layer"], layer["experts"], layer["hidden"], layer["intermediate"]) == (1, 8, 128, 64)
     assert [choice["activations"] for choice in layer["choices"]] == ["nvfp4", "bf16"]

@@ -361,14 +361,15 @@ TEST_P(CpuLayers, RunTwiceAtOnceWithSeparateWorkspaces) {
 TEST_P(CpuLayers, AgreeWithTheReferenceOnIrregularScales) {
   for (const ActivationFormat format : kFormats) {
     TestLayer layer({}, kSeed);
-    // One negative scale and one NaN, in different experts and matrices.
+    // Two negative scales and two NaN, in different experts and matrices, in a first pair and one in the
+    // middle.
     std::vector<std::vector<uint8_t>> scales;
     scales.reserve(2);
     for (const auto& [expert, code] : {std::pair<size_t, uint8_t>{1, 0xB8}, {2, 0x7F}}) {
       auto& view = std::get<BlockScaledView>(expert == 1 ? layer.weights().experts[expert].up
                                                          : layer.weights().experts[expert].down);
       auto& own = scales.emplace_back(view.scales, view.scales + view.rows * view.blocks_per_row());
-      own[static_cast<size_t>(5 * view.blocks_per_row() + 2)] = code;
+      for (const int64_t row : {5, 37}) own[static_cast<size_t>(row * view.blocks_per_row() + 2)] = code;
       view.scales = own.data();
       view.scale_stride = view.blocks_per_row();
     }

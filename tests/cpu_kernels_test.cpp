@@ -276,13 +276,13 @@ TEST_P(CpuKernels, FloatSumsOfFewRowsHaveTheBitsOfMany) {
 }
 
 /// The kernel sets with bf16 products.
-class CpuPairs : public ForEveryIsa {};
-std::vector<KernelCase> pair_cases() {
+class CpuBf16Products : public ForEveryIsa {};
+std::vector<KernelCase> bf16_product_cases() {
   std::vector<KernelCase> cases = kernel_cases();
-  std::erase_if(cases, [](const KernelCase& entry) { return entry.kernels->multiply_pairs == nullptr; });
+  std::erase_if(cases, [](const KernelCase& entry) { return entry.kernels->multiply_bf16 == nullptr; });
   return cases;
 }
-INSTANTIATE_TEST_SUITE_P(Isa, CpuPairs, testing::ValuesIn(pair_cases()), name_of_case);
+INSTANTIATE_TEST_SUITE_P(Isa, CpuBf16Products, testing::ValuesIn(bf16_product_cases()), name_of_case);
 
 /// bf16 rows, with a magnitude of their own each, one of subnormals.
 std::vector<Bf16> random_rows(int64_t rows, int64_t depth, std::mt19937& random) {
@@ -346,7 +346,7 @@ void expect_exact_weights(const RowFunctions& functions, OperandForm form, const
   });
 }
 
-/// multiply_tiles and multiply_pairs as those two take them, for bf16.
+/// multiply_tiles and multiply_bf16 as those two take them, for bf16.
 auto multiply_with_tiles(const Kernels& kernels) {
   return [&](const uint8_t* pair, int64_t chunks, const std::byte* operand, int64_t rows, std::byte* scratch,
              float* sums) {
@@ -355,10 +355,10 @@ auto multiply_with_tiles(const Kernels& kernels) {
                            ahead, sums);
   };
 }
-auto multiply_with_pairs(const Kernels& kernels) {
+auto multiply_with_bf16_products(const Kernels& kernels) {
   return [&](const uint8_t* pair, int64_t chunks, const std::byte* operand, int64_t rows, std::byte* scratch,
              float* sums) {
-    kernels.multiply_pairs(pair, chunks, reinterpret_cast<const Bf16*>(operand), rows, scratch, sums);
+    kernels.multiply_bf16(pair, chunks, reinterpret_cast<const Bf16*>(operand), rows, scratch, sums);
   };
 }
 
@@ -369,12 +369,12 @@ TEST_P(CpuTiles, OfBf16AreWithinTheirRoundings) {
   if (kernels().end_tiles != nullptr) kernels().end_tiles();
 }
 
-TEST_P(CpuPairs, SumsOfBf16AreWithinTheirRoundings) {
-  expect_bf16_sums(functions(), OperandForm::kPairs, multiply_with_pairs(kernels()));
-  expect_exact_weights(functions(), OperandForm::kPairs, multiply_with_pairs(kernels()));
+TEST_P(CpuBf16Products, SumsOfBf16AreWithinTheirRoundings) {
+  expect_bf16_sums(functions(), OperandForm::kBf16Rows, multiply_with_bf16_products(kernels()));
+  expect_exact_weights(functions(), OperandForm::kBf16Rows, multiply_with_bf16_products(kernels()));
 }
 
-TEST_P(CpuPairs, ARowHasTheSameBitsAloneAndAmongOthers) {
+TEST_P(CpuBf16Products, ARowHasTheSameBitsAloneAndAmongOthers) {
   std::mt19937 random(kSeed + 42);
   for (const int64_t depth : kDepths) {
     const auto packed = pack(random_matrix(kPairRows, depth, random));
@@ -384,10 +384,10 @@ TEST_P(CpuPairs, ARowHasTheSameBitsAloneAndAmongOthers) {
       const std::vector<Bf16> x = random_rows(std::max<int64_t>(rows, 1), stride, random);
       const Aligned<float> sums((rows + 1) * kPairRows), alone(kPairRows);
       std::fill_n(sums.data(), (rows + 1) * kPairRows, 7.0f);  // what is behind stays
-      kernels().multiply_pairs(packed.data(), chunks, x.data(), rows, scratch.data(), sums.data());
+      kernels().multiply_bf16(packed.data(), chunks, x.data(), rows, scratch.data(), sums.data());
       for (int64_t row = 0; row < rows; ++row) {
-        kernels().multiply_pairs(packed.data(), chunks, x.data() + row * stride, 1, scratch.data(),
-                                 alone.data());
+        kernels().multiply_bf16(packed.data(), chunks, x.data() + row * stride, 1, scratch.data(),
+                                alone.data());
         ASSERT_EQ(std::memcmp(alone.data(), sums.data() + row * kPairRows, kPairRows * sizeof(float)), 0)
             << "depth " << depth << ", " << rows << " rows, at " << row;
       }
@@ -450,7 +450,7 @@ TEST_P(CpuTiles, OfPairsDecodedAheadHaveTheSameBits) {
       const Aligned<std::byte> scratch(kKernelScratchBytes);
       const Aligned<float> alone(sums_of_pair), sums(sums_of_pair);
       DecodedAhead ahead;
-      // In an order in which the pair decoded ahead is twice not the one that comes.
+      // Among them pairs for which another pair was decoded ahead, or none.
       for (const auto& [pair, next] : {std::pair{0, 1}, {1, 3}, {2, 3}, {3, 3}, {3, -1}, {0, 2}, {2, -1}}) {
         const auto at = [&](int64_t i) { return i < 0 ? nullptr : pairs.data() + i * pair_bytes(depth); };
         kernels().multiply_tiles(at(pair), at(next), chunks, operand.bytes.data(), tiles, 1, scratch.data(),
@@ -575,6 +575,21 @@ TEST_P(CpuKernels, StageByOtherRulesLikeTheReferenceBitForBit) {
   }
 }
 
+TEST_P(CpuKernels, DecodeEveryE4m3Code) {
+  std::vector<uint8_t> codes;
+  for (int code = 0; code < 256; ++code) codes.push_back(static_cast<uint8_t>(code));
+  std::vector<float> values(codes.size());
+  functions().decode_fp8(codes.data(), std::ssize(codes), values.data());
+  for (const uint8_t code : codes) {
+    const float expected = decode_e4m3(code);
+    if (std::isnan(expected)) {
+      EXPECT_TRUE(std::isnan(values[code])) << int{code};
+    } else {
+      EXPECT_EQ(float_bits(values[code]), float_bits(expected)) << int{code};
+    }
+  }
+}
+
 TEST_P(CpuKernels, IntBlocksHoldEveryCodeAndScale) {
   std::array<uint8_t, 8> codes;
   for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(2 * i | (2 * i + 1) << 4);
@@ -598,21 +613,6 @@ TEST_P(CpuKernels, IntBlocksHoldEveryCodeAndScale) {
 
 // The header of activation_loops.h derives 1e-6; gelu's exponent adds 5e-6. Rounded to bf16, a value may fall
 // to the other side of a boundary: one unit in the last place, 2^-7 of the value at most.
-TEST_P(CpuKernels, DecodeEveryE4m3Code) {
-  std::vector<uint8_t> codes;
-  for (int code = 0; code < 256; ++code) codes.push_back(static_cast<uint8_t>(code));
-  std::vector<float> values(codes.size());
-  functions().decode_fp8(codes.data(), std::ssize(codes), values.data());
-  for (const uint8_t code : codes) {
-    const float expected = decode_e4m3(code);
-    if (std::isnan(expected)) {
-      EXPECT_TRUE(std::isnan(values[code])) << int{code};
-    } else {
-      EXPECT_EQ(float_bits(values[code]), float_bits(expected)) << int{code};
-    }
-  }
-}
-
 TEST_P(CpuKernels, ActivationsAreWithinARoundingOfTheReference) {
   std::vector<Bf16> h;
   for (uint32_t bits = 0; bits < 0x10000u; bits += 3) h.push_back(Bf16{static_cast<uint16_t>(bits)});

@@ -11,7 +11,7 @@ namespace FOURFOLD_EXPORT fourfold {
 inline constexpr const char* kIsaVariable = "FOURFOLD_ISA";
 
 /// Layers and GEMMs of the backend "cpu" that are made from now on compute with `name`: "amx",
-/// "avx512_bf16", "avx512", "avx2" or "portable"; "" is the best that runs here, the default. Throws Error
+/// "avx512_bf16", "avx512", "avx2" or "portable"; "" is the fastest that runs here, the default. Throws Error
 /// for a name that is none of these, and for one that can't run here, saying why for each.
 void force_cpu_isa(std::string_view name);
 

@@ -14,7 +14,8 @@ class CpuBackend final : public Backend {
   explicit CpuBackend(const Kernels* kernels)
       : kernels_(kernels),
         description_(kernels != nullptr ? std::string(to_string(kernels->isa))
-                                        : "AMX, AVX-512, AVX2 or any x86-64; here " + describe_choice()) {}
+                                        : "AMX, AVX-512 (with BF16 or without), AVX2 or any x86-64; here " +
+                                              describe_choice()) {}
 
   std::string_view name() const override { return "cpu"; }
   std::string_view description() const override { return description_; }

@@ -32,7 +32,9 @@ std::string describe_kernels(Isa isa, ActivationFormat format) {
   const bool ints = is_nvfp4(format);
   switch (isa) {
     case Isa::kAmx:
-      return ints ? "AMX bf16 tiles, int8 VNNI for up to 6 rows an expert" : "AMX bf16 tiles";
+      return ints ? fmt::format("AMX bf16 tiles, int8 VNNI for up to {} rows an expert",
+                                kMostIntRows / terms_of(format))
+                  : "AMX bf16 tiles";
     case Isa::kAvx512Bf16:
       return ints ? "AVX-512 VNNI int8" : "AVX-512 bf16 products";
     case Isa::kAvx512:

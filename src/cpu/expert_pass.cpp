@@ -16,10 +16,11 @@ ActivationFormat format_of(const PreparedExperts& experts) {
   return experts.options().activations;
 }
 
-/// Rows a line further apart than they are long: a pair's columns of many rows, at a distance of a power of
-/// two, would share a few sets of the caches.
+/// Rows an odd number of lines apart: at a distance of a power of two, a pair's columns of many rows would
+/// share a few sets of the caches.
 MatrixView<Bf16> take_padded(WorkspaceCarver& carver, int64_t rows, int64_t cols) {
-  const int64_t stride = cols + 64 / static_cast<int64_t>(sizeof(Bf16));
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Bf16));
+  const int64_t stride = ((cols + kLine - 1) / kLine | 1) * kLine;
   return {carver.take<Bf16>(rows * stride).data(), rows, cols, stride};
 }
 

@@ -26,7 +26,7 @@ class PairMultiplier {
         sums_(reinterpret_cast<float*>(scratch)),
         scratch_(scratch + kSumsBytes) {}
 
-  /// `next_pair`: what run() is called with next; negative: nothing is known of it.
+  /// `next_pair`: what run() is called with next; negative: nothing.
   void run(int64_t pair, int64_t next_pair, const RowRange& rows) {
     PairSums sums;
     sums.sums = sums_;
@@ -39,7 +39,7 @@ class PairMultiplier {
       ask_for_targets(pair, rows);
       multiply(pair, next_pair, rows);
       sums.terms = operand_rows(group_.form, args_.format);
-      const bool is_normalised = group_.form == OperandForm::kPairs || group_.form == OperandForm::kTiles;
+      const bool is_normalised = group_.form == OperandForm::kBf16Rows || group_.form == OperandForm::kTiles;
       if (is_normalised && args_.format == ActivationFormat::kBf16) {
         sums.row_factors = args_.row_factors + row;
       }
@@ -71,16 +71,16 @@ class PairMultiplier {
         return multiply_pair_floats(*args_.kernels, weights, chunks, values, rows.count * terms, scratch_,
                                     sums_);
       }
-      case OperandForm::kPairs:
-        return args_.kernels->multiply_pairs(weights, chunks,
-                                             reinterpret_cast<const Bf16*>(operand_ + rows.first * row_bytes),
-                                             rows.count, scratch_, sums_);
+      case OperandForm::kBf16Rows:
+        return args_.kernels->multiply_bf16(weights, chunks,
+                                            reinterpret_cast<const Bf16*>(operand_ + rows.first * row_bytes),
+                                            rows.count, scratch_, sums_);
       case OperandForm::kTiles: {
         // rows.first is a multiple of a tile's rows.
         const std::byte* const tiles = operand_ + rows.first * terms_of(args_.format) * row_bytes;
-        const auto* const next =
-            next_pair < 0 ? nullptr : reinterpret_cast<const uint8_t*>(matrix_.panels.pair(next_pair));
-        return args_.kernels->multiply_tiles(weights, next, chunks, tiles,
+        const bool has_next = next_pair >= 0 && !matrix_.panels.is_irregular(next_pair);
+        const std::byte* const next = has_next ? matrix_.panels.pair(next_pair) : nullptr;
+        return args_.kernels->multiply_tiles(weights, reinterpret_cast<const uint8_t*>(next), chunks, tiles,
                                              (rows.count + kTileRows - 1) / kTileRows, terms_of(args_.format),
                                              scratch_, decoded_ahead_, sums_);
       }
@@ -164,8 +164,10 @@ void multiply_group(const GroupMultiply& args, const ExpertMatrix& matrix, const
   const int64_t step = kRowsAtATime / operand_rows(group.form, args.format);
   for (int64_t row = 0; row < group.rows; row += step) {
     const RowRange rows{row, std::min(step, group.rows - row)};
-    for (int64_t pair = first; pair < last; ++pair)
-      multiplier.run(pair, pair + 1 < last ? pair + 1 : -1, rows);
+    for (int64_t pair = first; pair < last; ++pair) {
+      const int64_t next_row_pair = row + step < group.rows ? first : -1;
+      multiplier.run(pair, pair + 1 < last ? pair + 1 : next_row_pair, rows);
+    }
   }
 }
 

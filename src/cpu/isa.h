@@ -11,7 +11,7 @@ namespace fourfold::cpu {
 
 enum class Isa : uint8_t { kAmx, kAvx512Bf16, kAvx512, kAvx2, kPortable };
 
-/// Best first; the last can always run.
+/// Best first, but for Intel's CPUs (choose_isa); the last can always run.
 std::span<const Isa> isas();
 /// "amx", "avx512_bf16", "avx512", "avx2" or "portable".
 std::string_view to_string(Isa isa);

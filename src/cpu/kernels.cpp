@@ -23,7 +23,7 @@ constexpr Kernels kAvx512 = {.isa = Isa::kAvx512,
 constexpr Kernels with_pairs() {
   Kernels kernels = kAvx512;
   kernels.isa = Isa::kAvx512Bf16;
-  kernels.multiply_pairs = avx512_bf16::multiply_pairs;
+  kernels.multiply_bf16 = avx512_bf16::multiply_bf16;
   return kernels;
 }
 constexpr Kernels with_tiles() {

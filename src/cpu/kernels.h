@@ -6,7 +6,8 @@
 //
 // Sums of ints: for every row and column, block after block, sum = fma(integer * weight scale, row scale,
 // sum) in float32, where the integer is the block's exact sum and its product with the weight's scale is
-// exact: all instruction sets give the same bits. Sums of floats and tiles have an order of their own.
+// exact: all instruction sets give the same bits. Sums of floats, bf16 products and tiles have an order of
+// their own.
 #pragma once
 
 #include <cstddef>
@@ -20,10 +21,11 @@
 namespace fourfold::cpu {
 
 /// Bytes of scratch that kernels take, 64-byte aligned, like sums.
-inline constexpr int64_t kKernelScratchBytes = 128 << 10;
+inline constexpr int64_t kKernelScratchBytes = 32 << 10;
 /// Chunks of which floats are decoded at a time: 32 KB of weights stay in the first-level cache.
 inline constexpr int64_t kFloatChunks = 4;
 inline constexpr int64_t kFloatDepth = kFloatChunks * kChunkDepth;
+static_assert(kFloatDepth * kPairRows * int64_t{sizeof(float)} <= kKernelScratchBytes);
 
 /// Up to so many rows multiply_few_floats takes.
 inline constexpr int64_t kFewFloatRows = 6;
@@ -31,7 +33,7 @@ inline constexpr int64_t kFewFloatRows = 6;
 /// What multiply_tiles has left in its scratch.
 struct DecodedAhead {
   const uint8_t* pair = nullptr;  ///< its beginning lies decoded; null: none does
-  int64_t half = 0;               ///< of the scratch
+  int64_t half = 0;               ///< of the scratch, in which it lies or the next pair is to begin
 };
 
 struct Kernels {
@@ -50,8 +52,8 @@ struct Kernels {
                               float* sums) = nullptr;
   /// sums [row_count][32] = rows x pair; a row is `chunks * 64` values. Null where there are no bf16
   /// products.
-  void (*multiply_pairs)(const uint8_t* pair, int64_t chunks, const Bf16* rows, int64_t row_count,
-                         std::byte* scratch, float* sums) = nullptr;
+  void (*multiply_bf16)(const uint8_t* pair, int64_t chunks, const Bf16* rows, int64_t row_count,
+                        std::byte* scratch, float* sums) = nullptr;
   /// sums [row_tiles * 16][32] = tiles x pair. Between begin_tiles and end_tiles. Null where there are no
   /// tiles. Begins to decode `next_pair` (of as many chunks; may be null) for the next call, which gets the
   /// same scratch and `ahead`.
@@ -102,8 +104,8 @@ void multiply_few_floats(const uint8_t* pair, int64_t chunks, const float* rows,
 }  // namespace avx512
 
 namespace avx512_bf16 {
-void multiply_pairs(const uint8_t* pair, int64_t chunks, const Bf16* rows, int64_t row_count,
-                    std::byte* scratch, float* sums);
+void multiply_bf16(const uint8_t* pair, int64_t chunks, const Bf16* rows, int64_t row_count,
+                   std::byte* scratch, float* sums);
 }  // namespace avx512_bf16
 
 namespace amx {

@@ -12,7 +12,7 @@
 // codes decoded once, a few chunks at a time, so that they stay in the first-level cache.
 //
 // The instruction takes subnormal operands for zero and makes subnormal sums zero: activations come divided
-// by a power of two, so that this is nothing beside their largest (operands.h).
+// by a power of two, so that what is lost is below 2^-126 of their largest (operands.h).
 #include <immintrin.h>
 
 #include <algorithm>
@@ -191,20 +191,21 @@ constexpr MultiplyDecoded kMultiplyDecoded[kRowsAtATime + 1] = {
 
 }  // namespace
 
-void multiply_pairs(const uint8_t* pair, int64_t chunks, const Bf16* rows, int64_t row_count,
-                    std::byte* scratch, float* sums) {
+void multiply_bf16(const uint8_t* pair, int64_t chunks, const Bf16* rows, int64_t row_count,
+                   std::byte* scratch, float* sums) {
   if (row_count <= kDirectRows) {
     if (row_count > 0) kMultiplyDirect[row_count](pair, chunks, rows, sums);
     return;
   }
   auto* const decoded = reinterpret_cast<DecodedBlock*>(scratch);
   const int64_t stride = chunks * kChunkDepth;
+  const PrefetchPlan plan = prefetch_plan();
   std::fill_n(sums, row_count * kPairRows, 0.0f);
   for (int64_t first = 0; first < chunks; first += kDecodedChunks) {
     const int64_t count = std::min(kDecodedChunks, chunks - first);
     for (int64_t chunk = 0; chunk < count; ++chunk) {
       const uint8_t* const at = pair + (first + chunk) * kPairChunkBytes;
-      prefetch_ahead(at, prefetch_plan());
+      prefetch_ahead(at, plan);
       decode_chunk(at, decoded + chunk * kBlocksPerChunk);
     }
     // Groups of nearly equal size: a last one of a row or two would wait for every sum.

@@ -44,17 +44,17 @@ struct HardwareTiles {
   FOURFOLD_INLINE static void multiply() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
   }
-  FOURFOLD_TILES_TARGET FOURFOLD_INLINE static __m512i multiply_halves(__m512i a, __m512i b) {
+  FOURFOLD_AMX_VECTORS FOURFOLD_INLINE static __m512i multiply_halves(__m512i a, __m512i b) {
     return _mm512_castph_si512(_mm512_mul_round_ph(_mm512_castsi512_ph(a), _mm512_castsi512_ph(b),
                                                    _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
   }
   /// Not a shift: those wait for port 0, as multiplications do beside tile products; this takes port 5.
   template <int kCode>
-  FOURFOLD_TILES_TARGET FOURFOLD_INLINE static __m512i code_to_front(__m512i words) {
+  FOURFOLD_AMX_VECTORS FOURFOLD_INLINE static __m512i code_to_front(__m512i words) {
     constexpr int64_t kOffsets = 0x0101010101010101 * 4 * kCode + 0x3030202010100000;
     return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(kOffsets), words);
   }
-  FOURFOLD_TILES_TARGET FOURFOLD_INLINE static __m512i shift_in_low_bits(__m512i bits, __m512i low_bits) {
+  FOURFOLD_AMX_VECTORS FOURFOLD_INLINE static __m512i shift_in_low_bits(__m512i bits, __m512i low_bits) {
     return _mm512_shrdi_epi16(bits, low_bits, 3);
   }
 };

@@ -9,10 +9,10 @@
 namespace fourfold::cpu {
 
 enum class OperandForm : uint8_t {
-  kInts,    ///< NVFP4 as integers: IntBlock [row][block]
-  kFloats,  ///< float32 [row][K padded to chunks]
-  kPairs,   ///< bf16 [row][K padded to chunks], bf16 rows divided by a power of two
-  kTiles,   ///< bf16 tiles of 16 rows x 32 k: [row / 16][k / 32][term][row % 16][k % 32]
+  kInts,      ///< NVFP4 as integers: IntBlock [row][block]
+  kFloats,    ///< float32 [row][K padded to chunks]
+  kBf16Rows,  ///< bf16 [row][K padded to chunks], bf16 rows divided by a power of two
+  kTiles,     ///< bf16 tiles of 16 rows x 32 k: [row / 16][k / 32][term][row % 16][k % 32]
 };
 
 /// A block of 16 activations for byte products. A weight's byte is 2 x its e2m1 value + 12, from 0 to 24;
@@ -57,7 +57,7 @@ constexpr int64_t operand_row_bytes(OperandForm form, int64_t depth) {
       return chunks * kBlocksPerChunk * static_cast<int64_t>(sizeof(IntBlock));
     case OperandForm::kFloats:
       return chunks * kChunkDepth * 4;
-    case OperandForm::kPairs:
+    case OperandForm::kBf16Rows:
     case OperandForm::kTiles:
       return chunks * kChunkDepth * 2;
   }

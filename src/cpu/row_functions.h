@@ -53,8 +53,8 @@ struct RowFunctions {
   /// e2m1 x scale.
   void (*decode_nvfp4)(const uint8_t* codes, const float* scales, int64_t cols, float* out);
   /// bf16(x * factor * factor2) of `depth` values, 32 at a time, `stride` values apart.
-  void (*write_tile_row)(const float* x, int64_t depth, float factor, float factor2, int64_t stride,
-                         Bf16* out);
+  void (*write_scaled_bf16)(const float* x, int64_t depth, float factor, float factor2, int64_t stride,
+                            Bf16* out);
 
   /// h = bf16(row scale * global * sum + bias), stored where targets say.
   void (*store_bf16)(const PairSums& sums, const PairTargets& targets);

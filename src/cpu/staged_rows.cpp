@@ -9,10 +9,6 @@
 namespace fourfold::cpu {
 namespace {
 
-// Up to so many rows (of operands) byte products beat tiles: measured on a machine with AMX, docs/cpu.md.
-// Floats never do: one row of them takes longer than a row tile.
-constexpr int64_t kMostIntRows = 6;
-
 constexpr int64_t round_to_line(int64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
@@ -77,7 +73,7 @@ OperandForm choose_form(const Kernels& kernels, ActivationFormat format, int64_t
     return has_tiles && rows * terms_of(format) > kMostIntRows ? OperandForm::kTiles : OperandForm::kInts;
   }
   if (has_tiles) return OperandForm::kTiles;
-  return kernels.multiply_pairs != nullptr ? OperandForm::kPairs : OperandForm::kFloats;
+  return kernels.multiply_bf16 != nullptr ? OperandForm::kBf16Rows : OperandForm::kFloats;
 }
 
 int64_t operand_bytes(OperandForm form, ActivationFormat format, int64_t rows, int64_t depth) {
@@ -172,15 +168,15 @@ int RowStager::exponent_of(const float* row) const {
   return amax == 0.0f ? 0 : std::max(static_cast<int>(float_bits(amax) >> 23), 1) - 127;
 }
 
-void RowStager::expand_pairs(const StagedRow& staged, int64_t row, std::byte* operand, float& row_factor,
-                             std::byte* scratch) const {
+void RowStager::expand_bf16_rows(const StagedRow& staged, int64_t row, std::byte* operand, float& row_factor,
+                                 std::byte* scratch) const {
   float* const x = values(scratch);
   decode_term(staged, 0, x, scratch + round_to_line(padded_depth() * 4));
   const int exponent = exponent_of(x);
   row_factor = power_of_two(exponent);
   const auto [factor, factor2] = two_factors(-exponent);
-  functions_.write_tile_row(x, padded_depth(), factor, factor2, kTileDepth,
-                            reinterpret_cast<Bf16*>(operand) + row * padded_depth());
+  functions_.write_scaled_bf16(x, padded_depth(), factor, factor2, kTileDepth,
+                               reinterpret_cast<Bf16*>(operand) + row * padded_depth());
 }
 
 void RowStager::expand_tiles(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
@@ -194,12 +190,12 @@ void RowStager::expand_tiles(const StagedRow& staged, const RowGroup& group, int
                       row % kTileRows * kTileDepth;
   for (int term = 0; term < terms; ++term) {
     decode_term(staged, term, x, rest);
-    // Below 2 in magnitude, or the factor of kTileScale would take it beyond float32.
+    // Rows of bf16 below 2 in magnitude, or the factor of kTileScale would take them beyond float32.
     const int exponent = exponent_of(x);
     row_factor = power_of_two(exponent);
     const auto [factor, factor2] = two_factors(112 - exponent);
-    functions_.write_tile_row(x, padded_depth(), factor, factor2, terms * kTileValues,
-                              tiles + term * kTileValues);
+    functions_.write_scaled_bf16(x, padded_depth(), factor, factor2, terms * kTileValues,
+                                 tiles + term * kTileValues);
   }
   if (row + 1 < group.rows) return;
   for (int64_t missing = group.rows; missing % kTileRows != 0; ++missing) {
@@ -218,8 +214,8 @@ void RowStager::expand(const StagedRow& staged, const RowGroup& group, int64_t r
       return expand_ints(staged, row, operand);
     case OperandForm::kFloats:
       return expand_floats(staged, row, operand, scratch);
-    case OperandForm::kPairs:
-      return expand_pairs(staged, row, operand, row_factor, scratch);
+    case OperandForm::kBf16Rows:
+      return expand_bf16_rows(staged, row, operand, row_factor, scratch);
     case OperandForm::kTiles:
       return expand_tiles(staged, group, row, operand, row_factor, scratch);
   }

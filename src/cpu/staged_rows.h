@@ -42,6 +42,10 @@ constexpr int terms_of(ActivationFormat format) {
   return format == ActivationFormat::kNvfp4x2 ? 2 : 1;
 }
 
+/// Rows of NVFP4 operands (operand_rows) of an expert up to which byte products beat tiles: measured on a
+/// machine with AMX, docs/cpu.md. Floats never do: one row of them takes longer than a row tile.
+inline constexpr int64_t kMostIntRows = 6;
+
 /// The form for a group of `rows` rows. `needs_floats`: the weights are not NVFP4.
 OperandForm choose_form(const Kernels& kernels, ActivationFormat format, int64_t rows, bool needs_floats);
 
@@ -84,12 +88,12 @@ class RowStager {
  private:
   void expand_ints(const StagedRow& staged, int64_t row, std::byte* operand) const;
   void expand_floats(const StagedRow& staged, int64_t row, std::byte* operand, std::byte* scratch) const;
-  void expand_pairs(const StagedRow& staged, int64_t row, std::byte* operand, float& row_factor,
-                    std::byte* scratch) const;
+  void expand_bf16_rows(const StagedRow& staged, int64_t row, std::byte* operand, float& row_factor,
+                        std::byte* scratch) const;
   void expand_tiles(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
                     float& row_factor, std::byte* scratch) const;
-  /// Of the power of two that a decoded row is divided by to lie below 2 in magnitude: 0 unless it is bf16,
-  /// which alone can lie far from 1.
+  /// The exponent of a row's largest finite value: divided by that power of two, the row lies below 2 in
+  /// magnitude. 0 for other formats than bf16, whose values are never far from 1.
   int exponent_of(const float* row) const;
   void decode_term(const StagedRow& staged, int term, float* out, std::byte* scratch) const;
 

@@ -188,7 +188,9 @@ namespace rows_portable {
 #define FOURFOLD_TARGET
 #define FOURFOLD_INT_BLOCKS make_portable_int_blocks
 #define FOURFOLD_DECODE_NVFP4 decode_portable_nvfp4
+#define FOURFOLD_WRITE_NVFP4_TILES nullptr
 #include "cpu/row_functions_of_target.inc"
+#undef FOURFOLD_WRITE_NVFP4_TILES
 #undef FOURFOLD_DECODE_NVFP4
 #undef FOURFOLD_INT_BLOCKS
 #undef FOURFOLD_TARGET
@@ -198,7 +200,9 @@ namespace rows_avx2 {
 #define FOURFOLD_TARGET FOURFOLD_AVX2
 #define FOURFOLD_INT_BLOCKS avx2::make_int_blocks
 #define FOURFOLD_DECODE_NVFP4 avx2::decode_nvfp4
+#define FOURFOLD_WRITE_NVFP4_TILES nullptr
 #include "cpu/row_functions_of_target.inc"
+#undef FOURFOLD_WRITE_NVFP4_TILES
 #undef FOURFOLD_DECODE_NVFP4
 #undef FOURFOLD_INT_BLOCKS
 #undef FOURFOLD_TARGET
@@ -208,11 +212,29 @@ namespace rows_avx512 {
 #define FOURFOLD_TARGET FOURFOLD_AVX512
 #define FOURFOLD_INT_BLOCKS avx2::make_int_blocks
 #define FOURFOLD_DECODE_NVFP4 avx512::decode_nvfp4
+#define FOURFOLD_WRITE_NVFP4_TILES avx512::write_nvfp4_tiles
+#define FOURFOLD_EPILOGUES avx512
 #include "cpu/row_functions_of_target.inc"
+#undef FOURFOLD_EPILOGUES
+#undef FOURFOLD_WRITE_NVFP4_TILES
 #undef FOURFOLD_DECODE_NVFP4
 #undef FOURFOLD_INT_BLOCKS
 #undef FOURFOLD_TARGET
 }  // namespace rows_avx512
+
+namespace rows_avx512_vbmi {
+FOURFOLD_AVX512 void quantize_nvfp4(const float* x, int64_t cols, float global, uint8_t* codes,
+                                    uint8_t* scales, std::byte* scratch) {
+  const int64_t done = avx512_vbmi::quantize_nvfp4(x, cols, global, codes, scales);
+  rows_avx512::quantize_nvfp4(x + done, cols - done, global, codes + done / 2, scales + done / kBlockDepth,
+                              scratch);
+}
+constexpr RowFunctions kFunctions = [] {
+  RowFunctions functions = rows_avx512::kFunctions;
+  functions.quantize_nvfp4 = quantize_nvfp4;
+  return functions;
+}();
+}  // namespace rows_avx512_vbmi
 
 }  // namespace
 
@@ -221,7 +243,7 @@ const RowFunctions& row_functions_of(Isa isa) {
     case Isa::kAmx:
     case Isa::kAvx512Bf16:
     case Isa::kAvx512:
-      return rows_avx512::kFunctions;
+      return __builtin_cpu_supports("avx512vbmi") ? rows_avx512_vbmi::kFunctions : rows_avx512::kFunctions;
     case Isa::kAvx2:
       return rows_avx2::kFunctions;
     case Isa::kPortable:

@@ -56,6 +56,11 @@ struct RowFunctions {
   void (*write_scaled_bf16)(const float* x, int64_t depth, float factor, float factor2, int64_t stride,
                             Bf16* out);
 
+  /// A row of a matrix of tiles, padded with zeros to whole chunks: bf16 of e2m1 x e4m3 x kTileScale, 32
+  /// values at a time, `stride` values apart. Null where no instruction set takes tiles.
+  void (*write_nvfp4_tiles)(const uint8_t* codes, const uint8_t* scales, int64_t cols, int64_t stride,
+                            Bf16* out);
+
   /// h = bf16(row scale * global * sum + bias), stored where targets say.
   void (*store_bf16)(const PairSums& sums, const PairTargets& targets);
   /// The same in float32, not rounded.
@@ -84,6 +89,16 @@ void decode_nvfp4(const uint8_t* codes, const float* scales, int64_t cols, float
 }  // namespace avx2
 namespace avx512 {
 void decode_nvfp4(const uint8_t* codes, const float* scales, int64_t cols, float* out);
+void write_nvfp4_tiles(const uint8_t* codes, const uint8_t* scales, int64_t cols, int64_t stride, Bf16* out);
+void store_bf16(const PairSums& sums, const PairTargets& targets);
+void activate(const ActivationFunction& function, const PairSums& sums, const PairTargets& targets, Bf16* out,
+              int64_t out_stride);
 }  // namespace avx512
+namespace avx512_vbmi {
+/// Codes and scales as loops::quantize_nvfp4 has them, of as many values from the first as it can: the rest,
+/// from the returned column on, is the caller's (a few blocks at the end, and all behind one that is not
+/// finite).
+int64_t quantize_nvfp4(const float* x, int64_t cols, float global, uint8_t* codes, uint8_t* scales);
+}  // namespace avx512_vbmi
 
 }  // namespace fourfold::cpu

@@ -189,13 +189,19 @@ void RowStager::expand_tiles(const StagedRow& staged, const RowGroup& group, int
                       row / kTileRows * (padded_depth() / kTileDepth) * terms * kTileValues +
                       row % kTileRows * kTileDepth;
   for (int term = 0; term < terms; ++term) {
+    Bf16* const out = tiles + term * kTileValues;
+    if (is_nvfp4(format_)) {
+      functions_.write_nvfp4_tiles(term == 0 ? staged.codes : staged.residual_codes,
+                                   term == 0 ? staged.scales : staged.residual_scales, depth_,
+                                   terms * kTileValues, out);
+      continue;
+    }
     decode_term(staged, term, x, rest);
     // Rows of bf16 below 2 in magnitude, or the factor of kTileScale would take them beyond float32.
     const int exponent = exponent_of(x);
     row_factor = power_of_two(exponent);
     const auto [factor, factor2] = two_factors(112 - exponent);
-    functions_.write_scaled_bf16(x, padded_depth(), factor, factor2, terms * kTileValues,
-                                 tiles + term * kTileValues);
+    functions_.write_scaled_bf16(x, padded_depth(), factor, factor2, kTileValues, out);
   }
   if (row + 1 < group.rows) return;
   for (int64_t missing = group.rows; missing % kTileRows != 0; ++missing) {

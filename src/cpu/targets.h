@@ -12,4 +12,5 @@
 // What the tile kernel takes beside AMX; CPUs with tiles have it.
 #define FOURFOLD_AMX_VECTORS [[gnu::target(FOURFOLD_AVX512_FEATURES ",avx512fp16,avx512vbmi,avx512vbmi2")]]
 #define FOURFOLD_AVX512_BF16 [[gnu::target(FOURFOLD_AVX512_FEATURES ",avx512bf16")]]
+#define FOURFOLD_AVX512_VBMI [[gnu::target(FOURFOLD_AVX512_FEATURES ",avx512vbmi")]]
 #define FOURFOLD_INLINE [[gnu::always_inline]] inline

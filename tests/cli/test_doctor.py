@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from command import ERROR, FINDING, FINE, Json, assert_refused, assert_usage, run
+from command import ERROR, FINDING, FINE, SANITIZED, Json, assert_refused, assert_usage, run
 from models import FAMILIES, UP, Model
+
+# Every run of doctor multiplies with every backend and instruction set.
+seconds_each = pytest.mark.skipif(SANITIZED, reason="runs of seconds each, of code that the others run as well")
 
 
 def test_doctor_of_this_machine() -> None:
@@ -26,6 +29,7 @@ def test_doctor_of_this_machine() -> None:
         assert part in result.stdout, str(result)
 
 
+@seconds_each
 def test_doctor_tests_the_gpu_at_length_where_there_is_one() -> None:
     result = run("doctor", "--self-test")
     assert result.code == FINE and "this machine is fine" in result.stdout, str(result)
@@ -33,6 +37,7 @@ def test_doctor_tests_the_gpu_at_length_where_there_is_one() -> None:
     assert (" gemm 5,300,328,272" in result.stdout) == on_gpu, str(result)
 
 
+@seconds_each
 def test_doctor_names_what_forces_a_backend() -> None:
     result = run("doctor", env={"FOURFOLD_BACKEND": "reference", "FOURFOLD_ISA": "portable"})
     assert "FOURFOLD_BACKEND=reference" in result.stdout and "reference (forced by" in result.stdout
@@ -52,6 +57,7 @@ def test_doctor_of_a_layer(models: Path, family: str) -> None:
     assert "kernel:" in result.stdout
 
 
+@seconds_each
 def test_doctor_says_why_not_the_faster_backend(models: Path) -> None:
     result = run("doctor", models / "deepseek-v4/original")
     assert "reference (passed over" in result.stdout and "mxfp4" in result.stdout, str(result)

@@ -1,7 +1,8 @@
-"""A pytest plugin for sanitized builds, whose processes take ten times as long: of a test with many cases one in
-five runs, evenly over all of them. The optimised build runs every one.
+"""A pytest plugin: of a test with many cases one in five runs, evenly over all of them. For files whose every case
+the other build runs: under sanitizers, where processes take ten times as long, all but hostile input; in the
+optimised build hostile input, which sanitizers are for.
 
-tests/CMakeLists.txt loads it, but for hostile files, of which all run: `pytest -p sanitized_sample` with this folder in PYTHONPATH.
+tests/CMakeLists.txt loads it: `pytest -p sampled_cases` with this folder in PYTHONPATH.
 """
 
 from __future__ import annotations

@@ -119,6 +119,26 @@ FOURFOLD_AVX512 FOURFOLD_INLINE void activate_rows(const ActivationFunction& fun
   }
 }
 
+/// kVectors x 16 columns from `col` on: their sums stay in registers for all terms.
+template <int kVectors>
+FOURFOLD_AVX512 FOURFOLD_INLINE void combine_columns(const Bf16* const* rows, const float* weights,
+                                                     int64_t count, int64_t col, float* out) {
+  __m512 sums[kVectors];
+  for (__m512& sum : sums) sum = _mm512_setzero_ps();
+  for (int64_t k = 0; k < count; ++k) {
+    if (rows[k] == nullptr) continue;
+    const auto* const values = reinterpret_cast<const __m256i*>(rows[k] + col);
+    const __m512 weight = _mm512_set1_ps(weights[k]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(values + i)), 16);
+      sums[i] = _mm512_add_ps(sums[i], _mm512_mul_ps(weight, _mm512_castsi512_ps(bits)));
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; ++i) _mm512_storeu_ps(out + col + i * kPanelRows, sums[i]);
+}
+
 }  // namespace
 
 FOURFOLD_AVX512 void store_bf16(const PairSums& sums, const PairTargets& targets) {
@@ -148,6 +168,16 @@ FOURFOLD_AVX512 void activate(const ActivationFunction& function, const PairSums
     case ActivationKind::kGelu:
       return activate_rows<ActivationKind::kGelu>(function, sums, targets, out, out_stride);
   }
+}
+
+FOURFOLD_AVX512 void combine(const Bf16* const* rows, const float* weights, int64_t count, int64_t cols,
+                             float* out) {
+  constexpr int kVectors = 4;
+  int64_t col = 0;
+  for (; col + kVectors * kPanelRows <= cols; col += kVectors * kPanelRows) {
+    combine_columns<kVectors>(rows, weights, count, col, out);
+  }
+  for (; col < cols; col += kPanelRows) combine_columns<1>(rows, weights, count, col, out);
 }
 
 }  // namespace fourfold::cpu::avx512

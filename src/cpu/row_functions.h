@@ -93,6 +93,7 @@ void write_nvfp4_tiles(const uint8_t* codes, const uint8_t* scales, int64_t cols
 void store_bf16(const PairSums& sums, const PairTargets& targets);
 void activate(const ActivationFunction& function, const PairSums& sums, const PairTargets& targets, Bf16* out,
               int64_t out_stride);
+void combine(const Bf16* const* rows, const float* weights, int64_t count, int64_t cols, float* out);
 }  // namespace avx512
 namespace avx512_vbmi {
 /// Codes and scales as loops::quantize_nvfp4 has them, of as many values from the first as it can: the rest,

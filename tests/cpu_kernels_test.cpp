@@ -107,8 +107,8 @@ struct Operand {
     const RowStager stager(functions, format, depth);
     const Aligned<std::byte> scratch(stager.scratch_bytes());
     for (int64_t row = 0; row < rows; ++row) {
-      stager.expand(row_of(staged, row), group, row, bytes.data(), row_factors[static_cast<size_t>(row)],
-                    scratch.data());
+      stager.expand(row_of(staged, row), group, row, bytes.data(), nullptr,
+                    row_factors[static_cast<size_t>(row)], scratch.data());
     }
   }
 };

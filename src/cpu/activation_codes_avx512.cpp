@@ -49,11 +49,13 @@ FOURFOLD_AVX512 static __m512i table_indices(__m128i codes) {
 }
 
 FOURFOLD_AVX512 void write_nvfp4_tiles(const uint8_t* codes, const uint8_t* scales, int64_t cols,
-                                       int64_t stride, Bf16* out) {
+                                       int64_t stride, Bf16* out, const Bf16* ask_for) {
   static_assert(kTileDepth == 2 * kBlockDepth);
   const float* const values = e4m3_values();
   int64_t k = 0;
   for (; k + kTileDepth <= cols; k += kTileDepth, codes += kBlockDepth, scales += 2, out += stride) {
+    __builtin_prefetch(ask_for, 1, 2);
+    ask_for += stride;
     const __m128i two_blocks = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(table_indices(two_blocks),
                                                       tile_values(values[scales[0]], values[scales[1]])));

@@ -164,11 +164,12 @@ class CpuLayer final : public MoeLayer {
     if (args.observer) args.observer->after("permute", args.stream);
 
     ExpertPass routed(routed_, kernels_, space.routed, space.permutation.group_offsets, args.taps.h, nullptr);
-    const RowSource rows = {args.x, space.permutation.slot_of_row, args.routing.topk_weights};
+    const RowSource rows = {args.x, space.permutation.slot_of_row, space.permutation.row_of_slot,
+                            args.routing.topk_weights};
     const std::array<int32_t, 2> all_tokens = {0, static_cast<int32_t>(tokens)};
     std::optional<ExpertPass> shared;
     if (shared_) shared.emplace(*shared_, kernels_, space.shared, all_tokens, args.taps.shared.h, nullptr);
-    const RowSource all_rows = {args.x, {}, {}};
+    const RowSource all_rows = {args.x, {}, {}, {}};
     WorkCounter combined;
     const TeamClock clock(args.observer, args.stream);
 #pragma omp parallel num_threads(threads)

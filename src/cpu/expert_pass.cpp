@@ -1,5 +1,7 @@
 #include "cpu/expert_pass.h"
 
+#include <omp.h>
+
 #include <algorithm>
 
 #include "fourfold/quantize.h"
@@ -110,6 +112,18 @@ void ExpertPass::lay_out_groups(std::span<const int32_t> group_offsets) {
             });
 }
 
+const RowGroup& ExpertPass::group_of(int64_t row) const {
+  const auto next = std::upper_bound(groups_.begin(), groups_.end(), row,
+                                     [](int64_t r, const RowGroup& g) { return r < g.first_row; });
+  return *(next - 1);
+}
+
+ExpertPass::RowPlace ExpertPass::behind(const RowPlace& place) const {
+  const int64_t row = place.row + 1;
+  if (row >= rows_) return {};
+  return {row < place.group->first_row + place.group->rows ? place.group : place.group + 1, row};
+}
+
 /// Calls handle(group, row) for every row, a few at a time.
 template <class Handle>
 void ExpertPass::for_rows(Stage stage, const Handle& handle) {
@@ -117,9 +131,7 @@ void ExpertPass::for_rows(Stage stage, const Handle& handle) {
        piece = counters_[stage].take()) {
     const int64_t last = std::min(rows_, (piece + 1) * kRowsAPiece);
     int64_t row = piece * kRowsAPiece;
-    auto group = std::upper_bound(groups_.begin(), groups_.end(), row,
-                                  [](int64_t r, const RowGroup& g) { return r < g.first_row; }) -
-                 1;
+    const RowGroup* group = &group_of(row);
     for (; row < last; ++row) {
       if (row >= group->first_row + group->rows) ++group;
       handle(*group, row);
@@ -186,13 +198,62 @@ void ExpertPass::quantize_row(const RowStager& stager, ScalePolicy policy,
   stager.quantize(row, staged, scratch);
 }
 
+/// Whether a token's rows are staged together: where they hold the same values, and tokens suffice to keep
+/// all threads busy.
+bool ExpertPass::shares_staging(const RowSource& source) const {
+  if (source.row_of_slot.empty() || experts_.config().weight_on_input) return false;
+  const int64_t threads = omp_get_num_threads(), tokens = source.x.rows;
+  return tokens % threads == 0 || tokens >= 4 * threads;
+}
+
+/// Whether a token's rows in the two groups are staged alike. Scales that a row has of itself are the same.
+bool ExpertPass::has_x_scale_of(const RowGroup& group, const RowGroup& other) const {
+  const ScalePolicy policy = experts_.options().x_scale;
+  if (!is_nvfp4(format_of(experts_)) || policy == ScalePolicy::kDynamicTensor ||
+      policy == ScalePolicy::kDynamicToken) {
+    return true;
+  }
+  const std::span<const float> scales = experts_.x_scales();
+  return scales[static_cast<size_t>(group.expert)] == scales[static_cast<size_t>(other.expert)];
+}
+
+/// Token by token: quantized once for as long as scales stay the same, then copied.
+void ExpertPass::stage_tokens(const RowSource& source, float largest, std::byte* scratch) {
+  const std::span<const int32_t> rows = source.row_of_slot;
+  const auto top_k = static_cast<size_t>(source.topk_weights.cols);
+  const auto place_of = [&](size_t slot) {
+    if (slot >= rows.size() || rows[slot] < 0) return RowPlace{};
+    return RowPlace{&group_of(rows[slot]), rows[slot]};
+  };
+  for (int64_t token = counters_[kStageX].take(); token < source.x.rows; token = counters_[kStageX].take()) {
+    const size_t first = static_cast<size_t>(token) * top_k;
+    RowPlace quantized, next = place_of(first);
+    for (size_t slot = first; slot < first + top_k; ++slot) {
+      const RowPlace place = next;
+      next = place_of(slot + 1);
+      if (place.group == nullptr) continue;
+      if (quantized.group != nullptr && has_x_scale_of(*place.group, *quantized.group)) {
+        copy_row(space_.staged_x, quantized.row, place.row);
+      } else {
+        load_x(source, place.row, x_stager_.values(scratch));
+        quantize_row(x_stager_, experts_.options().x_scale, experts_.x_scales(), space_.staged_x,
+                     *place.group, place.row, largest, scratch);
+        quantized = place;
+      }
+      expand_row(x_stager_, space_.staged_x, &RowGroup::x_offset, place, next, scratch);
+    }
+  }
+}
+
 void ExpertPass::stage_x(const RowSource& source, std::byte* scratch) {
   const float largest = measures_x() ? largest_of_rows() : 0.0f;
+  if (shares_staging(source)) return stage_tokens(source, largest, scratch);
   for_rows(kStageX, [&](const RowGroup& group, int64_t row) {
     load_x(source, row, x_stager_.values(scratch));
     quantize_row(x_stager_, experts_.options().x_scale, experts_.x_scales(), space_.staged_x, group, row,
                  largest, scratch);
-    expand_row(x_stager_, space_.staged_x, group, row, group.x_offset, scratch);
+    expand_row(x_stager_, space_.staged_x, &RowGroup::x_offset, {&group, row}, behind({&group, row}),
+               scratch);
   });
 }
 
@@ -202,8 +263,8 @@ void ExpertPass::stage_intermediate(std::byte* scratch) {
     load_intermediate(row, intermediate_stager_.values(scratch));
     quantize_row(intermediate_stager_, experts_.options().intermediate_scale, experts_.intermediate_scales(),
                  space_.staged_intermediate, group, row, largest, scratch);
-    expand_row(intermediate_stager_, space_.staged_intermediate, group, row, group.intermediate_offset,
-               scratch);
+    expand_row(intermediate_stager_, space_.staged_intermediate, &RowGroup::intermediate_offset,
+               {&group, row}, behind({&group, row}), scratch);
   });
 }
 
@@ -212,14 +273,23 @@ void ExpertPass::adopt_x(std::byte* scratch) {
   for_rows(kStageX, [&](const RowGroup& group, int64_t row) {
     scales[static_cast<size_t>(row)] = global_scale_of(*adopted_, row, group.expert);
     copy_staged_row(*adopted_, group_offsets_, group, row, space_.staged_x);
-    expand_row(x_stager_, space_.staged_x, group, row, group.x_offset, scratch);
+    expand_row(x_stager_, space_.staged_x, &RowGroup::x_offset, {&group, row}, behind({&group, row}),
+               scratch);
   });
 }
 
-void ExpertPass::expand_row(const RowStager& stager, const StagedActivations& staged, const RowGroup& group,
-                            int64_t row, int64_t operand_offset, std::byte* scratch) {
-  stager.expand(row_of(staged, row), group, row - group.first_row, space_.operands.data() + operand_offset,
-                space_.row_factors[static_cast<size_t>(row)], scratch);
+/// `next`: the row that this thread, presumably, brings into operands after this one.
+void ExpertPass::expand_row(const RowStager& stager, const StagedActivations& staged,
+                            int64_t RowGroup::*offset, const RowPlace& place, const RowPlace& next,
+                            std::byte* scratch) {
+  const auto operand_of = [&](const RowGroup& group) { return space_.operands.data() + group.*offset; };
+  const Bf16* next_tile_row = nullptr;
+  if (next.group != nullptr && next.group->form == OperandForm::kTiles) {
+    next_tile_row = stager.tile_row(operand_of(*next.group), next.row - next.group->first_row);
+  }
+  stager.expand(row_of(staged, place.row), *place.group, place.row - place.group->first_row,
+                operand_of(*place.group), next_tile_row, space_.row_factors[static_cast<size_t>(place.row)],
+                scratch);
 }
 
 /// Adopted rows of bf16 may have scales too; staged ones have none.

@@ -30,6 +30,7 @@ PassSpace carve_pass(WorkspaceCarver& carver, const PreparedExperts& experts, co
 struct RowSource {
   MatrixView<const Bf16> x;              ///< [T, H]
   std::span<const int32_t> slot_of_row;  ///< empty: row r is token r
+  std::span<const int32_t> row_of_slot;  ///< [T * K], -1: none; where slot_of_row is set
   MatrixView<const float> topk_weights;  ///< of slots; used where the routing weight is on the input
 };
 
@@ -82,11 +83,21 @@ class ExpertPass {
   std::span<float> adopted_row_scales() const;
   template <class Handle>
   void for_rows(Stage stage, const Handle& handle);
+  const RowGroup& group_of(int64_t row) const;
+  bool shares_staging(const RowSource& source) const;
+  bool has_x_scale_of(const RowGroup& group, const RowGroup& other) const;
+  void stage_tokens(const RowSource& source, float largest, std::byte* scratch);
   void quantize_row(const RowStager& stager, ScalePolicy policy, std::span<const float> expert_scales,
                     const StagedActivations& staged, const RowGroup& group, int64_t row, float largest,
                     std::byte* scratch) const;
-  void expand_row(const RowStager& stager, const StagedActivations& staged, const RowGroup& group,
-                  int64_t row, int64_t operand_offset, std::byte* scratch);
+  /// A row, and the group that it is of; null: there is none.
+  struct RowPlace {
+    const RowGroup* group = nullptr;
+    int64_t row = 0;
+  };
+  RowPlace behind(const RowPlace& place) const;
+  void expand_row(const RowStager& stager, const StagedActivations& staged, int64_t RowGroup::*offset,
+                  const RowPlace& place, const RowPlace& next, std::byte* scratch);
   float largest_of_rows() const;
   template <class MatrixOf>
   void multiply(Stage stage, const MatrixOf& matrix_of, const GroupMultiply& args, std::byte* scratch);

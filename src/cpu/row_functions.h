@@ -52,14 +52,15 @@ struct RowFunctions {
   void (*make_int_blocks)(const uint8_t* codes, const uint8_t* scales, int64_t cols, IntBlock* out);
   /// e2m1 x scale.
   void (*decode_nvfp4)(const uint8_t* codes, const float* scales, int64_t cols, float* out);
-  /// bf16(x * factor * factor2) of `depth` values, 32 at a time, `stride` values apart.
+  /// bf16(x * factor * factor2) of `depth` values, 32 at a time, `stride` values apart. Of the lines that lie
+  /// the same way from `ask_for` on, which will be written next, each is asked for meanwhile.
   void (*write_scaled_bf16)(const float* x, int64_t depth, float factor, float factor2, int64_t stride,
-                            Bf16* out);
+                            Bf16* out, const Bf16* ask_for);
 
   /// A row of a matrix of tiles, padded with zeros to whole chunks: bf16 of e2m1 x e4m3 x kTileScale, 32
-  /// values at a time, `stride` values apart. Null where no instruction set takes tiles.
+  /// values at a time, `stride` values apart; `ask_for` as above. Null where no instruction set takes tiles.
   void (*write_nvfp4_tiles)(const uint8_t* codes, const uint8_t* scales, int64_t cols, int64_t stride,
-                            Bf16* out);
+                            Bf16* out, const Bf16* ask_for);
 
   /// h = bf16(row scale * global * sum + bias), stored where targets say.
   void (*store_bf16)(const PairSums& sums, const PairTargets& targets);
@@ -89,7 +90,8 @@ void decode_nvfp4(const uint8_t* codes, const float* scales, int64_t cols, float
 }  // namespace avx2
 namespace avx512 {
 void decode_nvfp4(const uint8_t* codes, const float* scales, int64_t cols, float* out);
-void write_nvfp4_tiles(const uint8_t* codes, const uint8_t* scales, int64_t cols, int64_t stride, Bf16* out);
+void write_nvfp4_tiles(const uint8_t* codes, const uint8_t* scales, int64_t cols, int64_t stride, Bf16* out,
+                       const Bf16* ask_for);
 void store_bf16(const PairSums& sums, const PairTargets& targets);
 void activate(const ActivationFunction& function, const PairSums& sums, const PairTargets& targets, Bf16* out,
               int64_t out_stride);

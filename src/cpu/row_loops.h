@@ -310,8 +310,9 @@ FOURFOLD_INLINE void decode_nvfp4(const uint8_t* codes, const float* scales, int
 /// bf16 of x * factor * factor2, exact where it is not below bf16's normal range: 32 values at `out`, the
 /// next 32 `stride` values on (a row of a matrix of tiles; with stride 32, a plain row).
 FOURFOLD_INLINE void write_scaled_bf16(const float* x, int64_t depth, float factor, float factor2,
-                                       int64_t stride, Bf16* out) {
-  for (int64_t k = 0; k < depth; k += kTileDepth, out += stride) {
+                                       int64_t stride, Bf16* out, const Bf16* ask_for) {
+  for (int64_t k = 0; k < depth; k += kTileDepth, out += stride, ask_for += stride) {
+    __builtin_prefetch(ask_for, 1, 2);
     for (int64_t i = 0; i < kTileDepth; ++i) {
       out[i].bits = static_cast<uint16_t>(to_bits(x[k + i] * factor * factor2) >> 16);
     }

@@ -9,6 +9,8 @@
 namespace fourfold::cpu {
 namespace {
 
+constexpr int64_t kTileValues = kTileRows * kTileDepth;
+
 constexpr int64_t round_to_line(int64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
@@ -56,6 +58,19 @@ void copy_staged_row(const ActivationView& a, std::span<const int32_t> group_off
   if (a.format != ActivationFormat::kNvfp4x2) return;
   std::copy_n(a.residual_codes.row(row), a.residual_codes.cols, out.residual_codes.row(row));
   copy_scales(a, a.residual_scales, row, row_in_group, padded_first_row, out.residual_scales.row(row));
+}
+
+void copy_row(const StagedActivations& staged, int64_t from, int64_t to) {
+  const auto copy = [&](const auto& rows) {
+    if (!rows.empty()) std::copy_n(rows.row(from), rows.cols, rows.row(to));
+  };
+  copy(staged.values);
+  copy(staged.codes);
+  copy(staged.scales);
+  copy(staged.residual_codes);
+  copy(staged.residual_scales);
+  const std::span<float> scales = staged.row_scales;
+  if (!scales.empty()) scales[static_cast<size_t>(to)] = scales[static_cast<size_t>(from)];
 }
 
 StagedRow row_of(const StagedActivations& staged, int64_t row) {
@@ -175,25 +190,29 @@ void RowStager::expand_bf16_rows(const StagedRow& staged, int64_t row, std::byte
   const int exponent = exponent_of(x);
   row_factor = power_of_two(exponent);
   const auto [factor, factor2] = two_factors(-exponent);
-  functions_.write_scaled_bf16(x, padded_depth(), factor, factor2, kTileDepth,
-                               reinterpret_cast<Bf16*>(operand) + row * padded_depth());
+  auto* const out = reinterpret_cast<Bf16*>(operand) + row * padded_depth();
+  functions_.write_scaled_bf16(x, padded_depth(), factor, factor2, kTileDepth, out, out);
+}
+
+Bf16* RowStager::tile_row(std::byte* group_operand, int64_t row) const {
+  return reinterpret_cast<Bf16*>(group_operand) +
+         row / kTileRows * (padded_depth() / kTileDepth) * terms_of(format_) * kTileValues +
+         row % kTileRows * kTileDepth;
 }
 
 void RowStager::expand_tiles(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
-                             float& row_factor, std::byte* scratch) const {
+                             const Bf16* next_tile_row, float& row_factor, std::byte* scratch) const {
   float* const x = values(scratch);
   std::byte* const rest = scratch + round_to_line(padded_depth() * 4);
   const int terms = terms_of(format_);
-  constexpr int64_t kTileValues = kTileRows * kTileDepth;
-  auto* const tiles = reinterpret_cast<Bf16*>(operand) +
-                      row / kTileRows * (padded_depth() / kTileDepth) * terms * kTileValues +
-                      row % kTileRows * kTileDepth;
+  Bf16* const tiles = tile_row(operand, row);
   for (int term = 0; term < terms; ++term) {
     Bf16* const out = tiles + term * kTileValues;
+    const Bf16* const ask_for = next_tile_row != nullptr ? next_tile_row + term * kTileValues : out;
     if (is_nvfp4(format_)) {
       functions_.write_nvfp4_tiles(term == 0 ? staged.codes : staged.residual_codes,
                                    term == 0 ? staged.scales : staged.residual_scales, depth_,
-                                   terms * kTileValues, out);
+                                   terms * kTileValues, out, ask_for);
       continue;
     }
     decode_term(staged, term, x, rest);
@@ -201,7 +220,7 @@ void RowStager::expand_tiles(const StagedRow& staged, const RowGroup& group, int
     const int exponent = exponent_of(x);
     row_factor = power_of_two(exponent);
     const auto [factor, factor2] = two_factors(112 - exponent);
-    functions_.write_scaled_bf16(x, padded_depth(), factor, factor2, kTileValues, out);
+    functions_.write_scaled_bf16(x, padded_depth(), factor, factor2, kTileValues, out, ask_for);
   }
   if (row + 1 < group.rows) return;
   for (int64_t missing = group.rows; missing % kTileRows != 0; ++missing) {
@@ -213,7 +232,7 @@ void RowStager::expand_tiles(const StagedRow& staged, const RowGroup& group, int
 }
 
 void RowStager::expand(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
-                       float& row_factor, std::byte* scratch) const {
+                       const Bf16* next_tile_row, float& row_factor, std::byte* scratch) const {
   row_factor = 1.0f;
   switch (group.form) {
     case OperandForm::kInts:
@@ -223,7 +242,7 @@ void RowStager::expand(const StagedRow& staged, const RowGroup& group, int64_t r
     case OperandForm::kBf16Rows:
       return expand_bf16_rows(staged, row, operand, row_factor, scratch);
     case OperandForm::kTiles:
-      return expand_tiles(staged, group, row, operand, row_factor, scratch);
+      return expand_tiles(staged, group, row, operand, next_tile_row, row_factor, scratch);
   }
 }
 

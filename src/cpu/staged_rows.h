@@ -62,6 +62,9 @@ float global_scale_of(const ActivationView& a, int64_t row, int32_t group);
 void copy_staged_row(const ActivationView& a, std::span<const int32_t> group_offsets, const RowGroup& group,
                      int64_t row, const StagedActivations& out);
 
+/// Row `from` of `staged`, with its scale, becomes row `to`, too.
+void copy_row(const StagedActivations& staged, int64_t from, int64_t to);
+
 /// Quantizes and expands rows of one width.
 class RowStager {
  public:
@@ -81,9 +84,12 @@ class RowStager {
   void quantize(int64_t row, const StagedActivations& staged, std::byte* scratch) const;
 
   /// Row `row` of its group's operand. `row_factor` is the power of two that the sums are to be multiplied
-  /// by.
+  /// by. `next_tile_row`: where tile_row() says that the row after this goes, whose lines are asked for
+  /// meanwhile; null: that is not known.
   void expand(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* group_operand,
-              float& row_factor, std::byte* scratch) const;
+              const Bf16* next_tile_row, float& row_factor, std::byte* scratch) const;
+  /// Where row `row` begins in an operand of tiles; its other parts are tiles further on.
+  Bf16* tile_row(std::byte* group_operand, int64_t row) const;
 
  private:
   void expand_ints(const StagedRow& staged, int64_t row, std::byte* operand) const;
@@ -91,7 +97,7 @@ class RowStager {
   void expand_bf16_rows(const StagedRow& staged, int64_t row, std::byte* operand, float& row_factor,
                         std::byte* scratch) const;
   void expand_tiles(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
-                    float& row_factor, std::byte* scratch) const;
+                    const Bf16* next_tile_row, float& row_factor, std::byte* scratch) const;
   /// The exponent of a row's largest finite value: divided by that power of two, the row lies below 2 in
   /// magnitude. 0 for other formats than bf16, whose values are never far from 1.
   int exponent_of(const float* row) const;

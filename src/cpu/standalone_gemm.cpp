@@ -98,7 +98,7 @@ class StandaloneGemm {
         row_scales_[index] = global_scale_of(args_.a, row, group.expert);
         copy_staged_row(args_.a, args_.group_offsets, group, row, staged_);
         stager_.expand(row_of(staged_, row), group, row - group.first_row, operands_.data() + group.x_offset,
-                       row_factors_[index], scratch);
+                       nullptr, row_factors_[index], scratch);
       }
     }
   }

@@ -310,15 +310,46 @@ std::vector<Bf16> run_untapped(const MoeLayer& layer, const LayerPlan& plan, con
   return y;
 }
 
+/// Two negative scales and two NaN, in different experts and matrices, in a first pair and one in the middle.
+/// Holds what the layer's views then point at.
+class IrregularScales {
+ public:
+  explicit IrregularScales(TestLayer& layer) {
+    for (const auto& [expert, code] : {std::pair<size_t, uint8_t>{1, 0xB8}, {2, 0x7F}}) {
+      auto& view = std::get<BlockScaledView>(expert == 1 ? layer.weights().experts[expert].up
+                                                         : layer.weights().experts[expert].down);
+      auto& own = scales_.emplace_back(view.scales, view.scales + view.rows * view.blocks_per_row());
+      for (const int64_t row : {5, 37}) own[static_cast<size_t>(row * view.blocks_per_row() + 2)] = code;
+      view.scales = own.data();
+      view.scale_stride = view.blocks_per_row();
+    }
+  }
+
+ private:
+  std::deque<std::vector<uint8_t>> scales_;
+};
+
+// What nobody taps need not be staged: by the format, the scales of the weights, and where the routing weight
+// goes.
 TEST_P(CpuLayers, GiveTheSameWithAndWithoutTaps) {
   for (const ActivationFormat format : kFormats) {
-    TestLayer layer({}, kSeed, SharedFormat::kNvfp4);
-    const auto made = backend().make_layer(layer.weights(), layer.config(), options_for(format));
-    const LayerPlan plan = made->plan(layer.inputs().tokens);
-    const AlignedWorkspace workspace(plan.workspace_bytes);
-    std::memset(workspace.span().data(), 0xFB, workspace.span().size());
-    EXPECT_EQ(run_untapped(*made, plan, layer.inputs(), workspace.span()),
-              trace(*made, layer.inputs(), layer.shared()).y);
+    for (const bool irregular : {false, true}) {
+      for (const bool weight_on_input : {false, true}) {
+        SCOPED_TRACE(testing::Message() << to_string(format) << (irregular ? ", irregular scales" : "")
+                                        << (weight_on_input ? ", weight on the input" : ""));
+        RandomLayerShape shape;
+        shape.weight_on_input = weight_on_input;
+        TestLayer layer(shape, kSeed, SharedFormat::kNvfp4);
+        std::optional<IrregularScales> scales;
+        if (irregular) scales.emplace(layer);
+        const auto made = backend().make_layer(layer.weights(), layer.config(), options_for(format));
+        const LayerPlan plan = made->plan(layer.inputs().tokens);
+        const AlignedWorkspace workspace(plan.workspace_bytes);
+        std::memset(workspace.span().data(), 0xFB, workspace.span().size());
+        EXPECT_EQ(run_untapped(*made, plan, layer.inputs(), workspace.span()),
+                  trace(*made, layer.inputs(), layer.shared()).y);
+      }
+    }
   }
 }
 
@@ -361,18 +392,7 @@ TEST_P(CpuLayers, RunTwiceAtOnceWithSeparateWorkspaces) {
 TEST_P(CpuLayers, AgreeWithTheReferenceOnIrregularScales) {
   for (const ActivationFormat format : kFormats) {
     TestLayer layer({}, kSeed);
-    // Two negative scales and two NaN, in different experts and matrices, in a first pair and one in the
-    // middle.
-    std::vector<std::vector<uint8_t>> scales;
-    scales.reserve(2);
-    for (const auto& [expert, code] : {std::pair<size_t, uint8_t>{1, 0xB8}, {2, 0x7F}}) {
-      auto& view = std::get<BlockScaledView>(expert == 1 ? layer.weights().experts[expert].up
-                                                         : layer.weights().experts[expert].down);
-      auto& own = scales.emplace_back(view.scales, view.scales + view.rows * view.blocks_per_row());
-      for (const int64_t row : {5, 37}) own[static_cast<size_t>(row * view.blocks_per_row() + 2)] = code;
-      view.scales = own.data();
-      view.scale_stride = view.blocks_per_row();
-    }
+    const IrregularScales scales(layer);
     expect_sound(layer, options_for(format));
     const LayerTrace found = run(layer, options_for(format));
     EXPECT_TRUE(std::any_of(found.z.begin(), found.z.end(),

@@ -96,6 +96,11 @@ void copy_stages(const PassSpace& space, int64_t rows, const Taps& taps) {
   copy_rows(space.z.rows_from(0, rows), taps.z);
 }
 
+template <class Taps>
+KeptStages kept_for(const Taps& taps) {
+  return {taps.h, taps.staged_x != nullptr, taps.staged_intermediate != nullptr};
+}
+
 /// A team's common clock: a barrier after each stage, and one thread that tells the observer.
 class TeamClock {
  public:
@@ -163,12 +168,14 @@ class CpuLayer final : public MoeLayer {
     if (args.status) *args.status |= status;
     if (args.observer) args.observer->after("permute", args.stream);
 
-    ExpertPass routed(routed_, kernels_, space.routed, space.permutation.group_offsets, args.taps.h, nullptr);
+    ExpertPass routed(routed_, kernels_, space.routed, space.permutation.group_offsets, kept_for(args.taps),
+                      nullptr);
     const RowSource rows = {args.x, space.permutation.slot_of_row, space.permutation.row_of_slot,
                             args.routing.topk_weights};
     const std::array<int32_t, 2> all_tokens = {0, static_cast<int32_t>(tokens)};
     std::optional<ExpertPass> shared;
-    if (shared_) shared.emplace(*shared_, kernels_, space.shared, all_tokens, args.taps.shared.h, nullptr);
+    if (shared_)
+      shared.emplace(*shared_, kernels_, space.shared, all_tokens, kept_for(args.taps.shared), nullptr);
     const RowSource all_rows = {args.x, {}, {}, {}};
     WorkCounter combined;
     const TeamClock clock(args.observer, args.stream);
@@ -194,7 +201,8 @@ class CpuLayer final : public MoeLayer {
     WorkspaceCarver carver(args.workspace);
     Workspace space = carve(carver, plan.max_tokens, threads);
     space.routed.z = args.z;
-    ExpertPass pass(routed_, kernels_, space.routed, args.group_offsets, args.taps.h, &args.activations);
+    ExpertPass pass(routed_, kernels_, space.routed, args.group_offsets, kept_for(args.taps),
+                    &args.activations);
     const TeamClock clock(nullptr, args.stream);
 #pragma omp parallel num_threads(threads)
     {

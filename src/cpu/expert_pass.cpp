@@ -56,13 +56,13 @@ PassSpace carve_pass(WorkspaceCarver& carver, const PreparedExperts& experts, co
 }
 
 ExpertPass::ExpertPass(const PreparedExperts& experts, const Kernels& kernels, const PassSpace& space,
-                       std::span<const int32_t> group_offsets, MatrixView<Bf16> h,
+                       std::span<const int32_t> group_offsets, const KeptStages& kept,
                        const ActivationView* staged)
     : experts_(experts),
       kernels_(kernels),
       functions_(row_functions_of(kernels.isa)),
       space_(space),
-      h_(h),
+      kept_(kept),
       adopted_(staged),
       group_offsets_(group_offsets),
       x_stager_(functions_, format_of(experts), experts.config().hidden, experts.options().activation_rule),
@@ -139,16 +139,18 @@ void ExpertPass::for_rows(Stage stage, const Handle& handle) {
   }
 }
 
+const Bf16* ExpertPass::x_row(const RowSource& source, int64_t row) const {
+  if (source.slot_of_row.empty()) return source.x.row(row);
+  return source.x.row(source.slot_of_row[static_cast<size_t>(row)] / source.topk_weights.cols);
+}
+
 void ExpertPass::load_x(const RowSource& source, int64_t row, float* out) const {
-  const int64_t cols = source.x.cols;
-  if (source.slot_of_row.empty()) return functions_.widen(source.x.row(row), cols, out);
-  const int64_t slot = source.slot_of_row[static_cast<size_t>(row)], top_k = source.topk_weights.cols;
-  const Bf16* const x = source.x.row(slot / top_k);
-  if (experts_.config().weight_on_input) {
-    functions_.widen_weighted(x, source.topk_weights(slot / top_k, slot % top_k), cols, out);
-  } else {
-    functions_.widen(x, cols, out);
+  const Bf16* const x = x_row(source, row);
+  if (source.slot_of_row.empty() || !experts_.config().weight_on_input) {
+    return functions_.widen(x, source.x.cols, out);
   }
+  const int64_t slot = source.slot_of_row[static_cast<size_t>(row)], top_k = source.topk_weights.cols;
+  functions_.widen_weighted(x, source.topk_weights(slot / top_k, slot % top_k), source.x.cols, out);
 }
 
 void ExpertPass::load_intermediate(int64_t row, float* out) const {
@@ -198,6 +200,11 @@ void ExpertPass::quantize_row(const RowStager& stager, ScalePolicy policy,
   stager.quantize(row, staged, scratch);
 }
 
+/// Whether rows, which nobody reads staged, are staged as they are: expanded from where they lie.
+bool ExpertPass::skips_staging(bool kept) const {
+  return format_of(experts_) == ActivationFormat::kBf16 && !kept && !experts_.has_irregular_pairs();
+}
+
 /// Whether a token's rows are staged together: where they hold the same values, and tokens suffice to keep
 /// all threads busy.
 bool ExpertPass::shares_staging(const RowSource& source) const {
@@ -240,31 +247,44 @@ void ExpertPass::stage_tokens(const RowSource& source, float largest, std::byte*
                      *place.group, place.row, largest, scratch);
         quantized = place;
       }
-      expand_row(x_stager_, space_.staged_x, &RowGroup::x_offset, place, next, scratch);
+      expand_row(x_stager_, row_of(space_.staged_x, place.row), &RowGroup::x_offset, place, next, scratch);
     }
   }
 }
 
 void ExpertPass::stage_x(const RowSource& source, std::byte* scratch) {
   const float largest = measures_x() ? largest_of_rows() : 0.0f;
-  if (shares_staging(source)) return stage_tokens(source, largest, scratch);
+  const bool as_it_is = skips_staging(kept_.x) && !experts_.config().weight_on_input;
+  if (!as_it_is && shares_staging(source)) return stage_tokens(source, largest, scratch);
   for_rows(kStageX, [&](const RowGroup& group, int64_t row) {
-    load_x(source, row, x_stager_.values(scratch));
-    quantize_row(x_stager_, experts_.options().x_scale, experts_.x_scales(), space_.staged_x, group, row,
-                 largest, scratch);
-    expand_row(x_stager_, space_.staged_x, &RowGroup::x_offset, {&group, row}, behind({&group, row}),
-               scratch);
+    StagedRow staged;
+    if (as_it_is) {
+      staged.values = x_row(source, row);
+    } else {
+      load_x(source, row, x_stager_.values(scratch));
+      quantize_row(x_stager_, experts_.options().x_scale, experts_.x_scales(), space_.staged_x, group, row,
+                   largest, scratch);
+      staged = row_of(space_.staged_x, row);
+    }
+    expand_row(x_stager_, staged, &RowGroup::x_offset, {&group, row}, behind({&group, row}), scratch);
   });
 }
 
 void ExpertPass::stage_intermediate(std::byte* scratch) {
   const float largest = measures_intermediate() ? largest_of_rows() : 0.0f;
+  const bool as_it_is = skips_staging(kept_.intermediate);
   for_rows(kStageIntermediate, [&](const RowGroup& group, int64_t row) {
-    load_intermediate(row, intermediate_stager_.values(scratch));
-    quantize_row(intermediate_stager_, experts_.options().intermediate_scale, experts_.intermediate_scales(),
-                 space_.staged_intermediate, group, row, largest, scratch);
-    expand_row(intermediate_stager_, space_.staged_intermediate, &RowGroup::intermediate_offset,
-               {&group, row}, behind({&group, row}), scratch);
+    StagedRow staged;
+    if (as_it_is) {
+      staged.values = space_.activation.row(row);
+    } else {
+      load_intermediate(row, intermediate_stager_.values(scratch));
+      quantize_row(intermediate_stager_, experts_.options().intermediate_scale,
+                   experts_.intermediate_scales(), space_.staged_intermediate, group, row, largest, scratch);
+      staged = row_of(space_.staged_intermediate, row);
+    }
+    expand_row(intermediate_stager_, staged, &RowGroup::intermediate_offset, {&group, row},
+               behind({&group, row}), scratch);
   });
 }
 
@@ -273,23 +293,21 @@ void ExpertPass::adopt_x(std::byte* scratch) {
   for_rows(kStageX, [&](const RowGroup& group, int64_t row) {
     scales[static_cast<size_t>(row)] = global_scale_of(*adopted_, row, group.expert);
     copy_staged_row(*adopted_, group_offsets_, group, row, space_.staged_x);
-    expand_row(x_stager_, space_.staged_x, &RowGroup::x_offset, {&group, row}, behind({&group, row}),
-               scratch);
+    expand_row(x_stager_, row_of(space_.staged_x, row), &RowGroup::x_offset, {&group, row},
+               behind({&group, row}), scratch);
   });
 }
 
 /// `next`: the row that this thread, presumably, brings into operands after this one.
-void ExpertPass::expand_row(const RowStager& stager, const StagedActivations& staged,
-                            int64_t RowGroup::*offset, const RowPlace& place, const RowPlace& next,
-                            std::byte* scratch) {
+void ExpertPass::expand_row(const RowStager& stager, const StagedRow& staged, int64_t RowGroup::*offset,
+                            const RowPlace& place, const RowPlace& next, std::byte* scratch) {
   const auto operand_of = [&](const RowGroup& group) { return space_.operands.data() + group.*offset; };
   const Bf16* next_tile_row = nullptr;
   if (next.group != nullptr && next.group->form == OperandForm::kTiles) {
     next_tile_row = stager.tile_row(operand_of(*next.group), next.row - next.group->first_row);
   }
-  stager.expand(row_of(staged, place.row), *place.group, place.row - place.group->first_row,
-                operand_of(*place.group), next_tile_row, space_.row_factors[static_cast<size_t>(place.row)],
-                scratch);
+  stager.expand(staged, *place.group, place.row - place.group->first_row, operand_of(*place.group),
+                next_tile_row, space_.row_factors[static_cast<size_t>(place.row)], scratch);
 }
 
 /// Adopted rows of bf16 may have scales too; staged ones have none.
@@ -334,7 +352,7 @@ void ExpertPass::multiply_up(std::byte* scratch) {
   GroupMultiply args = arguments(space_.staged_x, row_scales);
   args.output.activation = &experts_.config().activation;
   args.output.activated = space_.activation;
-  args.output.h = h_;
+  args.output.h = kept_.h;
   multiply(
       kUp, [&](int32_t expert) -> const ExpertMatrix& { return experts_.up(expert); }, args, scratch);
 }

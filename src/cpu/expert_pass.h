@@ -26,6 +26,12 @@ struct PassSpace {
 PassSpace carve_pass(WorkspaceCarver& carver, const PreparedExperts& experts, const Kernels& kernels,
                      int64_t rows);
 
+/// What is read of a pass when it is over.
+struct KeptStages {
+  MatrixView<Bf16> h;                    ///< where h is stored too; may be empty
+  bool x = false, intermediate = false;  ///< rows in PassSpace::staged_x, staged_intermediate
+};
+
 /// Where rows of x come from.
 struct RowSource {
   MatrixView<const Bf16> x;              ///< [T, H]
@@ -47,10 +53,9 @@ class WorkCounter {
 /// with a barrier after each. A thread takes work as it becomes free; results do not depend on who does it.
 class ExpertPass {
  public:
-  /// `h`: where h is stored too; may be empty. `staged`: rows that come staged; null where stage_x makes
-  /// them.
+  /// `staged`: rows that come staged; null where stage_x makes them.
   ExpertPass(const PreparedExperts& experts, const Kernels& kernels, const PassSpace& space,
-             std::span<const int32_t> group_offsets, MatrixView<Bf16> h, const ActivationView* staged);
+             std::span<const int32_t> group_offsets, const KeptStages& kept, const ActivationView* staged);
 
   /// For each thread, 64-byte aligned: `scratch` of the stages.
   static int64_t scratch_bytes(const PreparedExperts& experts);
@@ -78,12 +83,14 @@ class ExpertPass {
     return is_nvfp4(experts_.options().activations) && policy == ScalePolicy::kDynamicTensor;
   }
   void lay_out_groups(std::span<const int32_t> group_offsets);
+  const Bf16* x_row(const RowSource& source, int64_t row) const;
   void load_x(const RowSource& source, int64_t row, float* out) const;
   void load_intermediate(int64_t row, float* out) const;
   std::span<float> adopted_row_scales() const;
   template <class Handle>
   void for_rows(Stage stage, const Handle& handle);
   const RowGroup& group_of(int64_t row) const;
+  bool skips_staging(bool kept) const;
   bool shares_staging(const RowSource& source) const;
   bool has_x_scale_of(const RowGroup& group, const RowGroup& other) const;
   void stage_tokens(const RowSource& source, float largest, std::byte* scratch);
@@ -96,7 +103,7 @@ class ExpertPass {
     int64_t row = 0;
   };
   RowPlace behind(const RowPlace& place) const;
-  void expand_row(const RowStager& stager, const StagedActivations& staged, int64_t RowGroup::*offset,
+  void expand_row(const RowStager& stager, const StagedRow& staged, int64_t RowGroup::*offset,
                   const RowPlace& place, const RowPlace& next, std::byte* scratch);
   float largest_of_rows() const;
   template <class MatrixOf>
@@ -107,7 +114,7 @@ class ExpertPass {
   const Kernels& kernels_;
   const RowFunctions& functions_;
   PassSpace space_;
-  MatrixView<Bf16> h_;
+  KeptStages kept_;
   const ActivationView* adopted_;
   std::span<const int32_t> group_offsets_;
   RowStager x_stager_, intermediate_stager_;

@@ -44,7 +44,8 @@ constexpr int int_position(int k) {
 }
 
 // Tiles multiply bf16 weights of value * 2^-112 (tile_multiply.inc): activations come 2^112 times as large.
-inline constexpr float kTileScale = 0x1p112f;
+inline constexpr int kTileExponent = 112;
+inline constexpr float kTileScale = 0x1p112f;  // 2^kTileExponent
 inline constexpr int kTileRows = 16;
 inline constexpr int kTileDepth = 32;
 inline constexpr int kTileBytes = kTileRows * kTileDepth * 2;

@@ -150,6 +150,8 @@ void PreparedExperts::pack(const ExpertWeights& weights) {
     irregular_[static_cast<size_t>(index)] =
         pack_pair(packing.source, pair, panels.storage, scratch.mine().data(), out);
   }
+  has_irregular_pairs_ =
+      std::any_of(irregular_.begin(), irregular_.end(), [](uint8_t pair) { return pair != 0; });
 }
 
 void PreparedExperts::read_scales(const ExpertWeights& weights) {

@@ -31,6 +31,8 @@ class PreparedExperts {
   const ExpertMatrix& down(int64_t expert) const { return down_[static_cast<size_t>(expert)]; }
   /// Whether some matrix is not NVFP4, so that operands are floats.
   bool needs_floats() const { return needs_floats_; }
+  /// Whether some pair takes irregular_multiply.h, which reads staged rows.
+  bool has_irregular_pairs() const { return has_irregular_pairs_; }
 
   /// Static scales [E], as the scale policies want them.
   std::span<const float> x_scales() const { return x_scales_; }
@@ -47,6 +49,7 @@ class PreparedExperts {
   LayerOptions options_;
   HugeBuffer buffer_;
   std::vector<uint8_t> irregular_;
+  bool has_irregular_pairs_ = false;
   std::vector<float> biases_;
   std::vector<ExpertMatrix> up_, down_;
   std::vector<float> x_scales_, intermediate_scales_;

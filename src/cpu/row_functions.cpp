@@ -189,7 +189,9 @@ namespace rows_portable {
 #define FOURFOLD_INT_BLOCKS make_portable_int_blocks
 #define FOURFOLD_DECODE_NVFP4 decode_portable_nvfp4
 #define FOURFOLD_WRITE_NVFP4_TILES nullptr
+#define FOURFOLD_WRITE_NORMALISED_BF16 nullptr
 #include "cpu/row_functions_of_target.inc"
+#undef FOURFOLD_WRITE_NORMALISED_BF16
 #undef FOURFOLD_WRITE_NVFP4_TILES
 #undef FOURFOLD_DECODE_NVFP4
 #undef FOURFOLD_INT_BLOCKS
@@ -201,7 +203,9 @@ namespace rows_avx2 {
 #define FOURFOLD_INT_BLOCKS avx2::make_int_blocks
 #define FOURFOLD_DECODE_NVFP4 avx2::decode_nvfp4
 #define FOURFOLD_WRITE_NVFP4_TILES nullptr
+#define FOURFOLD_WRITE_NORMALISED_BF16 nullptr
 #include "cpu/row_functions_of_target.inc"
+#undef FOURFOLD_WRITE_NORMALISED_BF16
 #undef FOURFOLD_WRITE_NVFP4_TILES
 #undef FOURFOLD_DECODE_NVFP4
 #undef FOURFOLD_INT_BLOCKS
@@ -213,9 +217,11 @@ namespace rows_avx512 {
 #define FOURFOLD_INT_BLOCKS avx2::make_int_blocks
 #define FOURFOLD_DECODE_NVFP4 avx512::decode_nvfp4
 #define FOURFOLD_WRITE_NVFP4_TILES avx512::write_nvfp4_tiles
+#define FOURFOLD_WRITE_NORMALISED_BF16 avx512::write_normalised_bf16
 #define FOURFOLD_EPILOGUES avx512
 #include "cpu/row_functions_of_target.inc"
 #undef FOURFOLD_EPILOGUES
+#undef FOURFOLD_WRITE_NORMALISED_BF16
 #undef FOURFOLD_WRITE_NVFP4_TILES
 #undef FOURFOLD_DECODE_NVFP4
 #undef FOURFOLD_INT_BLOCKS

@@ -34,7 +34,6 @@ struct RowFunctions {
   void (*widen_weighted)(const Bf16* x, float weight, int64_t cols, float* out);
   void (*narrow)(const float* x, int64_t cols, Bf16* out);   ///< of values that are bf16
   float (*largest_magnitude)(const float* x, int64_t cols);  ///< NaN if there is one
-  float (*largest_finite_magnitude)(const float* x, int64_t cols);
 
   /// quantize_row_nvfp4 and quantize_row_nvfp4x2 of fourfold/quantize.h (no floor), and the codes of
   /// quantize_row_fp8, bit for bit. `scratch` as quantizer_scratch_bytes says.
@@ -52,11 +51,14 @@ struct RowFunctions {
   void (*make_int_blocks)(const uint8_t* codes, const uint8_t* scales, int64_t cols, IntBlock* out);
   /// e2m1 x scale.
   void (*decode_nvfp4)(const uint8_t* codes, const float* scales, int64_t cols, float* out);
-  /// bf16(x * factor * factor2) of `depth` values, 32 at a time, `stride` values apart. Of the lines that lie
-  /// the same way from `ask_for` on, which will be written next, each is asked for meanwhile.
-  void (*write_scaled_bf16)(const float* x, int64_t depth, float factor, float factor2, int64_t stride,
-                            Bf16* out, const Bf16* ask_for);
-
+  /// bf16(x * factor), padded with zeros to whole chunks: 32 values at a time, `stride` values apart. Of the
+  /// lines that lie the same way from `ask_for` on, which will be written next, each is asked for meanwhile.
+  void (*write_scaled_bf16)(const float* x, int64_t cols, float factor, int64_t stride, Bf16* out,
+                            const Bf16* ask_for);
+  /// The same of x * 2^(unit_exponent - exponent), where `exponent`, which is returned, is that of the
+  /// largest finite value, 0 for zeros. Null where no kernel reads bf16.
+  int (*write_normalised_bf16)(const Bf16* x, int64_t cols, int unit_exponent, int64_t stride, Bf16* out,
+                               const Bf16* ask_for);
   /// A row of a matrix of tiles, padded with zeros to whole chunks: bf16 of e2m1 x e4m3 x kTileScale, 32
   /// values at a time, `stride` values apart; `ask_for` as above. Null where no instruction set takes tiles.
   void (*write_nvfp4_tiles)(const uint8_t* codes, const uint8_t* scales, int64_t cols, int64_t stride,
@@ -92,6 +94,8 @@ namespace avx512 {
 void decode_nvfp4(const uint8_t* codes, const float* scales, int64_t cols, float* out);
 void write_nvfp4_tiles(const uint8_t* codes, const uint8_t* scales, int64_t cols, int64_t stride, Bf16* out,
                        const Bf16* ask_for);
+int write_normalised_bf16(const Bf16* x, int64_t cols, int unit_exponent, int64_t stride, Bf16* out,
+                          const Bf16* ask_for);
 void store_bf16(const PairSums& sums, const PairTargets& targets);
 void activate(const ActivationFunction& function, const PairSums& sums, const PairTargets& targets, Bf16* out,
               int64_t out_stride);

@@ -64,17 +64,6 @@ FOURFOLD_INLINE float largest_magnitude(const float* x, int64_t cols) {
   return to_float(largest);
 }
 
-FOURFOLD_INLINE float largest_finite_magnitude(const float* x, int64_t cols) {
-  uint32_t largest = 0;
-  for (int64_t col = 0; col < cols; ++col) {
-    const uint32_t magnitude = to_bits(x[col]) & kMagnitude;
-    const uint32_t finite =
-        magnitude & -static_cast<uint32_t>(magnitude < kInfinityBits);  // vectorised, unlike ?:
-    largest = finite > largest ? finite : largest;
-  }
-  return to_float(largest);
-}
-
 /// encode_e4m3 of a number that is not negative, without a branch.
 FOURFOLD_INLINE uint32_t encode_positive_e4m3(float value) {
   const uint32_t bits = to_bits(value);
@@ -307,15 +296,18 @@ FOURFOLD_INLINE void decode_nvfp4(const uint8_t* codes, const float* scales, int
   }
 }
 
-/// bf16 of x * factor * factor2, exact where it is not below bf16's normal range: 32 values at `out`, the
-/// next 32 `stride` values on (a row of a matrix of tiles; with stride 32, a plain row).
-FOURFOLD_INLINE void write_scaled_bf16(const float* x, int64_t depth, float factor, float factor2,
-                                       int64_t stride, Bf16* out, const Bf16* ask_for) {
-  for (int64_t k = 0; k < depth; k += kTileDepth, out += stride, ask_for += stride) {
+/// bf16 of x * factor, exact where it is not below bf16's normal range, padded with zeros to whole chunks: 32
+/// values at `out`, the next 32 `stride` values on (a row of a matrix of tiles; with stride 32, a plain row).
+FOURFOLD_INLINE void write_scaled_bf16(const float* x, int64_t cols, float factor, int64_t stride, Bf16* out,
+                                       const Bf16* ask_for) {
+  const auto scaled = [&](int64_t k) { return static_cast<uint16_t>(to_bits(x[k] * factor) >> 16); };
+  int64_t k = 0;
+  for (; k + kTileDepth <= cols; k += kTileDepth, out += stride, ask_for += stride) {
     __builtin_prefetch(ask_for, 1, 2);
-    for (int64_t i = 0; i < kTileDepth; ++i) {
-      out[i].bits = static_cast<uint16_t>(to_bits(x[k + i] * factor * factor2) >> 16);
-    }
+    for (int64_t i = 0; i < kTileDepth; ++i) out[i].bits = scaled(k + i);
+  }
+  for (; k < chunks_of(cols) * kChunkDepth; k += kTileDepth, out += stride) {
+    for (int64_t i = 0; i < kTileDepth; ++i) out[i].bits = k + i < cols ? scaled(k + i) : uint16_t{0};
   }
 }
 

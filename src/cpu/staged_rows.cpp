@@ -15,12 +15,6 @@ constexpr int64_t round_to_line(int64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
 
-/// Splits 2^exponent, which may be beyond float32, into two factors.
-std::pair<float, float> two_factors(int exponent) {
-  const int first = std::clamp(exponent, -126, 127);
-  return {power_of_two(first), power_of_two(exponent - first)};
-}
-
 void copy_scales(const ActivationView& a, const uint8_t* scales, int64_t row, int64_t row_in_group,
                  int64_t padded_first_row, uint8_t* out) {
   const int64_t count = a.cols / kBlockDepth;
@@ -177,21 +171,21 @@ void RowStager::expand_floats(const StagedRow& staged, int64_t row, std::byte* o
   for (int term = 0; term < terms; ++term, out += padded_depth()) decode_term(staged, term, out, scratch);
 }
 
-int RowStager::exponent_of(const float* row) const {
-  if (format_ != ActivationFormat::kBf16) return 0;
-  const float amax = functions_.largest_finite_magnitude(row, depth_);
-  return amax == 0.0f ? 0 : std::max(static_cast<int>(float_bits(amax) >> 23), 1) - 127;
+void RowStager::write_bf16(const StagedRow& staged, int unit_exponent, int64_t stride, Bf16* out,
+                           const Bf16* ask_for, float& row_factor, std::byte* scratch) const {
+  if (format_ == ActivationFormat::kBf16) {
+    row_factor = power_of_two(
+        functions_.write_normalised_bf16(staged.values, depth_, unit_exponent, stride, out, ask_for));
+    return;
+  }
+  functions_.decode_fp8(staged.codes, depth_, values(scratch));
+  functions_.write_scaled_bf16(values(scratch), depth_, power_of_two(unit_exponent), stride, out, ask_for);
 }
 
 void RowStager::expand_bf16_rows(const StagedRow& staged, int64_t row, std::byte* operand, float& row_factor,
                                  std::byte* scratch) const {
-  float* const x = values(scratch);
-  decode_term(staged, 0, x, scratch + round_to_line(padded_depth() * 4));
-  const int exponent = exponent_of(x);
-  row_factor = power_of_two(exponent);
-  const auto [factor, factor2] = two_factors(-exponent);
   auto* const out = reinterpret_cast<Bf16*>(operand) + row * padded_depth();
-  functions_.write_scaled_bf16(x, padded_depth(), factor, factor2, kTileDepth, out, out);
+  write_bf16(staged, 0, kTileDepth, out, out, row_factor, scratch);
 }
 
 Bf16* RowStager::tile_row(std::byte* group_operand, int64_t row) const {
@@ -202,8 +196,6 @@ Bf16* RowStager::tile_row(std::byte* group_operand, int64_t row) const {
 
 void RowStager::expand_tiles(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
                              const Bf16* next_tile_row, float& row_factor, std::byte* scratch) const {
-  float* const x = values(scratch);
-  std::byte* const rest = scratch + round_to_line(padded_depth() * 4);
   const int terms = terms_of(format_);
   Bf16* const tiles = tile_row(operand, row);
   for (int term = 0; term < terms; ++term) {
@@ -215,12 +207,7 @@ void RowStager::expand_tiles(const StagedRow& staged, const RowGroup& group, int
                                    terms * kTileValues, out, ask_for);
       continue;
     }
-    decode_term(staged, term, x, rest);
-    // Rows of bf16 below 2 in magnitude, or the factor of kTileScale would take them beyond float32.
-    const int exponent = exponent_of(x);
-    row_factor = power_of_two(exponent);
-    const auto [factor, factor2] = two_factors(112 - exponent);
-    functions_.write_scaled_bf16(x, padded_depth(), factor, factor2, kTileValues, out, ask_for);
+    write_bf16(staged, kTileExponent, kTileValues, out, ask_for, row_factor, scratch);
   }
   if (row + 1 < group.rows) return;
   for (int64_t missing = group.rows; missing % kTileRows != 0; ++missing) {

@@ -98,9 +98,12 @@ class RowStager {
                         std::byte* scratch) const;
   void expand_tiles(const StagedRow& staged, const RowGroup& group, int64_t row, std::byte* operand,
                     const Bf16* next_tile_row, float& row_factor, std::byte* scratch) const;
-  /// The exponent of a row's largest finite value: divided by that power of two, the row lies below 2 in
-  /// magnitude. 0 for other formats than bf16, whose values are never far from 1.
-  int exponent_of(const float* row) const;
+  /// A row of bf16 or fp8 x 2^unit_exponent, 32 values at a time, as RowFunctions::write_scaled_bf16 says.
+  /// Rows of bf16 are divided by the power of two of their largest value, which `row_factor` then is: they
+  /// lie below 2 in magnitude, or kTileScale would take them beyond float32. Values of fp8 are never far
+  /// from 1.
+  void write_bf16(const StagedRow& staged, int unit_exponent, int64_t stride, Bf16* out, const Bf16* ask_for,
+                  float& row_factor, std::byte* scratch) const;
   void decode_term(const StagedRow& staged, int term, float* out, std::byte* scratch) const;
 
   int64_t padded_depth() const { return chunks_of(depth_) * kChunkDepth; }

@@ -16,6 +16,7 @@ struct StageCase {
   bool gathered = true, weighted = false;
   Values values = Values::kOrdinary;
   int64_t misaligned = 0;  ///< elements by which the source's rows start and stride too late
+  bool ungrouped = false;  ///< all rows, whose number is not read on the device; not gathered
 };
 
 struct Format {
@@ -91,7 +92,7 @@ class StageRun {
       args.source.top_k = kTopK;
       if (case_.weighted) args.source.weights = weights.matrix(case_.tokens, kTopK);
     }
-    args.group_offsets = offsets.span();
+    if (!case_.ungrouped) args.group_offsets = offsets.span();
     args.max_rows = room_;
     args.expert_scales = scales.data();
     const DeviceArray<float> amax(std::vector<float>{0.0f});
@@ -103,7 +104,7 @@ class StageRun {
                       out.row_scales.data()};
       args.staged = repeat == 1 ? StagedActivations{} : out.staged();
       if (format_.policy == ScalePolicy::kDynamicTensor) {
-        cuda::find_amax(args.source, args.group_offsets, args.max_rows, amax.data(), nullptr);
+        cuda::find_amax(args.source, offsets.span(), args.max_rows, amax.data(), nullptr);
       }
       args.source.row_of_slot = case_.gathered && repeat % 3 == 0 ? rows.data() : nullptr;
       cuda::stage(args, nullptr);
@@ -157,8 +158,9 @@ class StageRun {
   void route() {
     if (!case_.gathered) {
       room_ = case_.tokens;
-      const auto rows = static_cast<int32_t>(case_.tokens - case_.tokens / 3);
+      const auto rows = static_cast<int32_t>(case_.tokens - (case_.ungrouped ? 0 : case_.tokens / 3));
       offsets_ = {0, rows / 4, rows / 4, rows / 2, rows, rows};
+      if (case_.ungrouped) offsets_ = {0, rows, rows, rows, rows, rows};
     } else {
       room_ = case_.tokens * kTopK;
       std::vector<int32_t> ids(static_cast<size_t>(room_));
@@ -263,6 +265,8 @@ TEST(Stage, EqualsTheReferenceInEveryFormatAndPolicy) {
       {11, 336, true, false, Values::kHostile, 3},  // rows that no vector load may touch
       {3000, 64},
       {0, 64},
+      {70, 2064, false, false, Values::kHostile, 0, true},
+      {5, 7168, false, false, Values::kOrdinary, 3, true},
   };
   uint64_t salt = 1000;
   for (const StageCase& c : cases) {

@@ -342,18 +342,23 @@ class Bench {
     std::iota(places.begin(), places.end(), 0);
     std::shuffle(places.begin(), places.end(), std::mt19937_64(seed));
     const std::vector<Bf16> sorted = first_.get();
+    const std::vector<float> sorted_scales = row_scales_.get();
     std::vector<Bf16> shuffled(static_cast<size_t>(tokens * token_stride_), Bf16{0xFFFF});
+    std::vector<float> shuffled_scales(static_cast<size_t>(tokens), NAN);
     std::vector<int32_t> slots(static_cast<size_t>(case_.max_rows), -1);
     for (int row = 0; row < rows_; ++row) {
       const int64_t place = places[static_cast<size_t>(row)];
       std::copy_n(sorted.begin() + row * token_stride_, case_.shape.depth,
                   shuffled.begin() + place * token_stride_);
+      shuffled_scales[static_cast<size_t>(place)] = sorted_scales[static_cast<size_t>(row)];
       slots[static_cast<size_t>(row)] = static_cast<int32_t>(place * kTopK + row % kTopK);
     }
     shuffled_.emplace(shuffled);
+    shuffled_scales_.emplace(shuffled_scales);
     slots_.emplace(slots);
     ExpertGemm args = gemm(false);
     args.tokens[0] = {shuffled_->data(), tokens, case_.shape.depth, token_stride_};
+    if (case_.row_scales) args.row_scales = shuffled_scales_->data();
     args.slot_of_row = slots_->data();
     args.top_k = kTopK;
     return args;
@@ -434,6 +439,7 @@ class Bench {
   DeviceArray<Verdict> verdict_;
   DeviceArray<int32_t> tickets_;
   std::optional<DeviceArray<Bf16>> shuffled_;
+  std::optional<DeviceArray<float>> shuffled_scales_;
   std::optional<DeviceArray<int32_t>> slots_;
   void* workspace_ = nullptr;
 };

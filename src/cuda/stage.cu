@@ -39,8 +39,8 @@ struct SourceRow {
 
 struct Params {
   Source source;
-  const int32_t* group_offsets;
-  int32_t groups, blocks;  // sixteens of a row
+  const int32_t* group_offsets;  // null: `rows` rows
+  int32_t groups, rows, blocks;  // blocks: sixteens of a row
   ScalePolicy policy;
   const float* expert_scales;
   const float* tensor_amax;
@@ -73,6 +73,7 @@ __device__ float row_amax(const SourceRow& row, int32_t blocks) {
 
 /// expert_scales of the row's group. All threads look: one of them finds it.
 __device__ float expert_scale_of(const Params& p, int32_t row) {
+  if (p.group_offsets == nullptr) return p.expert_scales[0];
   __shared__ float found;
   for (auto group = static_cast<int32_t>(threadIdx.x); group < p.groups;
        group += static_cast<int32_t>(blockDim.x)) {
@@ -130,7 +131,7 @@ template <ActivationFormat kFormat, bool kStacked>
 __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat, kStacked>)
     stage_rows(const __grid_constant__ Params p) {
   start_after_previous();
-  const int32_t rows = p.group_offsets[p.groups];
+  const int32_t rows = p.group_offsets != nullptr ? p.group_offsets[p.groups] : p.rows;
   for (auto row = static_cast<int32_t>(blockIdx.x); row < rows; row += static_cast<int32_t>(gridDim.x)) {
     const SourceRow source = row_of(p.source, row);
     float global = 1.0f;
@@ -257,6 +258,7 @@ Params params_of(const StageArgs& args) {
   p.source = source_of(args.source, args.max_rows);
   p.group_offsets = args.group_offsets.data();
   p.groups = static_cast<int32_t>(args.group_offsets.size()) - 1;
+  p.rows = static_cast<int32_t>(args.source.rows.rows);
   p.blocks = static_cast<int32_t>(args.source.rows.cols / kNvfp4Block);
   p.policy = args.policy;
   p.expert_scales = args.expert_scales;
@@ -281,6 +283,10 @@ void stage(const StageArgs& args, void* stream) {
   if (args.max_rows == 0 || cols == 0) return;
   const Params params = params_of(args);
   const bool by_token = args.source.row_of_slot != nullptr && args.source.weights.empty();
+  if (args.group_offsets.empty() && args.source.slot_of_row != nullptr) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "stage: group_offsets: expected [E + 1] beside slot_of_row, found none");
+  }
   const auto launch = [&]<ActivationFormat kFormat, bool kStacked> {
     if (!by_token) {
       return launch_after_previous("stage_rows", stage_rows<kFormat, kStacked>,

@@ -36,10 +36,11 @@ struct StageArgs {
   ActivationFormat format = ActivationFormat::kBf16;
   ScalePolicy policy = ScalePolicy::kDynamicToken;  ///< of nvfp4 and nvfp4x2
   RowSource source;
-  std::span<const int32_t> group_offsets;  ///< [E+1]
-  int64_t max_rows = 0;                    ///< upper bound of M
-  const float* expert_scales = nullptr;    ///< [E]; policies static and max-over-experts (all alike)
-  const float* tensor_amax = nullptr;      ///< [1] from find_amax; policy dynamic-tensor
+  /// [E+1]. Empty, where `source` has no slot_of_row: all of its rows, with the scale of expert 0.
+  std::span<const int32_t> group_offsets;
+  int64_t max_rows = 0;                  ///< upper bound of M
+  const float* expert_scales = nullptr;  ///< [E]; policies static and max-over-experts (all alike)
+  const float* tensor_amax = nullptr;    ///< [1] from find_amax; policy dynamic-tensor
   DecodedRows decoded;
   StagedActivations staged = {};  ///< codes and scales, for taps; what is empty is not written
   /// For GEMMs of native FP4: nvfp4 and nvfp4x2 alone. Padding of the scales is the caller's to clear.

@@ -57,7 +57,7 @@ struct ExpertGemm {
   /// number of rows. Null: row m is row m. Needs can_gather(); gives the same bits as sorted rows.
   const int32_t* slot_of_row = nullptr;
   int64_t top_k = 1;
-  const float* row_scales = nullptr;  ///< [max_rows]; null: 1
+  const float* row_scales = nullptr;  ///< [max_rows], with slot_of_row of the rows of tokens[0]; null: 1
   const int32_t* group_offsets =
       nullptr;  ///< [E+1], ascending from 0 to at most max_rows; read on the device
   /// One word that an earlier kernel of the stream has set to zero, complete when group_offsets is. Tiles are

@@ -11,6 +11,11 @@
 namespace fourfold::sm90 {
 namespace {
 
+/// Widest intermediate up to which tokens are staged once and gathered, where staging is more than a copy:
+/// gathering costs the first GEMM a twentieth, staging every slot is the cheaper beside it the wider it is.
+/// Between what was measured on an H200 at 768 (5% faster) and 2048 (1 to 3% slower), docs/hopper.md.
+constexpr int64_t kMostGatheredIntermediate = 1408;
+
 /// The same memory with as many rows as the GEMM was planned for; those from M on are not touched.
 MatrixView<Bf16> with_rows(MatrixView<Bf16> matrix, int64_t rows) {
   matrix.rows = rows;
@@ -139,11 +144,30 @@ void ExpertStages::copy_activation(const ExpertRows& rows, const ExpertSpace& sp
   cuda::stage(copy, stream);
 }
 
+bool ExpertStages::stages_by_token() const {
+  return !is_nvfp4(options_.activations) || options_.x_scale != ScalePolicy::kStatic;
+}
+
 bool ExpertStages::gathers_x(const ExpertGemm& gate_up, const cuda::RowSource& source,
                              const ExpertTaps& taps) const {
-  return options_.activations == ActivationFormat::kBf16 && source.slot_of_row != nullptr &&
-         source.weights.empty() && taps.staged_x == nullptr && can_read_in_place(source.rows) &&
-         can_gather(gate_up);
+  return stages_by_token() && (!restages() || config_.intermediate <= kMostGatheredIntermediate) &&
+         !has_two_terms() && source.slot_of_row != nullptr && source.weights.empty() &&
+         taps.staged_x == nullptr && can_gather(gate_up);
+}
+
+void ExpertStages::gather_x(const ExpertSpace& space, const cuda::RowSource& source, ExpertGemm& gate_up,
+                            const Step& step) const {
+  gate_up.tokens[0] = source.rows;
+  gate_up.slot_of_row = source.slot_of_row;
+  gate_up.top_k = source.top_k;
+  if (!restages() && can_read_in_place(source.rows)) return;
+  const int64_t tokens = source.rows.rows;
+  cuda::StageArgs stage = stage_x({source.rows}, {{}, tokens, {}}, space);
+  stage.decoded = {space.x[0], {}, space.x_row_scales.data()};
+  cuda::stage(stage, step.stream);
+  step.finish("stage");
+  gate_up.tokens[0] = space.x[0].rows_from(0, tokens);
+  if (restages()) gate_up.row_scales = space.x_row_scales.data();
 }
 
 void ExpertStages::run(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,
@@ -158,9 +182,7 @@ void ExpertStages::run(const ExpertSpace& space, const cuda::RowSource& source, 
   if (config_.experts == 0) return;
   ExpertGemm gate_up = gate_up_gemm(space.activation.rows);
   if (gathers_x(gate_up, source, taps)) {
-    gate_up.tokens[0] = source.rows;
-    gate_up.slot_of_row = source.slot_of_row;
-    gate_up.top_k = source.top_k;
+    gather_x(space, source, gate_up, step);
     return run_gemms(space, gate_up, rows, taps, z, step);
   }
   cuda::stage(stage, step.stream);

@@ -105,8 +105,13 @@ class ExpertStages {
   /// Both GEMMs, once `gate_up` says where its tokens are.
   void run_gemms(const ExpertSpace& space, ExpertGemm gate_up, const ExpertRows& rows, const ExpertTaps& taps,
                  const MatrixView<Bf16>& z, const Step& step) const;
-  /// Whether the first GEMM reads x as it is, by the permutation.
+  /// Whether a token's rows are staged alike, whichever experts they go to.
+  bool stages_by_token() const;
+  /// Whether the first GEMM reads rows of tokens, by the permutation.
   bool gathers_x(const ExpertGemm& gate_up, const cuda::RowSource& source, const ExpertTaps& taps) const;
+  /// Tells that GEMM where they are: x itself, or each token staged, once.
+  void gather_x(const ExpertSpace& space, const cuda::RowSource& source, ExpertGemm& gate_up,
+                const Step& step) const;
   /// Whether the first GEMM stages its own output, so that restage() has nothing to do.
   bool restages_in_epilogue(const ExpertGemm& gate_up, const ExpertTaps& taps) const;
   /// Staging of the activation's output; false where the walk ends before it.

@@ -42,8 +42,10 @@ class Epilogue {
     for (int i = 0; i < kScalesPerThread; ++i) {
       const int row = i * 128 + thread_;
       row_scales_[i] = 1.0f;
-      if (args_.row_scales != nullptr && row < tile.rows)
-        row_scales_[i] = args_.row_scales[tile.first_row + row];
+      if (args_.row_scales == nullptr || row >= tile.rows) continue;
+      int32_t token = tile.first_row + row;
+      if constexpr (Traits::kGathered) token = args_.gathered.slot_of_row[token] / args_.gathered.top_k;
+      row_scales_[i] = args_.row_scales[token];
     }
 #pragma unroll
     for (int half = 0; half < kHalves; ++half)

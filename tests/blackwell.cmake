@@ -24,13 +24,6 @@ target_include_directories(blackwell_stages_test SYSTEM PRIVATE ${host_cutlass_i
 # On a Blackwell GPU: whole layers.
 add_gpu_test(blackwell_layer blackwell_native_backend.cpp $<TARGET_OBJECTS:gpu_layer_tests>)
 
-# On a Hopper GPU: whole layers with the real sm_120 kernel, but for its multiply. Its namespaces are renamed: the
-# emulation changes what templates of CUTLASS mean, and the library has the same ones as they are.
-add_library(emulated_sm_120 OBJECT blackwell_emulated_kernels.cu)
-target_include_directories(emulated_sm_120 PRIVATE
-  ${CMAKE_CURRENT_SOURCE_DIR} ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src)
-target_link_libraries(emulated_sm_120 PRIVATE fourfold_cutlass)
-target_compile_definitions(emulated_sm_120 PRIVATE cutlass=emulated_cutlass cute=emulated_cute)
-set_target_properties(emulated_sm_120 PROPERTIES CUDA_ARCHITECTURES 90a-real JOB_POOL_COMPILE cutlass)
+# On a Hopper GPU: whole layers with the emulated kernel of tests/CMakeLists.txt.
 add_gpu_test(blackwell_emulated blackwell_emulated_backend.cpp $<TARGET_OBJECTS:gpu_layer_tests>
              $<TARGET_OBJECTS:emulated_sm_120>)

@@ -335,14 +335,16 @@ TEST_P(CpuLayers, GiveTheSameWithAndWithoutTaps) {
   for (const ActivationFormat format : kFormats) {
     for (const bool irregular : {false, true}) {
       for (const bool weight_on_input : {false, true}) {
-        SCOPED_TRACE(testing::Message() << to_string(format) << (irregular ? ", irregular scales" : "")
+        const ScalePolicy policy = weight_on_input ? ScalePolicy::kStatic : ScalePolicy::kMaxOverExperts;
+        SCOPED_TRACE(testing::Message() << to_string(format) << ", " << to_string(policy)
+                                        << (irregular ? ", irregular scales" : "")
                                         << (weight_on_input ? ", weight on the input" : ""));
         RandomLayerShape shape;
         shape.weight_on_input = weight_on_input;
         TestLayer layer(shape, kSeed, SharedFormat::kNvfp4);
         std::optional<IrregularScales> scales;
         if (irregular) scales.emplace(layer);
-        const auto made = backend().make_layer(layer.weights(), layer.config(), options_for(format));
+        const auto made = backend().make_layer(layer.weights(), layer.config(), options_for(format, policy));
         const LayerPlan plan = made->plan(layer.inputs().tokens);
         const AlignedWorkspace workspace(plan.workspace_bytes);
         std::memset(workspace.span().data(), 0xFB, workspace.span().size());

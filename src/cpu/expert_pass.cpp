@@ -200,9 +200,9 @@ void ExpertPass::quantize_row(const RowStager& stager, ScalePolicy policy,
   stager.quantize(row, staged, scratch);
 }
 
-/// Whether rows, which nobody reads staged, are staged as they are: expanded from where they lie.
+/// Whether rows of bf16 go into operands from where they lie.
 bool ExpertPass::skips_staging(bool kept) const {
-  return format_of(experts_) == ActivationFormat::kBf16 && !kept && !experts_.has_irregular_pairs();
+  return format_of(experts_) == ActivationFormat::kBf16 && !is_read_staged(kept);
 }
 
 /// Whether a token's rows are staged together: where they hold the same values, and tokens suffice to keep
@@ -224,8 +224,10 @@ bool ExpertPass::has_x_scale_of(const RowGroup& group, const RowGroup& other) co
   return scales[static_cast<size_t>(group.expert)] == scales[static_cast<size_t>(other.expert)];
 }
 
-/// Token by token: quantized once for as long as scales stay the same, then copied.
+/// Token by token: quantized once for as long as scales stay the same, and copied only where staged rows are
+/// read.
 void ExpertPass::stage_tokens(const RowSource& source, float largest, std::byte* scratch) {
+  const bool is_read = is_read_staged(kept_.x);
   const std::span<const int32_t> rows = source.row_of_slot;
   const auto top_k = static_cast<size_t>(source.topk_weights.cols);
   const auto place_of = [&](size_t slot) {
@@ -239,15 +241,21 @@ void ExpertPass::stage_tokens(const RowSource& source, float largest, std::byte*
       const RowPlace place = next;
       next = place_of(slot + 1);
       if (place.group == nullptr) continue;
+      int64_t staged_row = place.row;
       if (quantized.group != nullptr && has_x_scale_of(*place.group, *quantized.group)) {
-        copy_row(space_.staged_x, quantized.row, place.row);
+        copy_row_scale(space_.staged_x, quantized.row, place.row);
+        if (is_read) {
+          copy_row(space_.staged_x, quantized.row, place.row);
+        } else {
+          staged_row = quantized.row;
+        }
       } else {
         load_x(source, place.row, x_stager_.values(scratch));
         quantize_row(x_stager_, experts_.options().x_scale, experts_.x_scales(), space_.staged_x,
                      *place.group, place.row, largest, scratch);
         quantized = place;
       }
-      expand_row(x_stager_, row_of(space_.staged_x, place.row), &RowGroup::x_offset, place, next, scratch);
+      expand_row(x_stager_, row_of(space_.staged_x, staged_row), &RowGroup::x_offset, place, next, scratch);
     }
   }
 }

@@ -90,6 +90,7 @@ class ExpertPass {
   template <class Handle>
   void for_rows(Stage stage, const Handle& handle);
   const RowGroup& group_of(int64_t row) const;
+  bool is_read_staged(bool kept) const { return kept || experts_.has_irregular_pairs(); }
   bool skips_staging(bool kept) const;
   bool shares_staging(const RowSource& source) const;
   bool has_x_scale_of(const RowGroup& group, const RowGroup& other) const;

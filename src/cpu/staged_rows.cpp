@@ -63,6 +63,9 @@ void copy_row(const StagedActivations& staged, int64_t from, int64_t to) {
   copy(staged.scales);
   copy(staged.residual_codes);
   copy(staged.residual_scales);
+}
+
+void copy_row_scale(const StagedActivations& staged, int64_t from, int64_t to) {
   const std::span<float> scales = staged.row_scales;
   if (!scales.empty()) scales[static_cast<size_t>(to)] = scales[static_cast<size_t>(from)];
 }

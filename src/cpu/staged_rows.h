@@ -62,8 +62,10 @@ float global_scale_of(const ActivationView& a, int64_t row, int32_t group);
 void copy_staged_row(const ActivationView& a, std::span<const int32_t> group_offsets, const RowGroup& group,
                      int64_t row, const StagedActivations& out);
 
-/// Row `from` of `staged`, with its scale, becomes row `to`, too.
+/// Row `from` of `staged` becomes row `to`, too.
 void copy_row(const StagedActivations& staged, int64_t from, int64_t to);
+/// Its scale, where rows have one.
+void copy_row_scale(const StagedActivations& staged, int64_t from, int64_t to);
 
 /// Quantizes and expands rows of one width.
 class RowStager {

@@ -166,13 +166,13 @@ run_grid() {
   cat "$out/grid.log"
 }
 
-# Three shapes and two routings beside those of the grid: their fractions of the floor should be the neighbours'.
+# Three shapes and three routings beside those of the grid: their fractions of the floor should be the neighbours'.
 run_untuned() {
   local few=1,16,256,1024,4096 routing
   attempt 'untuned shapes' 120 "$fourfold" bench --backend "$backend" --tokens "$few" --activations bf16,nvfp4 \
     --shape deepseek-v4-pro,qwen3-235b-a22b,mixtral-8x7b --min-time 0.1 --json "$out/untuned.json"
   cat "$out/untuned_shapes.log"
-  for routing in zipf one-expert; do
+  for routing in zipf one-expert sequences; do
     attempt "routing $routing" 60 "$fourfold" bench --backend "$backend" --tokens "$few" --activations bf16,nvfp4 \
       --shape "$shapes" --routing "$routing" --min-time 0.1 --json "$out/$routing.json"
     cat "$out/routing_${routing//-/_}.log"

@@ -30,7 +30,7 @@ FORMATS = ("bf16", "nvfp4")
 TORCH = "torch grouped_mm bf16"
 README_TOKENS = (1, 16, 256, 4096, 16384)
 UNTUNED_TOKENS = (1, 16, 256, 1024, 4096)
-ROUTINGS = ("zipf", "one-expert")  # beside the grid's uniform ones
+ROUTINGS = ("zipf", "one-expert", "sequences")  # beside the grid's uniform ones
 TITLES = {
     "deepseek-v3": "A: DeepSeek-V3 (H 7168, I 2048, E 256, top-8)",
     "qwen3-30b-a3b": "B: Qwen3-30B-A3B (H 2048, I 768, E 128, top-8)",

@@ -138,6 +138,8 @@ INSTANTIATE_TEST_SUITE_P(All, GeneratedRouting,
                          testing::Values(RoutingCase{RoutingKind::kUniform, 33, 16, 3},
                                          RoutingCase{RoutingKind::kZipf, 33, 16, 3},
                                          RoutingCase{RoutingKind::kOneExpert, 33, 16, 3},
+                                         RoutingCase{RoutingKind::kSequences, 33, 16, 3},
+                                         RoutingCase{RoutingKind::kSequences, 1, 4, 4},
                                          RoutingCase{RoutingKind::kUniform, 1, 1, 1},
                                          RoutingCase{RoutingKind::kZipf, 5, 4, 4},
                                          RoutingCase{RoutingKind::kOneExpert, 5, 4, 4},
@@ -188,6 +190,34 @@ TEST(Zipf, SharesFallAsOneOverRank) {
   EXPECT_NEAR(rows[0] / 20000.0, 0.296, 0.015);
   EXPECT_NEAR(rows[1] / 20000.0, 0.148, 0.015);
   EXPECT_NEAR(rows[15] / 20000.0, 0.0185, 0.006);
+}
+
+/// The most popular expert's rows among tokens [first, first + count) of a step, by the mean's.
+double most_by_mean(const RoutingRotation& rotation, size_t step, int64_t first, int64_t count) {
+  std::vector<int64_t> rows(static_cast<size_t>(rotation.experts));
+  const std::vector<int32_t>& ids = rotation.steps[step].topk_ids;
+  for (int64_t slot = first * rotation.top_k; slot < (first + count) * rotation.top_k; ++slot) {
+    ++rows[static_cast<size_t>(ids[static_cast<size_t>(slot)])];
+  }
+  return static_cast<double>(*std::max_element(rows.begin(), rows.end()) * rotation.experts) /
+         static_cast<double>(count * rotation.top_k);
+}
+
+// Of 128 log-normal numbers of sigma s the largest is about exp(2.6 s), their mean exp(s s / 2): 4.0 times as
+// much for 0.6 (all of a call, whose sequences average the rest out), 9 for the 1.0 of a sequence. Drawing 8
+// different ones takes some of it away.
+TEST(Sequences, HaveExpertsOfTheirOwnBesideThoseOfAll) {
+  const RoutingRotation rotation = make_rotation({RoutingKind::kSequences, {}}, 8192, 128, 8, 0, 1);
+  double all = 0.0, one = 0.0;
+  for (size_t step = 0; step < kLeastSteps; ++step) {
+    all += most_by_mean(rotation, step, 0, 8192) / kLeastSteps;
+    one += most_by_mean(rotation, step, 256, 256) / kLeastSteps;
+  }
+  EXPECT_NEAR(all, 3.7, 0.8);
+  EXPECT_NEAR(one, 6.5, 1.5);
+  EXPECT_GT(one, 1.3 * all);
+  const RoutingRotation few = make_rotation({RoutingKind::kSequences, {}}, 8, 128, 8, 0, 1);
+  EXPECT_GT(few.steps[0].experts_hit(), 30);  // of at most 64: each token is a sequence of its own
 }
 
 TEST(OneExpert, GetsEveryTokenAndIsAnotherEachStep) {

@@ -83,8 +83,8 @@ RoutingSource routing_of(const std::string& text) {
   RoutingSource source = parse_routing(text);
   std::error_code error;
   if (source.kind == RoutingKind::kFile && !std::filesystem::exists(source.file, error)) {
-    fail(ErrorCode::kNotFound, "--routing: expected uniform, zipf, one-expert or a file, found no file '{}'",
-         text);
+    fail(ErrorCode::kNotFound,
+         "--routing: expected uniform, zipf, one-expert, sequences or a file, found no file '{}'", text);
   }
   return source;
 }
@@ -196,8 +196,9 @@ void add_bench(CLI::App& app, int& exit_code) {
                       "dynamic-token; two, with a comma, for x and the intermediate (default: static)");
   add_activation_rule(*command, arguments->activation_rule);
   command
-      ->add_option("--routing", arguments->routing,
-                   "uniform, zipf, one-expert, or a safetensors file with topk_ids and topk_weights")
+      ->add_option(
+          "--routing", arguments->routing,
+          "uniform, zipf, one-expert, sequences, or a safetensors file with topk_ids and topk_weights")
       ->capture_default_str()
       ->check(nonempty());
   command

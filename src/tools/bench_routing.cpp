@@ -1,6 +1,7 @@
 #include "tools/bench_routing.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "base/fail.h"
@@ -10,13 +11,29 @@
 namespace fourfold {
 namespace {
 
-/// How much each rank of expert is asked for.
+/// How much each rank of expert is asked for, where all tokens are alike.
 std::vector<double> popularity(RoutingKind kind, int64_t experts) {
   std::vector<double> weights(static_cast<size_t>(experts), 1.0);
   if (kind == RoutingKind::kZipf) {
     for (size_t rank = 0; rank < weights.size(); ++rank) weights[rank] = 1.0 / static_cast<double>(rank + 1);
   }
   return weights;
+}
+
+/// The same for the tokens of one sequence. Streams of random numbers: `call` for all of the call, those
+/// behind it for its sequences.
+std::vector<double> popularity_in_sequence(int64_t experts, uint64_t seed, uint64_t call, int64_t sequence) {
+  Random all(seed, Random::Purpose::kGroups, call);
+  Random own(seed, Random::Purpose::kGroups, call + 1 + static_cast<uint64_t>(sequence));
+  std::vector<double> weights(static_cast<size_t>(experts));
+  for (double& weight : weights) {
+    weight = std::exp(kPopularitySigma * all.normal() + kSequenceSigma * own.normal());
+  }
+  return weights;
+}
+
+int64_t tokens_of_sequence(int64_t tokens) {
+  return std::clamp<int64_t>(tokens / kLeastSequences, 1, kMostSequenceTokens);
 }
 
 /// Draws `count` different ranks, each in proportion to what is left; `weights` comes back as it was.
@@ -76,11 +93,18 @@ void count_rows(RoutingStep& step, int64_t experts) {
 RoutingStep draw_step(RoutingKind kind, const RoutingRotation& rotation, uint64_t seed) {
   RoutingStep step = empty_step(rotation);
   const auto first_stream = static_cast<uint64_t>(rotation.steps.size()) << 32;
+  const int64_t sequence_tokens = tokens_of_sequence(rotation.tokens);
 #pragma omp parallel
   {
     std::vector<double> weights = popularity(kind, rotation.experts);
+    int64_t sequence = -1;
 #pragma omp for schedule(static)
     for (int64_t token = 0; token < rotation.tokens; ++token) {
+      if (kind == RoutingKind::kSequences && token / sequence_tokens != sequence) {
+        sequence = token / sequence_tokens;
+        // Stream 0 is shuffled_experts'.
+        weights = popularity_in_sequence(rotation.experts, seed, first_stream + 1, sequence);
+      }
       Random random(seed, Random::Purpose::kRouting, first_stream + static_cast<uint64_t>(token));
       const auto slot = static_cast<size_t>(token * rotation.top_k);
       route_token(kind, random, weights, rotation.top_k, &step.topk_ids[slot], &step.topk_weights[slot]);
@@ -154,6 +178,8 @@ std::string RoutingSource::describe() const {
       return "zipf";
     case RoutingKind::kOneExpert:
       return "one-expert";
+    case RoutingKind::kSequences:
+      return "sequences";
     case RoutingKind::kFile:
       return file.string();
   }
@@ -161,7 +187,8 @@ std::string RoutingSource::describe() const {
 }
 
 RoutingSource parse_routing(const std::string& text) {
-  for (const RoutingKind kind : {RoutingKind::kUniform, RoutingKind::kZipf, RoutingKind::kOneExpert}) {
+  for (const RoutingKind kind :
+       {RoutingKind::kUniform, RoutingKind::kZipf, RoutingKind::kOneExpert, RoutingKind::kSequences}) {
     const RoutingSource source{kind, {}};
     if (source.describe() == text) return source;
   }

@@ -122,8 +122,9 @@ def test_experts_bounds_a_named_shape(tmp_path: Path) -> None:
     assert (case["model"], case["experts"], case["hidden"]) == ("qwen3-30b-a3b", 8, 2048)
 
 
-def test_one_expert_gets_every_token(tmp_path: Path) -> None:
-    (case,) = report(tmp_path, "--tokens", "30", "--routing", "one-expert")["cases"]
+@pytest.mark.parametrize("routing", ["one-expert", "sequences"])
+def test_every_routing_gives_each_token_its_experts(tmp_path: Path, routing: str) -> None:
+    (case,) = report(tmp_path, "--tokens", "30", "--routing", routing)["cases"]
     assert case["rows"] == 60 and case["status"] == "ok"
 
 

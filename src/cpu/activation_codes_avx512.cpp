@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/bf16_avx512.h"
 #include "cpu/row_functions.h"
 #include "cpu/targets.h"
 
@@ -90,8 +91,7 @@ FOURFOLD_AVX512 static int largest_exponent(const Bf16* x, int64_t cols) {
 
 /// Sixteen bf16 x factor x factor2, as float32.
 FOURFOLD_AVX512 static __m512i scaled(__m256i values, __m512 factor, __m512 factor2) {
-  const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16);
-  return _mm512_castps_si512(_mm512_mul_ps(_mm512_mul_ps(_mm512_castsi512_ps(wide), factor), factor2));
+  return _mm512_castps_si512(_mm512_mul_ps(_mm512_mul_ps(widen_bf16(values), factor), factor2));
 }
 
 FOURFOLD_AVX512 int write_normalised_bf16(const Bf16* x, int64_t cols, int unit_exponent, int64_t stride,
@@ -101,16 +101,12 @@ FOURFOLD_AVX512 int write_normalised_bf16(const Bf16* x, int64_t cols, int unit_
   const int first = std::clamp(unit_exponent - exponent, -126, 127);
   const __m512 factor = _mm512_set1_ps(power_of_two(first));
   const __m512 factor2 = _mm512_set1_ps(power_of_two(unit_exponent - exponent - first));
-  const __m512i odd_halves =
-      _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,  //
-                       31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   for (int64_t k = 0; k < chunks_of(cols) * kChunkDepth; k += kTileDepth, out += stride, ask_for += stride) {
     __builtin_prefetch(ask_for, 1, 2);
     const __mmask32 there = k + kTileDepth <= cols ? ~__mmask32{0} : k < cols ? __mmask32{0xFFFF} : 0;
     const __m512i bits = _mm512_maskz_loadu_epi16(there, x + k);
-    _mm512_storeu_si512(
-        out, _mm512_permutex2var_epi16(scaled(_mm512_castsi512_si256(bits), factor, factor2), odd_halves,
-                                       scaled(_mm512_extracti64x4_epi64(bits, 1), factor, factor2)));
+    _mm512_storeu_si512(out, join_upper_halves(scaled(_mm512_castsi512_si256(bits), factor, factor2),
+                                               scaled(_mm512_extracti64x4_epi64(bits, 1), factor, factor2)));
   }
   return exponent;
 }

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "cpu/activation_loops.h"
+#include "cpu/bf16_avx512.h"
 #include "cpu/row_functions.h"
 #include "cpu/targets.h"
 
@@ -43,14 +44,6 @@ FOURFOLD_AVX512 FOURFOLD_INLINE __m512i round_to_upper_halves(__m512 value) {
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
   const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   return _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));  // quiet
-}
-
-/// The upper halves of both panels' lanes, panel after panel.
-FOURFOLD_AVX512 FOURFOLD_INLINE __m512i join_upper_halves(__m512i first, __m512i second) {
-  const __m512i odd_halves =
-      _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,  //
-                       31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-  return _mm512_permutex2var_epi16(first, odd_halves, second);
 }
 
 FOURFOLD_AVX512 FOURFOLD_INLINE __mmask16 mask_of(int columns) {
@@ -119,6 +112,14 @@ FOURFOLD_AVX512 FOURFOLD_INLINE void activate_rows(const ActivationFunction& fun
   }
 }
 
+struct Activations {
+  template <ActivationKind kKind>
+  FOURFOLD_AVX512 static void of_rows(const ActivationFunction& function, const PairSums& sums,
+                                      const PairTargets& targets, Bf16* out, int64_t out_stride) {
+    activate_rows<kKind>(function, sums, targets, out, out_stride);
+  }
+};
+
 /// kVectors x 16 columns from `col` on: their sums stay in registers for all terms.
 template <int kVectors>
 FOURFOLD_AVX512 FOURFOLD_INLINE void combine_columns(const Bf16* const* rows, const float* weights,
@@ -131,8 +132,7 @@ FOURFOLD_AVX512 FOURFOLD_INLINE void combine_columns(const Bf16* const* rows, co
     const __m512 weight = _mm512_set1_ps(weights[k]);
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
-      const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(values + i)), 16);
-      sums[i] = _mm512_add_ps(sums[i], _mm512_mul_ps(weight, _mm512_castsi512_ps(bits)));
+      sums[i] = _mm512_add_ps(sums[i], _mm512_mul_ps(weight, widen_bf16(_mm256_loadu_si256(values + i))));
     }
   }
 #pragma GCC unroll 4
@@ -152,22 +152,7 @@ FOURFOLD_AVX512 void store_bf16(const PairSums& sums, const PairTargets& targets
 
 FOURFOLD_AVX512 void activate(const ActivationFunction& function, const PairSums& sums,
                               const PairTargets& targets, Bf16* out, int64_t out_stride) {
-  switch (function.kind) {
-    case ActivationKind::kSwiglu:
-      return activate_rows<ActivationKind::kSwiglu>(function, sums, targets, out, out_stride);
-    case ActivationKind::kSwigluStep:
-      return activate_rows<ActivationKind::kSwigluStep>(function, sums, targets, out, out_stride);
-    case ActivationKind::kGeglu:
-      return activate_rows<ActivationKind::kGeglu>(function, sums, targets, out, out_stride);
-    case ActivationKind::kGegluTanh:
-      return activate_rows<ActivationKind::kGegluTanh>(function, sums, targets, out, out_stride);
-    case ActivationKind::kReluSquared:
-      return activate_rows<ActivationKind::kReluSquared>(function, sums, targets, out, out_stride);
-    case ActivationKind::kSilu:
-      return activate_rows<ActivationKind::kSilu>(function, sums, targets, out, out_stride);
-    case ActivationKind::kGelu:
-      return activate_rows<ActivationKind::kGelu>(function, sums, targets, out, out_stride);
-  }
+  rows_of_kind<Activations>(function.kind)(function, sums, targets, out, out_stride);
 }
 
 FOURFOLD_AVX512 void combine(const Bf16* const* rows, const float* weights, int64_t count, int64_t cols,

@@ -137,26 +137,6 @@ FOURFOLD_INLINE void activate_rows(const ActivationFunction& function, const Pai
   }
 }
 
-FOURFOLD_INLINE void activate(const ActivationFunction& function, const PairSums& sums,
-                              const PairTargets& targets, Bf16* out, int64_t out_stride) {
-  switch (function.kind) {
-    case ActivationKind::kSwiglu:
-      return activate_rows<ActivationKind::kSwiglu>(function, sums, targets, out, out_stride);
-    case ActivationKind::kSwigluStep:
-      return activate_rows<ActivationKind::kSwigluStep>(function, sums, targets, out, out_stride);
-    case ActivationKind::kGeglu:
-      return activate_rows<ActivationKind::kGeglu>(function, sums, targets, out, out_stride);
-    case ActivationKind::kGegluTanh:
-      return activate_rows<ActivationKind::kGegluTanh>(function, sums, targets, out, out_stride);
-    case ActivationKind::kReluSquared:
-      return activate_rows<ActivationKind::kReluSquared>(function, sums, targets, out, out_stride);
-    case ActivationKind::kSilu:
-      return activate_rows<ActivationKind::kSilu>(function, sums, targets, out, out_stride);
-    case ActivationKind::kGelu:
-      return activate_rows<ActivationKind::kGelu>(function, sums, targets, out, out_stride);
-  }
-}
-
 FOURFOLD_INLINE void combine(const Bf16* const* rows, const float* weights, int64_t count, int64_t cols,
                              float* out) {
   for (int64_t col = 0; col < cols; ++col) out[col] = 0.0f;

@@ -78,6 +78,28 @@ struct RowFunctions {
   void (*round_row)(const float* x, int64_t cols, Bf16* out);
 };
 
+/// An instruction set's function for `kind`: it has one a kind, Activations::of_rows<kind>.
+template <class Activations>
+constexpr decltype(RowFunctions::activate) rows_of_kind(ActivationKind kind) {
+  switch (kind) {
+    case ActivationKind::kSwiglu:
+      return Activations::template of_rows<ActivationKind::kSwiglu>;
+    case ActivationKind::kSwigluStep:
+      return Activations::template of_rows<ActivationKind::kSwigluStep>;
+    case ActivationKind::kGeglu:
+      return Activations::template of_rows<ActivationKind::kGeglu>;
+    case ActivationKind::kGegluTanh:
+      return Activations::template of_rows<ActivationKind::kGegluTanh>;
+    case ActivationKind::kReluSquared:
+      return Activations::template of_rows<ActivationKind::kReluSquared>;
+    case ActivationKind::kSilu:
+      return Activations::template of_rows<ActivationKind::kSilu>;
+    case ActivationKind::kGelu:
+      break;
+  }
+  return Activations::template of_rows<ActivationKind::kGelu>;
+}
+
 const RowFunctions& row_functions_of(Isa isa);
 
 /// Value of every e4m3 code.

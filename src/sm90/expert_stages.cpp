@@ -12,7 +12,7 @@ namespace fourfold::sm90 {
 namespace {
 
 /// Widest intermediate up to which tokens are staged once and gathered, where staging is more than a copy:
-/// gathering costs the first GEMM a twentieth, staging every slot is the cheaper beside it the wider it is.
+/// gathering costs the first GEMM a tenth, beside which staging every slot is the cheaper the wider it is.
 /// Between what was measured on an H200 at 768 (5% faster) and 2048 (1 to 3% slower), docs/hopper.md.
 constexpr int64_t kMostGatheredIntermediate = 1408;
 

@@ -11,8 +11,9 @@ numbers of further layers. Then, with N cores:
   of three. It runs in a memory cgroup of --memory MB, page cache and all, where one can be made; else its own memory
   (RssAnon, which leaves mapped files out) is watched, and must stay below. The report says which.
 - two conversions must be identical, and `fourfold inspect` clean.
-- a kill (SIGKILL) at a quarter, half and three quarters of the time: nothing of the target's name, or all of it, and
-  nothing else that loads; the source as it was; the next run succeeds and leaves nothing else behind.
+- a kill (SIGKILL) at a quarter, half and three quarters of the time: nothing that loads, neither under the target's name
+  nor as TARGET.partial, or the whole model (in TARGET.partial while it is brought to the disk, before it is renamed);
+  the source as it was; the next run succeeds and leaves nothing else behind.
 - a full disk: where tmpfs may be mounted, one that is too small from the start, and one that another file fills
   meanwhile. An error, and nothing is left.
 
@@ -41,6 +42,7 @@ LAYER_SHAPE, SMALL_SHAPE = "16,2048,1024,4", "4,128,64,2"
 SMALL_GB = 0.05  # below this size a layer is small
 SMALL_MB = 500  # below this, starting and ending is what takes the time: speed is reported, not judged
 INDEX = "model.safetensors.index.json"
+MARKER = ".fourfold-partial"  # of a directory in the making; removed just after that has got its name
 
 
 class Judge:
@@ -101,9 +103,11 @@ def size_of(directory: Path) -> int:
 
 
 def digest(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file."""
+    """SHA-256 of every file but MARKER."""
     found = {}
     for file in sorted(directory.iterdir()):
+        if file.name == MARKER:
+            continue
         with file.open("rb") as stream:
             found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found
@@ -243,27 +247,28 @@ def loads(command: Path, directory: Path) -> bool:
 
 
 def check_kills(judge: Judge, command: Path, model: Path, folder: Path, seconds: float, cores: int) -> None:
-    before = digest(model)
-    target = folder / "killed"
+    before, converted = digest(model), digest(folder / "nvfp4")
+    target, partial = folder / "killed", folder / "killed.partial"
     for part in (0.25, 0.5, 0.75):
         process = start_convert(command, model, target, cores)
         time.sleep(part * seconds)
         process.send_signal(signal.SIGKILL)
         process.wait()
         was_running = process.returncode == -signal.SIGKILL
-        # The last thing it does is to give the target its name; a kill may come after that.
-        whole = target.exists() and digest(target) == digest(folder / "nvfp4")
-        found = "the whole model" if whole else "nothing that loads"
+        # What has the target's name is whole. What is in the making loads with its last file, when it is whole too.
+        found = [one for one in (target, partial) if one.exists() and (one == target or loads(command, one))]
+        broken = [one.name for one in found if digest(one) != converted]
         judge.say(
-            (whole or not target.exists()) and not loads(command, folder / "killed.partial"),
-            f"killed after {part:.0%} of the time{'' if was_running else ' (it had ended)'}: {found}",
+            not broken,
+            f"killed after {part:.0%} of the time{'' if was_running else ' (it had ended)'}: "
+            + (f"not whole: {broken}" if broken else f"whole: {[one.name for one in found]}" if found else "nothing loads"),
         )
         shutil.rmtree(target, ignore_errors=True)
     judge.say(digest(model) == before, "the source is as it was")
     process = start_convert(command, model, target, cores)
     process.wait()
-    fine = process.returncode == 0 and digest(target) == digest(folder / "nvfp4")
-    judge.say(fine and not (folder / "killed.partial").exists(), "run again: the same model, and nothing else left")
+    fine = process.returncode == 0 and digest(target) == converted and not (target / MARKER).exists()
+    judge.say(fine and not partial.exists(), "run again: the same model, and nothing else left")
     shutil.rmtree(target)
 
 

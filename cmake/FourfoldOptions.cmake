@@ -60,7 +60,9 @@ if(FOURFOLD_SANITIZE)
     target_compile_options(fourfold_options INTERFACE
       $<$<COMPILE_LANGUAGE:CXX>:-fno-sanitize=null,object-size,vptr>)
   endif()
-  target_link_options(fourfold_options INTERFACE -fsanitize=${FOURFOLD_SANITIZE})
+  # At fixed addresses: else a process first relocates 20 MB of descriptions of checks, which takes it longer
+  # than most of what the tests run.
+  target_link_options(fourfold_options INTERFACE -fsanitize=${FOURFOLD_SANITIZE} -no-pie)
 endif()
 
 # Counters of executed lines, for scripts/coverage.sh. Atomic: OpenMP's threads count, too.
@@ -84,9 +86,9 @@ if(FOURFOLD_PORTABLE)
   set(OpenMP_gomp_LIBRARY "${FOURFOLD_STATIC_OPENMP}" CACHE FILEPATH "OpenMP runtime" FORCE)
 endif()
 
-# Statically linked runtimes are not made for shared libraries, nor are libFuzzer's counters, and gcov's would be
-# another library's.
+# Statically linked runtimes are not made for shared libraries, nor are libFuzzer's counters, gcov's would be
+# another library's, and what is sanitized is not installed.
 set(FOURFOLD_SHARED ON)
-if(FOURFOLD_PORTABLE OR FOURFOLD_FUZZ OR FOURFOLD_COVERAGE)
+if(FOURFOLD_PORTABLE OR FOURFOLD_SANITIZE OR FOURFOLD_COVERAGE)
   set(FOURFOLD_SHARED OFF)
 endif()

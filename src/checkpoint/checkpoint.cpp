@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <nlohmann/json.hpp>
 #include <set>
 #include <system_error>
 #include <utility>
@@ -66,11 +67,6 @@ std::optional<float> positive_in(const nlohmann::json& config, const std::string
          it->dump().substr(0, 80));
   }
   return it->get<float>();
-}
-
-std::string string_in(const nlohmann::json& object, const char* key) {
-  const auto it = object.find(key);
-  return it != object.end() && it->is_string() ? it->get<std::string>() : "";
 }
 
 }  // namespace

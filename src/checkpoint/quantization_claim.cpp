@@ -3,17 +3,14 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
+#include <nlohmann/json.hpp>
 #include <variant>
 
 #include "base/fail.h"
+#include "checkpoint/strict_json.h"
 
 namespace fourfold {
 namespace {
-
-std::string string_in(const nlohmann::json& object, const char* key) {
-  const auto it = object.find(key);
-  return it != object.end() && it->is_string() ? it->get<std::string>() : "";
-}
 
 /// Formats of four bits that `text` mentions: "W4A8_MXFP4_FP8", "nvfp4-pack-quantized".
 void add_formats(const std::string& text, std::set<std::string>& formats) {

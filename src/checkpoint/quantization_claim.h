@@ -1,7 +1,7 @@
 // What a config claims of the experts' quantization, and how that compares with their tensors.
 #pragma once
 
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 
 #include <string>
 #include <string_view>

@@ -1,5 +1,6 @@
 #include "checkpoint/strict_json.h"
 
+#include <nlohmann/json.hpp>
 #include <set>
 #include <vector>
 
@@ -8,15 +9,13 @@
 namespace fourfold {
 namespace {
 
-using Json = nlohmann::json;
-
 constexpr size_t kMaxDepth = 64;          // real headers and configs stay below 10
 constexpr size_t kMaxValues = 4'000'000;  // bounds memory; a header of 300,000 tensors has half of that
 constexpr size_t kMaxReason = 300;        // characters of the parser's own message
 
 /// nlohmann's parser keeps the last of two equal keys and nests without a limit; this pass over the text
 /// watches both.
-class StructureGuard : public nlohmann::json_sax<Json> {
+class StructureGuard : public nlohmann::json_sax<nlohmann::json> {
  public:
   explicit StructureGuard(const std::string& source) : source_(source) {}
 
@@ -79,8 +78,13 @@ nlohmann::json parse_strict_json(std::string_view text, const std::string& sourc
          text.find('\0'));
   }
   StructureGuard guard(source);
-  Json::sax_parse(text.begin(), text.end(), &guard);
-  return Json::parse(text.begin(), text.end());
+  nlohmann::json::sax_parse(text.begin(), text.end(), &guard);
+  return nlohmann::json::parse(text.begin(), text.end());
+}
+
+std::string string_in(const nlohmann::json& object, const char* key) {
+  const auto it = object.find(key);
+  return it != object.end() && it->is_string() ? it->get<std::string>() : "";
 }
 
 }  // namespace fourfold

@@ -7,7 +7,7 @@
 // and fma by the row's scale adds it. 6 operations on 2 ports, of which 4 multiply: two thirds of VNNI's peak
 // is the most that this can reach.
 //
-// Up to kDirectRows rows decode as they go, and twice as many do so in two passes. More rows meet weights
+// Up to kDirectRows rows decode as they go, and a few times as many do so in passes. More rows meet weights
 // decoded once, a few chunks at a time so that they stay in the first-level cache.
 #include <immintrin.h>
 
@@ -155,6 +155,16 @@ constexpr MultiplyDecoded kMultiplyDecoded[kRowsAtATime + 1] = {nullptr,
                                                                 multiply_decoded<5>,
                                                                 multiply_decoded<6>};
 
+/// Passes that decode anew rather than decode once for all: where look-ups have execution units that products
+/// can't use, as in Zen 4, decoding costs next to nothing (docs/cpu.md, "What was tried").
+int64_t most_direct_passes() {
+  static const int64_t passes = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") ? 8 : 2;
+  }();
+  return passes;
+}
+
 /// Any number of rows, against weights decoded once.
 void multiply_blocked(const uint8_t* pair, int64_t chunks, const IntBlock* rows, int64_t row_count,
                       Block* blocks, float* sums) {
@@ -180,13 +190,15 @@ void multiply_ints(const uint8_t* pair, int64_t chunks, const IntBlock* rows, in
                    std::byte* scratch, float* sums) {
   static_assert(kDecodedChunks * kBlocksPerChunk * 2 * static_cast<int64_t>(sizeof(Block)) <=
                 kKernelScratchBytes);
-  if (row_count > 2 * kDirectRows) {
+  if (row_count > most_direct_passes() * kDirectRows) {
     return multiply_blocked(pair, chunks, rows, row_count, reinterpret_cast<Block*>(scratch), sums);
   }
-  const int64_t first = row_count > kDirectRows ? (row_count + 1) / 2 : row_count, second = row_count - first;
-  if (first > 0) kMultiplyDirect[first](pair, chunks, rows, sums);
-  if (second > 0) {
-    kMultiplyDirect[second](pair, chunks, rows + first * chunks * kBlocksPerChunk, sums + first * kPairRows);
+  // In passes of about the same number of rows.
+  int64_t row = 0;
+  for (int64_t passes = (row_count + kDirectRows - 1) / kDirectRows; passes > 0; --passes) {
+    const int64_t count = (row_count - row + passes - 1) / passes;
+    kMultiplyDirect[count](pair, chunks, rows + row * chunks * kBlocksPerChunk, sums + row * kPairRows);
+    row += count;
   }
 }
 

@@ -11,9 +11,9 @@ numbers of further layers. Then, with N cores:
   of three. It runs in a memory cgroup of --memory MB, page cache and all, where one can be made; else its own memory
   (RssAnon, which leaves mapped files out) is watched, and must stay below. The report says which.
 - two conversions must be identical, and `fourfold inspect` clean.
-- a kill (SIGKILL) at a quarter, half and three quarters of the time: nothing that loads, neither under the target's name
-  nor as TARGET.partial, or the whole model (in TARGET.partial while it is brought to the disk, before it is renamed);
-  the source as it was; the next run succeeds and leaves nothing else behind.
+- a kill (SIGKILL) at a quarter, half and three quarters of the time: nothing that loads, neither under the target's
+  name nor as TARGET.partial, or the whole model (in TARGET.partial while it is brought to the disk, before it is
+  renamed); the source as it was; the next run succeeds and leaves nothing else behind.
 - a full disk: where tmpfs may be mounted, one that is too small from the start, and one that another file fills
   meanwhile. An error, and nothing is left.
 
@@ -258,10 +258,11 @@ def check_kills(judge: Judge, command: Path, model: Path, folder: Path, seconds:
         # What has the target's name is whole. What is in the making loads with its last file, when it is whole too.
         found = [one for one in (target, partial) if one.exists() and (one == target or loads(command, one))]
         broken = [one.name for one in found if digest(one) != converted]
+        state = f"not whole: {broken}" if broken else f"whole: {[one.name for one in found]}"
         judge.say(
             not broken,
             f"killed after {part:.0%} of the time{'' if was_running else ' (it had ended)'}: "
-            + (f"not whole: {broken}" if broken else f"whole: {[one.name for one in found]}" if found else "nothing loads"),
+            f"{state if found else 'nothing loads'}",
         )
         shutil.rmtree(target, ignore_errors=True)
     judge.say(digest(model) == before, "the source is as it was")
@@ -315,6 +316,8 @@ def main() -> int:
     parser.add_argument("--cores", type=int, default=2)
     arguments = parser.parse_args()
     command, judge = arguments.build.resolve() / "fourfold", Judge()
+    if not command.is_file():
+        parser.error(f"--build: expected a folder with the command fourfold, found no {command}; build it first")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         model = make_model(command, folder, arguments.size)

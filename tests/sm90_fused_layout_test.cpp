@@ -86,8 +86,11 @@ TEST(Sm90FusedLayout, GivesEveryPartialSumAPlaceOfItsOwn) {
 TEST(Sm90FusedLayout, IsTakenWhereExpertsHaveFewRows) {
   const LayerConfig qwen = config_of(128, 2048, 768, 8);
   EXPECT_TRUE(can_fuse(qwen, bf16(), 8));
-  EXPECT_TRUE(can_fuse(qwen, bf16(), 16 * 8));
-  EXPECT_FALSE(can_fuse(qwen, bf16(), 64 * 8));
+  EXPECT_TRUE(can_fuse(qwen, bf16(), 12 * 8));
+  EXPECT_FALSE(can_fuse(qwen, bf16(), 16 * 8));  // 340 MB of weights
+  const LayerConfig small = config_of(128, 1024, 768, 8);
+  EXPECT_TRUE(can_fuse(small, bf16(), 16 * 8));
+  EXPECT_FALSE(can_fuse(small, bf16(), 64 * 8));  // 4 rows an expert
   EXPECT_FALSE(can_fuse(qwen, bf16(), 0));
   // One token has no more than a row an expert, however few experts there are.
   const LayerConfig mixtral = config_of(8, 4096, 14336, 2);

@@ -99,11 +99,12 @@ __global__ void fill_tokens(Bf16* tokens, int64_t count, float size, uint64_t se
 struct Case {
   std::string name;
   std::vector<int> groups;  // rows of each expert
-  int64_t max_rows;         // decides the kernel, too
+  int64_t max_rows;         // decides the kernel, too, unless one is named
   PackedShape shape;
   int terms = 1;
   bool row_scales = false, bias = false, float32 = false, swizzled = false, padded_strides = false;
   std::optional<ActivationFunction> activation;
+  std::optional<GemmKernel> kernel;
 };
 
 /// What the oracle reads.
@@ -302,6 +303,7 @@ class Bench {
     ExpertGemm args;
     args.experts = experts_;
     args.max_rows = case_.max_rows;
+    args.kernel = case_.kernel;
     args.tokens[0] = {first_.data(), case_.max_rows, case_.shape.depth, token_stride_};
     if (case_.terms == 2) args.tokens[1] = {second_.data(), case_.max_rows, case_.shape.depth, token_stride_};
     if (case_.row_scales) args.row_scales = row_scales_.data();
@@ -521,11 +523,15 @@ ActivationFunction function(ActivationKind kind, float alpha = 1, float beta = 0
 std::vector<Case> all_cases(uint64_t seed) {
   constexpr auto kPlain = RowOrder::kPlain, kPaired = RowOrder::kGateUpPaired;
   std::vector<Case> cases;
-  // Every kernel, one and two terms, plain and SwiGLU. max_rows above the rows picks the kernel.
-  for (const auto& [kernel, rows_per_expert] :
-       {std::pair{"few", 3}, {"narrow", 8}, {"medium", 30}, {"wide", 200}}) {
+  // Every kernel, one and two terms, plain and SwiGLU. max_rows may be above the rows.
+  for (const auto& [kernel, rows_per_expert] : {std::pair{GemmKernel::kFew, 3},
+                                                {GemmKernel::kNarrow, 8},
+                                                {GemmKernel::kMedium, 30},
+                                                {GemmKernel::kBroad, 60},
+                                                {GemmKernel::kWide, 200}}) {
+    const size_t first_case = cases.size();
     for (const int terms : {1, 2}) {
-      const std::string suffix = std::string(" ") + kernel + (terms == 2 ? ", two terms" : "");
+      const std::string suffix = terms == 2 ? ", two terms" : "";
       const auto groups = ragged(9, 100, seed + static_cast<uint64_t>(rows_per_expert));
       const auto small = ragged(9, 7, seed);
       const int64_t bound = 9 * rows_per_expert;
@@ -566,8 +572,13 @@ std::vector<Case> all_cases(uint64_t seed) {
                        true});
       cases.push_back({"one row a group" + suffix, std::vector<int>(9, 1), bound, {kPlain, 192, 256}, terms});
       cases.push_back({"no rows" + suffix, std::vector<int>(9, 0), bound, {kPlain, 192, 256}, terms});
-      cases.push_back({"K of 16" + suffix, fitting, bound, {kPlain, 16, 16}, terms});
+      // Less than a unit of 64 k, and last stages with 1 to 7 units.
+      for (const int64_t depth : {16, 5 * 64, 7 * 64, 10 * 64, 11 * 64}) {
+        cases.push_back(
+            {"K of " + std::to_string(depth) + suffix, fitting, bound, {kPlain, 16, depth}, terms});
+      }
     }
+    for (size_t i = first_case; i < cases.size(); ++i) cases[i].kernel = kernel;
   }
   const auto groups = ragged(5, 20, seed + 99);
   for (const auto& [name, f] : {std::pair{"SwiGLU limit 10", function(ActivationKind::kSwiglu, 1, 0, 10)},

@@ -103,8 +103,8 @@ void require_tokens(const ExpertGemm& args) {
                           args.weights.depth);
   }
   if (!can_gather(args)) {
-    reject("expert gemm: kernel for rows by slot_of_row",
-           "one term, gate and up paired, more than 12 rows an expert", describe_kernel(args));
+    reject("expert gemm: kernel for rows by slot_of_row", "one term, gate and up paired, any kernel but few",
+           describe_kernel(args));
   }
   require_matrix("expert gemm: gathered tokens", tokens, tokens.rows, args.weights.depth);
   require_aligned("expert gemm: slot_of_row", args.slot_of_row, 4);
@@ -160,6 +160,13 @@ void validate(const ExpertGemm& args) {
   }
 }
 
+const GemmKernelShape& chosen_kernel(const ExpertGemm& args) {
+  for (const GemmKernelShape& shape : kGemmKernels) {
+    if (shape.kernel == args.kernel) return shape;
+  }
+  return choose_gemm_kernel(args.max_rows, args.experts, args.weights.row_blocks());
+}
+
 bool needs_own_activation(const ExpertGemm& args) {
   return args.activation && args.activation->kind != ActivationKind::kSwiglu;
 }
@@ -170,11 +177,11 @@ bool can_requantize(const ExpertGemm& args) {
 
 bool can_gather(const ExpertGemm& args) {
   return args.tokens[1].empty() && args.weights.order == RowOrder::kGateUpPaired &&
-         choose_gemm_kernel(args.max_rows, args.experts).gathers;
+         chosen_kernel(args).gathers;
 }
 
 bool should_requantize(const ExpertGemm& args) {
-  return can_requantize(args) && choose_gemm_kernel(args.max_rows, args.experts).requantizes;
+  return can_requantize(args) && chosen_kernel(args).requantizes;
 }
 
 size_t workspace_bytes(const ExpertGemm& args) {
@@ -183,7 +190,7 @@ size_t workspace_bytes(const ExpertGemm& args) {
 }
 
 std::string describe_kernel(const ExpertGemm& args) {
-  const GemmKernelShape& shape = choose_gemm_kernel(args.max_rows, args.experts);
+  const GemmKernelShape& shape = chosen_kernel(args);
   return fmt::format("sm90 {} (at most {:.1f} rows an expert on average)", shape.name,
                      static_cast<double>(args.max_rows) / static_cast<double>(args.experts));
 }

@@ -18,6 +18,7 @@
 #include "fourfold/block_scaled.h"
 #include "fourfold/gemm.h"
 #include "fourfold/moe_layer.h"
+#include "sm90/gemm_choice.h"
 #include "sm90/packed_layout.h"
 
 namespace fourfold::sm90 {
@@ -64,6 +65,7 @@ struct ExpertGemm {
   /// then taken as SMs get free, instead of dealt out in turn: experts with few and with many rows take
   /// differently long. Null: in turn. Changes no bit of the result.
   int32_t* tickets = nullptr;
+  std::optional<GemmKernel> kernel;  ///< for tests and measurements; none: as the table says
 
   // Weights.
   PackedShape weights;                    ///< of one expert; depth = K, a multiple of 16, as channels is
@@ -111,7 +113,7 @@ bool can_gather(const ExpertGemm& args);
 /// Enqueues the GEMM. Throws Error when arguments do not fit (naming which), or CUDA refuses the launch.
 void launch_expert_gemm(const ExpertGemm& args, void* stream);
 
-/// Which kernel launch_expert_gemm runs and why, for reports: "narrow 64x32, 4-way split k: ...".
+/// Which kernel launch_expert_gemm runs and why, for reports.
 std::string describe_kernel(const ExpertGemm& args);
 
 }  // namespace fourfold::sm90

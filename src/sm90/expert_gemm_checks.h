@@ -9,6 +9,9 @@ namespace fourfold::sm90 {
 void validate(const ExpertGemm& args);
 void validate(const PackWeights& args);
 
+/// args.kernel, or what the table says.
+const GemmKernelShape& chosen_kernel(const ExpertGemm& args);
+
 /// The GEMM's epilogue computes kSwiglu; other activations are a kernel of their own over h.
 bool needs_own_activation(const ExpertGemm& args);
 

@@ -99,6 +99,8 @@ void run_kernel(const GemmKernelShape& shape, const GemmLaunch& launch) {
       return launch_narrow_gemm(launch);
     case GemmKernel::kMedium:
       return launch_medium_gemm(launch);
+    case GemmKernel::kBroad:
+      return launch_broad_gemm(launch);
     case GemmKernel::kWide:
       return launch_wide_gemm(launch);
   }
@@ -109,7 +111,7 @@ void run_kernel(const GemmKernelShape& shape, const GemmLaunch& launch) {
 void launch_expert_gemm(const ExpertGemm& args, void* stream) {
   validate(args);
   if (args.max_rows == 0) return;
-  const GemmKernelShape& shape = choose_gemm_kernel(args.max_rows, args.experts);
+  const GemmKernelShape& shape = chosen_kernel(args);
   GemmLaunch launch;
   launch.args = kernel_args(args);
   launch.terms = args.tokens[1].empty() ? 1 : 2;
@@ -119,11 +121,12 @@ void launch_expert_gemm(const ExpertGemm& args, void* stream) {
   launch.stream = static_cast<cudaStream_t>(stream);
   launch.gathered = args.slot_of_row != nullptr;
   if (launch.gathered) launch.args.gathered = gathered_tokens(args);
-  launch.maps.stage_in_a_box = shape.depth_parts > 1 && args.weights.depth % kUnitDepth == 0;
+  const int stage_units = shape.stage_units(launch.terms);
+  launch.maps.stage_in_a_box = stage_units > 1 && args.weights.depth % kUnitDepth == 0;
   for (int term = 0; term < (launch.gathered ? 0 : launch.terms); ++term) {
     for (int i = 0; i < shape.tokens / shape.granule; ++i) {
-      launch.maps.of[term][i] = token_map(args.tokens[term], (i + 1) * shape.granule,
-                                          launch.maps.stage_in_a_box ? shape.depth_parts : 1);
+      launch.maps.of[term][i] =
+          token_map(args.tokens[term], (i + 1) * shape.granule, launch.maps.stage_in_a_box ? stage_units : 1);
     }
   }
   const auto* d = std::get_if<MatrixView<Bf16>>(&args.d);

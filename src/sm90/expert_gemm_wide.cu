@@ -4,7 +4,7 @@
 namespace fourfold::sm90 {
 
 void launch_wide_gemm(const GemmLaunch& launch) {
-  launch_table_entry<3>(launch);
+  launch_table_entry<4>(launch);
 }
 
 }  // namespace fourfold::sm90

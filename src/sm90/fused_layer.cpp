@@ -32,8 +32,11 @@ int32_t fused_tile_tokens(int64_t hidden, int64_t intermediate) {
 bool can_fuse(const LayerConfig& config, const LayerOptions& options, int64_t slots) {
   if (slots == 0 || config.experts == 0 || !is_computed(config, options)) return false;
   if (slots > kMostFusedSlots) return false;
+  if (slots <= config.top_k) return true;  // one token has a row an expert
+  const PackedShape gate_up{RowOrder::kGateUpPaired, config.intermediate, config.hidden};
+  const PackedShape down{RowOrder::kPlain, config.hidden, config.intermediate};
   const int64_t tile = fused_tile_tokens(config.hidden, config.intermediate);
-  return slots <= config.top_k || 3 * slots <= config.experts * tile;  // one token has a row an expert
+  return 3 * slots <= config.experts * tile && slots * (gate_up.bytes() + down.bytes()) <= kMostFusedBytes;
 }
 
 bool can_read_in_place(const MatrixView<const Bf16>& x) {

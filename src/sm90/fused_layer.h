@@ -61,8 +61,14 @@ inline constexpr int64_t kMostFusedSlots = 512, kMostFusedExperts = 512;
 /// one.
 int32_t fused_tile_tokens(int64_t hidden, int64_t intermediate);
 
-/// Whether the kernel computes such a layer, and sooner than separate kernels do: experts have few rows, so
-/// that hardly one needs a second tile, for which its weights would be read again.
+/// Weights of the experts of all slots, were each hit once, up to which one kernel is faster: with more, what
+/// it saves in launches is less than what separate kernels gain by streaming faster (an H200,
+/// docs/hopper.md).
+inline constexpr int64_t kMostFusedBytes = 300'000'000;
+
+/// Whether the kernel computes such a layer, and sooner than separate kernels do: weights are few, and
+/// experts have so few rows that hardly one needs a second tile, for which its weights would be read again.
+/// One token always.
 bool can_fuse(const LayerConfig& config, const LayerOptions& options, int64_t slots);
 
 /// Whether kernels may copy rows of x, 16 bytes at a time, from where the caller has them.

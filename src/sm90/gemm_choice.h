@@ -1,19 +1,21 @@
 // Which compiled kernel a grouped GEMM runs: a table over tokens per expert.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <iterator>
 #include <string_view>
 
 namespace fourfold::sm90 {
 
-enum class GemmKernel : uint8_t { kFew, kNarrow, kMedium, kWide };
+enum class GemmKernel : uint8_t { kFew, kNarrow, kMedium, kBroad, kWide };
 
 /// The shapes of the kernels, as their sources instantiate GemmTraits.
 struct GemmKernelShape {
   GemmKernel kernel;
   std::string_view name;  ///< for reports
   int row_parts, row_blocks, depth_parts;
+  int one_term_stage_units;  ///< see stage_units()
   int tokens, granule;
   /// Largest average of rows an expert, max_rows / experts, for which the kernel is taken.
   double most_rows_per_expert;
@@ -23,22 +25,34 @@ struct GemmKernelShape {
   /// Whether a kernel that gathers its token rows itself is compiled: where the copy of them, sorted, costs
   /// more than a plain load for each 16 bytes.
   bool gathers;
+
+  /// k units of a pipeline stage. Every stage costs barriers and addresses, so it has as many as leave three
+  /// stages or more in shared memory; a second term takes the room of half of them.
+  constexpr int stage_units(int terms) const {
+    return terms == 1 ? one_term_stage_units : std::max(one_term_stage_units / 2, depth_parts);
+  }
 };
 
-/// In order of preference. Measured on an H100, docs/hopper.md: narrow tiles keep all SMs busy and read
-/// weights at full speed while tokens are few (room for eight leaves the most shared memory to weights in
-/// flight); wide tiles read tokens seldom enough when they are many.
+/// In order of preference. Measured on an H200, docs/hopper.md: tiles of 256 rows keep four warpgroups at one
+/// matrix, and the fewer tokens a tile has room for, the more weights are in flight.
 inline constexpr GemmKernelShape kGemmKernels[] = {
-    {GemmKernel::kFew, "few: 64 rows x 8 tokens, k split over 4 warpgroups", 1, 1, 4, 8, 8, 4.0, true, false},
-    {GemmKernel::kNarrow, "narrow: 64 rows x 32 tokens, k split over 4 warpgroups", 1, 1, 4, 32, 8, 12.0,
-     true, false},
-    {GemmKernel::kMedium, "medium: 256 rows x 96 tokens, 4 warpgroups", 4, 1, 1, 96, 16, 72.0, false, true},
-    {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 160, 16, 1e30, false, true},
+    {GemmKernel::kFew, "few: 64 rows x 8 tokens, k split over 4 warpgroups", 1, 1, 4, 8, 8, 8, 16.0, true,
+     false},
+    {GemmKernel::kNarrow, "narrow: 256 rows x 32 tokens, 4 warpgroups", 4, 1, 1, 4, 32, 8, 12.0, true, true},
+    {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 2, 64, 16, 52.0, true, true},
+    {GemmKernel::kBroad, "broad: 256 rows x 96 tokens, 4 warpgroups", 4, 1, 1, 2, 96, 16, 84.0, true, true},
+    {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 2, 160, 16, 1e30, false, true},
 };
 
-constexpr const GemmKernelShape& choose_gemm_kernel(int64_t max_rows, int64_t experts) {
+/// Tiles of 256 rows below which so many SMs stay idle that kFew, whose tiles have 64, is faster.
+inline constexpr int64_t kFewTiles = 96;
+
+/// `row_blocks`: of 64 packed rows, of one expert.
+constexpr const GemmKernelShape& choose_gemm_kernel(int64_t max_rows, int64_t experts, int64_t row_blocks) {
   const double rows_per_expert = static_cast<double>(max_rows) / static_cast<double>(experts);
+  const bool has_few_tiles = std::min(max_rows, experts) * ((row_blocks + 3) / 4) < kFewTiles;
   for (const GemmKernelShape& shape : kGemmKernels) {
+    if (shape.kernel == GemmKernel::kFew && !has_few_tiles) continue;
     if (rows_per_expert <= shape.most_rows_per_expert) return shape;
   }
   return kGemmKernels[std::size(kGemmKernels) - 1];

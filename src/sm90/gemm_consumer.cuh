@@ -36,12 +36,13 @@ class Consumer {
         thread_(static_cast<int>(threadIdx.x) % 128) {
     const uint32_t weights =
         shared_ + Traits::kWeightOffset +
-        (row_part_ * Traits::kRowBlocks * Traits::kDepthParts + depth_part_) * kUnitBytes;
+        (row_part_ * Traits::kRowBlocks * Traits::kStageUnits + depth_part_) * kUnitBytes;
     codes_ = weights + thread_ * 16;
     scales_ = weights + kUnitCodeBytes + thread_ / 4 * 8;
-    tokens_ = ptx::matrix_descriptor(shared_);
+    tokens_ = ptx::matrix_descriptor_low(shared_);
     my_units_ = (args.depth_units - depth_part_ + Traits::kDepthParts - 1) / Traits::kDepthParts;
-    steps_ = (args.depth_units + Traits::kDepthParts - 1) / Traits::kDepthParts;
+    const int stages = (args.depth_units + Traits::kStageUnits - 1) / Traits::kStageUnits;
+    skips_last_stage_ = (my_units_ + kMyStageUnits - 1) / kMyStageUnits < stages;
   }
 
   __device__ __forceinline__ void run() {
@@ -60,10 +61,11 @@ class Consumer {
  private:
   static constexpr int kBurst = 16;                    ///< units between choices of the instruction
   static constexpr int kUnrolled = Traits::kUnrolled;  ///< units without a branch
+  static constexpr int kMyStageUnits = Traits::kMyStageUnits;
 
   /// Tokens of one k unit in shared memory, in the descriptor's units of 16 bytes.
   template <int kN>
-  static constexpr uint64_t kUnitTokens = kN* kUnitDepth * 2 / 16;
+  static constexpr uint32_t kUnitTokens = kN* kUnitDepth * 2 / 16;
 
   __device__ __forceinline__ uint32_t full_barrier(int stage) const {
     return shared_ + Traits::kFullOffset + stage * 8;
@@ -80,10 +82,11 @@ class Consumer {
     ptx::mbarrier_arrive(shared_ + Traits::kEmptyOffset + stage * 8);
   }
 
-  __device__ __forceinline__ void load(PackedRegisters<Traits>& packed, int stage) const {
+  __device__ __forceinline__ void load(PackedRegisters<Traits>& packed, int stage, int unit) const {
 #pragma unroll
     for (int b = 0; b < Traits::kRowBlocks; ++b) {
-      const int offset = stage * Traits::kWeightStageBytes + b * Traits::kDepthParts * kUnitBytes;
+      const int offset = stage * Traits::kWeightStageBytes +
+                         (b * Traits::kStageUnits + unit * Traits::kDepthParts) * kUnitBytes;
       packed.codes[b] = ptx::ld_shared_v4(codes_ + offset);
       packed.scales[b] = ptx::ld_shared_v2(scales_ + offset);
     }
@@ -123,7 +126,7 @@ class Consumer {
 #pragma unroll
       for (int term = 0; term < Traits::kTerms; ++term) {
         const uint64_t b_operand =
-            tokens + term * Traits::kDepthParts * kUnitTokens<kN> + (kFirst + step) * 2;
+            tokens + term * Traits::kStageUnits * kUnitTokens<kN> + (kFirst + step) * 2;
 #pragma unroll
         for (int b = 0; b < Traits::kRowBlocks; ++b)
           ptx::Wgmma<kN>::mma(sums.of[b], a.of[step][b], b_operand);
@@ -132,64 +135,90 @@ class Consumer {
     ptx::wgmma_commit_group();
   }
 
-  /// kUnits units by the instruction for kN tokens, without a branch between. One commit group multiplies
-  /// while the next is decoded: `a` comes with the first group and leaves with that of the unit after,
-  /// `other` takes turns with it. Nothing is in flight at the end. Only so may the caller branch: with WGMMA
-  /// in flight around a loop, ptxas gives each kN accumulators of its own, and serialises all for want of
-  /// registers; or, in a simpler loop, silently overwrites registers that are still read.
+  /// kUnits units by the instruction for kN tokens, without a branch between: kUnrolled, from the beginning
+  /// of a stage on, or one, the stage's unit `first`. One commit group multiplies while the next is decoded:
+  /// `a` comes with the first group and leaves with that of the unit after, `other` takes turns with it.
+  /// Nothing is in flight at the end. Only so may the caller branch: with WGMMA in flight around a loop,
+  /// ptxas gives each kN accumulators of its own, and serialises all for want of registers; or, in a simpler
+  /// loop, silently overwrites registers that are still read.
   template <int kN, int kUnits>
   __device__ __forceinline__ void multiply_units(PackedRegisters<Traits>& packed, DecodedRegisters<Traits>& a,
-                                                 int left, Sums<Traits>& sums) {
+                                                 int first, int left, Sums<Traits>& sums) {
     DecodedRegisters<Traits> other;
-#pragma unroll
-    for (int unit = 0; unit < kUnits; ++unit) {
-      const uint64_t tokens =
-          tokens_ + stage_ * (Traits::kTokenStageBytes / 16) + depth_part_ * kUnitTokens<kN>;
-      issue<0, kN>(a, tokens, sums);
-      if (unit > 0) {
-        ptx::wgmma_wait_group<1>();
-        release(previous_);
-      }
-      if constexpr (Traits::kGroup == 1) {
-        decode<1>(packed, other);
-        issue<1, kN>(other, tokens, sums);
-        ptx::wgmma_wait_group<1>();
-        decode<2>(packed, a);
-        issue<2, kN>(a, tokens, sums);
-        ptx::wgmma_wait_group<1>();
-      }
-      decode<4 - Traits::kGroup>(packed, other);
-      issue<4 - Traits::kGroup, kN>(other, tokens, sums);
-      previous_ = stage_;
-      // After the last unit of the tile this waits for a stage that is there, so that there is no branch.
-      int next = stage_;
-      uint32_t next_phase = phase_;
-      next_stage(next, next_phase);
-      const bool more = unit + 1 < kUnits || left > kUnits;
-      const int ahead = more ? next : stage_;
-      wait_until_full(ahead, more ? next_phase : phase_);
-      load(packed, ahead);
-      stage_ = next;
-      phase_ = next_phase;
-      ptx::wgmma_wait_group<1>();
-      decode<0>(packed, a);
-    }
+    uint64_t stage_tokens;
+    multiply_unit<kN, kUnits, 0>(packed, a, other, stage_tokens, first, left, sums);
     ptx::wgmma_wait_group<0>();
-    release(previous_);
+    if (kUnits == kUnrolled || previous_ != stage_) release(previous_);
+  }
+
+  /// Unit kUnit of multiply_units(), and those after it. A recursion, since the compiler leaves a loop of
+  /// four units a loop, whatever pragma asks for.
+  template <int kN, int kUnits, int kUnit>
+  __device__ __forceinline__ void multiply_unit(PackedRegisters<Traits>& packed, DecodedRegisters<Traits>& a,
+                                                DecodedRegisters<Traits>& other, uint64_t& stage_tokens,
+                                                int first, int left, Sums<Traits>& sums) {
+    constexpr int kOfStage = kUnit % kMyStageUnits;
+    if constexpr (kOfStage == 0) {
+      stage_tokens = ptx::matrix_descriptor(tokens_ + stage_ * (Traits::kTokenStageBytes / 16) +
+                                            (first * Traits::kDepthParts + depth_part_) * kUnitTokens<kN>);
+    }
+    const uint64_t tokens = stage_tokens + kOfStage * Traits::kDepthParts * kUnitTokens<kN>;
+    issue<0, kN>(a, tokens, sums);
+    if constexpr (kUnit > 0) {
+      ptx::wgmma_wait_group<1>();
+      if constexpr (kOfStage == 0) release(previous_);
+    }
+    if constexpr (Traits::kGroup == 1) {
+      decode<1>(packed, other);
+      issue<1, kN>(other, tokens, sums);
+      ptx::wgmma_wait_group<1>();
+      decode<2>(packed, a);
+      issue<2, kN>(a, tokens, sums);
+      ptx::wgmma_wait_group<1>();
+    }
+    decode<4 - Traits::kGroup>(packed, other);
+    issue<4 - Traits::kGroup, kN>(other, tokens, sums);
+    if constexpr (kUnits == kUnrolled && kOfStage + 1 < kMyStageUnits) {
+      load(packed, stage_, kOfStage + 1);
+    } else {
+      load_after(packed, kUnits == kUnrolled ? kMyStageUnits - 1 : first,
+                 kUnit + 1 < kUnits || left > kUnits);
+    }
+    ptx::wgmma_wait_group<1>();
+    decode<0>(packed, a);
+    if constexpr (kUnit + 1 < kUnits) {
+      multiply_unit<kN, kUnits, kUnit + 1>(packed, a, other, stage_tokens, first, left, sums);
+    }
+  }
+
+  /// Loads the unit after unit `of_stage` of this stage, wherever it is, once it is there; `more`: there is
+  /// one in this tile. Without, this waits for a stage that is there and loads what nobody will use, so that
+  /// there is no branch.
+  __device__ __forceinline__ void load_after(PackedRegisters<Traits>& packed, int of_stage, bool more) {
+    int next = stage_;
+    uint32_t next_phase = phase_;
+    next_stage(next, next_phase);
+    const bool stage_ends = !more || of_stage + 1 == kMyStageUnits;
+    const bool goes_on = stage_ends && more;
+    const int ahead = goes_on ? next : stage_;
+    wait_until_full(ahead, goes_on ? next_phase : phase_);
+    load(packed, ahead, stage_ends ? 0 : of_stage + 1);
+    previous_ = stage_;
+    stage_ = stage_ends ? next : stage_;
+    phase_ = stage_ends ? next_phase : phase_;
   }
 
   /// Some units by the same instruction; returns how many are left.
   template <int kN>
   __device__ __forceinline__ int multiply_burst(PackedRegisters<Traits>& packed, DecodedRegisters<Traits>& a,
                                                 int left, Sums<Traits>& sums) {
-    for (int i = 0; i < kBurst && left >= kUnrolled; i += kUnrolled, left -= kUnrolled) {
-      multiply_units<kN, kUnrolled>(packed, a, left, sums);
-    }
-    if (left > 0 && left < kUnrolled) {
-      multiply_units<kN, 1>(packed, a, left, sums);
-      --left;
-    }
-    return left;
+    for (const int last = max(left - kBurst, 0) + kUnrolled; left >= last; left -= kUnrolled)
+      multiply_units<kN, kUnrolled>(packed, a, 0, left, sums);
+    if (left >= kUnrolled) return left;
+#pragma unroll 1
+    for (int unit = 0; left > 0; ++unit, --left)
+      multiply_units<kN, 1>(packed, a, unit % kMyStageUnits, left, sums);
+    return 0;
   }
 
   /// Picks the instruction for more than kAbove and at most kMost tokens by bisection. The choice is inside
@@ -211,12 +240,12 @@ class Consumer {
   __device__ __forceinline__ void multiply(int rows, Sums<Traits>& sums) {
     PackedRegisters<Traits> packed;
     DecodedRegisters<Traits> a;
-    load(packed, stage_);
+    load(packed, stage_, 0);
     decode<0>(packed, a);
     for (int left = my_units_; left > 0;) {
       left = multiply_tokens<0, Traits::kTokens>(rows, packed, a, left, sums);
     }
-    if (Traits::kDepthParts > 1 && my_units_ < steps_) {
+    if (Traits::kDepthParts > 1 && skips_last_stage_) {
       ptx::mbarrier_wait_parity(full_barrier(stage_), phase_);
       release(stage_);
       next_stage(stage_, phase_);
@@ -227,8 +256,9 @@ class Consumer {
   uint32_t shared_;
   int row_part_, depth_part_, thread_;
   uint32_t codes_, scales_;
-  uint64_t tokens_;
-  int my_units_, steps_;
+  uint32_t tokens_;
+  int my_units_;
+  bool skips_last_stage_;  ///< of a tile: it has none of this warpgroup's units
   int stage_ = 0;
   int previous_ = 0;
   uint32_t phase_ = 0;

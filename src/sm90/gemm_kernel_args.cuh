@@ -58,14 +58,16 @@ struct GemmKernelArgs {
 
 /// Shape of a kernel. Consumer warpgroup w multiplies row part w / kDepthParts of the tile with every
 /// kDepthParts-th k unit, starting with unit w % kDepthParts; partial sums are added in order of the parts.
-template <int kRowParts_, int kRowBlocks_, int kDepthParts_, int kTokens_, int kGranule_, int kTerms_,
-          bool kPaired_, bool kGathered_ = false>
+template <int kRowParts_, int kRowBlocks_, int kDepthParts_, int kStageUnits_, int kTokens_, int kGranule_,
+          int kTerms_, bool kPaired_, bool kGathered_ = false>
 struct GemmTraits {
-  static constexpr int kRowParts = kRowParts_;      ///< warpgroups side by side
-  static constexpr int kRowBlocks = kRowBlocks_;    ///< blocks of 64 rows a warpgroup
-  static constexpr int kDepthParts = kDepthParts_;  ///< warpgroups that share a tile's k
-  static constexpr int kTokens = kTokens_;          ///< most tokens of a tile
-  static constexpr int kGranule = kGranule_;        ///< what the tokens of a tile are rounded up to
+  static constexpr int kRowParts = kRowParts_;                     ///< warpgroups side by side
+  static constexpr int kRowBlocks = kRowBlocks_;                   ///< blocks of 64 rows a warpgroup
+  static constexpr int kDepthParts = kDepthParts_;                 ///< warpgroups that share a tile's k
+  static constexpr int kStageUnits = kStageUnits_;                 ///< k units of a stage, of all depth parts
+  static constexpr int kMyStageUnits = kStageUnits / kDepthParts;  ///< those of one
+  static constexpr int kTokens = kTokens_;                         ///< most tokens of a tile
+  static constexpr int kGranule = kGranule_;  ///< what the tokens of a tile are rounded up to
   static constexpr int kTerms = kTerms_;
   static constexpr bool kPaired = kPaired_;  ///< rows are in RowOrder::kGateUpPaired, the epilogue is SwiGLU
   /// Token rows come through GatheredTokens, by plain copies, instead of TokenMaps.
@@ -80,12 +82,13 @@ struct GemmTraits {
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = kConsumers == 2 ? 224 : 104;
   /// k-steps a WGMMA commit group: two, where registers allow.
   static constexpr int kGroup = kRowBlocks * kTokens > 96 ? 1 : 2;
-  static constexpr int kUnrolled = 2;  ///< k units multiplied without a branch
+  static constexpr int kUnrolled =
+      kMyStageUnits > 2 ? kMyStageUnits : 2;  ///< k units multiplied without a branch
 
   // Shared memory, in bytes from a multiple of 1024.
   static constexpr int kTokenBoxBytes = kTokens * kUnitDepth * 2;  ///< one term of one k unit
-  static constexpr int kTokenStageBytes = kTerms * kDepthParts * kTokenBoxBytes;
-  static constexpr int kWeightStageBytes = kTileBlocks * kDepthParts * kUnitBytes;
+  static constexpr int kTokenStageBytes = kTerms * kStageUnits * kTokenBoxBytes;
+  static constexpr int kWeightStageBytes = kTileBlocks * kStageUnits * kUnitBytes;
   /// Tokens that go through shared memory at a time: enough for every thread to have something to write,
   /// where tiles are wide.
   static constexpr int kStagingTokens = kGranule < 16 ? kGranule : kRowBlocks == 1 ? 32 : 16;
@@ -114,11 +117,12 @@ struct GemmTraits {
   static constexpr int kAskedOffset = kQueuedOffset + kQueuedTiles * 8;
   static constexpr int kSharedBytes = 1024 + kAskedOffset + 8;
 
+  static_assert(kStageUnits % kDepthParts == 0 && kUnrolled % kMyStageUnits == 0);
   static_assert(!kGathered || (kTerms == 1 && kDepthParts == 1));
   static_assert(kTokens % kStagingTokens == 0);
   static_assert(kTokens % kGranule == 0 && kTokens / kGranule <= kMostTokenMaps &&
                 kTokenBoxBytes % 1024 == 0);
-  static_assert(kStages >= 4 && kStages < kQueuedTiles && kSharedBytes <= kMaxSharedBytes);
+  static_assert(kStages >= 3 && kStages < kQueuedTiles && kSharedBytes <= kMaxSharedBytes);
   static_assert(kStagingRowBytes % 128 == 0 && kWeightOffset % 128 == 0 && kUnitBytes % 128 == 0);
 };
 

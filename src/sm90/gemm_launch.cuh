@@ -24,13 +24,15 @@ struct GemmLaunch {
 void launch_few_gemm(const GemmLaunch& launch);
 void launch_narrow_gemm(const GemmLaunch& launch);
 void launch_medium_gemm(const GemmLaunch& launch);
+void launch_broad_gemm(const GemmLaunch& launch);
 void launch_wide_gemm(const GemmLaunch& launch);
 
 /// The traits of entry kIndex of the table.
 template <int kIndex, int kTerms, bool kPaired, bool kGathered = false>
-using TableTraits = GemmTraits<kGemmKernels[kIndex].row_parts, kGemmKernels[kIndex].row_blocks,
-                               kGemmKernels[kIndex].depth_parts, kGemmKernels[kIndex].tokens,
-                               kGemmKernels[kIndex].granule, kTerms, kPaired, kGathered>;
+using TableTraits =
+    GemmTraits<kGemmKernels[kIndex].row_parts, kGemmKernels[kIndex].row_blocks,
+               kGemmKernels[kIndex].depth_parts, kGemmKernels[kIndex].stage_units(kTerms),
+               kGemmKernels[kIndex].tokens, kGemmKernels[kIndex].granule, kTerms, kPaired, kGathered>;
 
 template <class Traits>
 void launch_gemm_kernel(const GemmLaunch& launch,

@@ -132,7 +132,8 @@ class Producer {
  private:
   /// The next tile is looked for when so many stages of this one are left to be filled: about the time that
   /// it takes. Sooner would bind it to this CTA while another has nothing left to do.
-  static constexpr int kAheadStages = 4;
+  static constexpr int kAheadStages =
+      (4 * Traits::kDepthParts + Traits::kStageUnits - 1) / Traits::kStageUnits;
 
   /// By the whole warp: one taken by ticket where there are tickets, else the one that is this CTA's turn.
   __device__ int next_item(int item) const {
@@ -168,10 +169,10 @@ class Producer {
     const int64_t block_bytes = int64_t{args_.depth_units} * kUnitBytes;
     const uint8_t* from =
         args_.packed + tile.expert * args_.packed_bytes_per_expert + first_block * block_bytes;
-    const int stages = (args_.depth_units + Traits::kDepthParts - 1) / Traits::kDepthParts;
-    const int ahead_at = args_.depth_units - max(stages - kAheadStages, 0) * Traits::kDepthParts;
-    for (int left = args_.depth_units; left > 0; left -= Traits::kDepthParts) {
-      const int bytes = min(Traits::kDepthParts, left) * kUnitBytes;
+    const int stages = (args_.depth_units + Traits::kStageUnits - 1) / Traits::kStageUnits;
+    const int ahead_at = args_.depth_units - max(stages - kAheadStages, 0) * Traits::kStageUnits;
+    for (int left = args_.depth_units; left > 0; left -= Traits::kStageUnits) {
+      const int bytes = min(Traits::kStageUnits, left) * kUnitBytes;
       const uint32_t to = shared_ + Traits::kWeightOffset + slot_ * Traits::kWeightStageBytes;
       wait_for_slot();
       if (left == ahead_at) ptx::mbarrier_arrive(shared_ + Traits::kAskedOffset);
@@ -179,7 +180,7 @@ class Producer {
 #pragma unroll
       for (int b = 0; b < Traits::kTileBlocks; ++b) {
         if (b < blocks) {
-          ptx::cp_async_bulk(to + b * Traits::kDepthParts * kUnitBytes, from + b * block_bytes, bytes,
+          ptx::cp_async_bulk(to + b * Traits::kStageUnits * kUnitBytes, from + b * block_bytes, bytes,
                              full_barrier(), policy);
         }
       }
@@ -192,15 +193,15 @@ class Producer {
   __device__ void load_tokens(const WorkTile& tile) {
     const int granules = (tile.rows + Traits::kGranule - 1) / Traits::kGranule;
     const int unit_bytes = granules * Traits::kGranule * kUnitDepth * 2;
-    for (int unit = 0; unit < args_.depth_units; unit += Traits::kDepthParts) {
-      const int boxes = maps_.stage_in_a_box ? 1 : min(Traits::kDepthParts, args_.depth_units - unit);
-      const int box_bytes = maps_.stage_in_a_box ? Traits::kDepthParts * unit_bytes : unit_bytes;
+    for (int unit = 0; unit < args_.depth_units; unit += Traits::kStageUnits) {
+      const int boxes = maps_.stage_in_a_box ? 1 : min(Traits::kStageUnits, args_.depth_units - unit);
+      const int box_bytes = maps_.stage_in_a_box ? Traits::kStageUnits * unit_bytes : unit_bytes;
       wait_for_slot();
       ptx::mbarrier_arrive_expect_tx(full_barrier(), Traits::kTerms * boxes * box_bytes);
 #pragma unroll
       for (int term = 0; term < Traits::kTerms; ++term) {
         const uint32_t to =
-            shared_ + slot_ * Traits::kTokenStageBytes + term * Traits::kDepthParts * unit_bytes;
+            shared_ + slot_ * Traits::kTokenStageBytes + term * Traits::kStageUnits * unit_bytes;
         for (int box = 0; box < boxes; ++box) {
           ptx::cp_async_bulk_tensor_3d(to + box * box_bytes, &maps_.of[term][granules - 1],
                                        maps_.stage_in_a_box ? 0 : (unit + box) * kUnitDepth, tile.first_row,
@@ -231,19 +232,22 @@ class Producer {
       from[i] = static_cast<uint32_t>(slot / gathered.top_k) * static_cast<uint32_t>(gathered.stride / 8) +
                 static_cast<uint32_t>(chunk);
     }
-    for (int unit = 0; unit < args_.depth_units; ++unit) {
-      const uint32_t stage = shared_ + slot_ * Traits::kTokenStageBytes;
-      const auto* const units = reinterpret_cast<const uint4*>(gathered.rows) + unit * kChunks;
-      // K may end within the last unit.
-      const int left = gathered.cols - unit * kUnitDepth - chunk * 8;
+    const int unit_bytes = (tile.rows + Traits::kGranule - 1) / Traits::kGranule * Traits::kGranule * 128;
+    for (int unit = 0; unit < args_.depth_units; unit += Traits::kStageUnits) {
       wait_for_slot();
+      for (int u = 0; u < min(Traits::kStageUnits, args_.depth_units - unit); ++u) {
+        const uint32_t to_unit = shared_ + slot_ * Traits::kTokenStageBytes + u * unit_bytes;
+        const auto* const units = reinterpret_cast<const uint4*>(gathered.rows) + (unit + u) * kChunks;
+        // K may end within the last unit.
+        const int left = gathered.cols - (unit + u) * kUnitDepth - chunk * 8;
 #pragma unroll
-      for (int i = 0; i < kRowsAThread; ++i) {
-        const uint32_t to = stage + i * kRowsAtOnce * 128;
-        if (row >= tile.rows - i * kRowsAtOnce) continue;
-        ptx::cp_async_cg_16_or_zero(to + place, units + from[i], left > 0);
-        ptx::cp_async_cg_16_or_zero(to + (place ^ kThreadsARow << 4), units + from[i] + kThreadsARow,
-                                    left > kThreadsARow * 8);
+        for (int i = 0; i < kRowsAThread; ++i) {
+          const uint32_t to = to_unit + i * kRowsAtOnce * 128;
+          if (row >= tile.rows - i * kRowsAtOnce) continue;
+          ptx::cp_async_cg_16_or_zero(to + place, units + from[i], left > 0);
+          ptx::cp_async_cg_16_or_zero(to + (place ^ kThreadsARow << 4), units + from[i] + kThreadsARow,
+                                      left > kThreadsARow * 8);
+        }
       }
       ptx::cp_async_mbarrier_arrive_noinc(full_barrier());
       next_slot();

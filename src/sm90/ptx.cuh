@@ -270,11 +270,18 @@ __device__ __forceinline__ void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-/// Matrix descriptor of operand B: rows of 64 bf16 along k (128 bytes), 128-byte swizzle, 8-row groups 1024
-/// bytes apart, the first at a multiple of 1024. A k-step further is 32 bytes further: + 2.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kGroupStride = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kGroupStride | (uint64_t{1} << 16) | ((address & 0x3FFFFu) >> 4);
+/// Low word of the matrix descriptor of operand B: rows of 64 bf16 along k (128 bytes), 128-byte swizzle,
+/// 8-row groups 1024 bytes apart, the first at a multiple of 1024. A k-step further is 32 bytes further: + 2.
+__device__ __forceinline__ uint32_t matrix_descriptor_low(uint32_t address) {
+  return uint32_t{1} << 16 | (address & 0x3FFFFu) >> 4;
+}
+/// The whole descriptor. What is added to it later is added as it is written: the compiler, which would take
+/// the sum apart again, is not told where it comes from.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t low) {
+  constexpr uint32_t kSwizzle128 = uint32_t{1} << 30, kGroupStride = 1024 >> 4;
+  uint64_t descriptor = uint64_t{kSwizzle128 | kGroupStride} << 32 | low;
+  asm("" : "+l"(descriptor));
+  return descriptor;
 }
 
 /// d [64, kN] += a [64, 16] . b [kN, 16]^T; bf16 operands, a in registers; d has at

@@ -1,0 +1,10 @@
+// The broad shapes of the grouped GEMM (sm90/gemm_choice.h).
+#include "sm90/gemm_instances.cuh"
+
+namespace fourfold::sm90 {
+
+void launch_broad_gemm(const GemmLaunch& launch) {
+  launch_table_entry<3>(launch);
+}
+
+}  // namespace fourfold::sm90

@@ -50,7 +50,7 @@ class Cell:
         return self.floor[activations] / self.ours[activations]
 
 
-def cells(of: Path = MEASURED) -> dict[str, dict[int, Cell]]:
+def cells(of: Path) -> dict[str, dict[int, Cell]]:
     """By model, then tokens. Peers were measured on an H100, and are none of another GPU's."""
     measured, peers = json.loads(of.read_text()), json.loads(PEERS.read_text())
     found: dict[str, dict[int, Cell]] = {}
@@ -147,8 +147,8 @@ def record(folder: Path, commit: str) -> None:
 # ---- tables ----
 
 
-def table_of(model: str, measured: Path = MEASURED) -> str:
-    found = cells(measured)[model]
+def table_of(model: str, of: Path) -> str:
+    found = cells(of)[model]
     programs = list(next(iter(found.values())).others)
     text = row(["T", *(f"fourfold {name}" for name in FORMATS), *programs])
     text += row(["---"] * (1 + len(FORMATS) + len(programs)))
@@ -168,16 +168,16 @@ def share_cells(cases: list[dict], model: str) -> list[str]:
     return [" / ".join(f"{share[tokens, name]:.0f}" for name in FORMATS) for tokens in UNTUNED_TOKENS]
 
 
-def untuned_table() -> str:
-    cases = json.loads(MEASURED.read_text())["untuned"]
+def untuned_table(of: Path) -> str:
+    cases = json.loads(of.read_text())["untuned"]
     text = row(["shape", *(f"T = {tokens}" for tokens in UNTUNED_TOKENS)]) + row(["---"] * (1 + len(UNTUNED_TOKENS)))
     for model, shape in {case["model"]: case["shape"] for case in cases}.items():
         text += row([f"{model} ({shape})", *share_cells(cases, model)])
     return text
 
 
-def routing_table() -> str:
-    measured = json.loads(MEASURED.read_text())
+def routing_table(of: Path) -> str:
+    measured = json.loads(of.read_text())
     text = row(["shape", "routing", *(f"T = {tokens}" for tokens in UNTUNED_TOKENS)])
     text += row(["---"] * (2 + len(UNTUNED_TOKENS)))
     for model, title in TITLES.items():
@@ -186,10 +186,10 @@ def routing_table() -> str:
     return text
 
 
-def counter_table() -> str:
+def counter_table(of: Path) -> str:
     columns = {"SM GHz": "sm_ghz", "issue": "issue_pct", "tensor": "tensor_pct", "DRAM": "dram_pct", "L2": "l2_pct"}
     text = row(["case", "kernel", "us", *columns, "stalls"]) + row(["---"] * (4 + len(columns)))
-    for entry in json.loads(MEASURED.read_text())["counters"]:
+    for entry in json.loads(of.read_text())["counters"]:
         kernel = entry["kernel"].partition("<")[0]
         values = [f"{entry[key]:.2f}" if key == "sm_ghz" else f"{entry[key]:.0f}" for key in columns.values()]
         stalls = ", ".join(f"{name} {share:.0f}" for name, share in entry["stalls_pct"].items())
@@ -199,7 +199,7 @@ def counter_table() -> str:
 
 def readme_table() -> str:
     text = row(["tokens", "fourfold", "floor", TORCH, "vLLM Marlin"]) + row(["---"] * 5)
-    for tokens, cell in cells()["deepseek-v3"].items():
+    for tokens, cell in cells(MEASURED)["deepseek-v3"].items():
         if tokens in README_TOKENS:
             times = (cell.ours["bf16"], cell.floor["bf16"], cell.others[TORCH], cell.others["Marlin"])
             text += row([str(tokens), *map(microseconds, times)])
@@ -208,10 +208,12 @@ def readme_table() -> str:
 
 def documents() -> dict[Path, str]:
     """The files that hold tables, as they have to be."""
-    by_model = {f"measured: {model}": lambda model=model: table_of(model) for model in TITLES}
-    by_model |= {f"measured on an H200: {model}": lambda model=model: table_of(model, MEASURED_H200) for model in TITLES}
-    others = {"measured: untuned": untuned_table, "measured: routings": routing_table, "measured: counters": counter_table}
-    files = {ROOT / "README.md": {"measured: hopper": readme_table}, ROOT / "docs/hopper.md": by_model | others}
+    tables = {}
+    for prefix, of in {"measured": MEASURED, "measured on an H200": MEASURED_H200}.items():
+        tables |= {f"{prefix}: {model}": lambda model=model, of=of: table_of(model, of) for model in TITLES}
+        for name, table in {"untuned": untuned_table, "routings": routing_table, "counters": counter_table}.items():
+            tables[f"{prefix}: {name}"] = lambda table=table, of=of: table(of)
+    files = {ROOT / "README.md": {"measured: hopper": readme_table}, ROOT / "docs/hopper.md": tables}
     return {file: with_tables(file, sections) for file, sections in files.items()}
 
 
@@ -220,7 +222,7 @@ def documents() -> dict[Path, str]:
 
 def plot() -> None:
     plt = pyplot()
-    found = cells()
+    found = cells(MEASURED)
     figure, axes = plt.subplots(1, len(TITLES), figsize=(15, 5), layout="constrained")
     for axis, (model, title) in zip(axes, TITLES.items(), strict=True):
         tokens = list(found[model])

@@ -202,6 +202,47 @@ TEST(TileSchedule, TilesCoverEveryTokenOnce) {
   }
 }
 
+TEST(GemmChoice, FollowsRowsAnExpertWhereTilesFillTheGpu) {
+  struct Expected {
+    int64_t tokens;
+    GemmKernel gate_up, down;
+  };
+  using enum GemmKernel;
+  const auto expect = [](int64_t hidden, int64_t intermediate, int64_t experts, int64_t top_k,
+                         std::initializer_list<Expected> all) {
+    for (const Expected& expected : all) {
+      const int64_t rows = expected.tokens * top_k;
+      EXPECT_EQ(choose_gemm_kernel(rows, experts, 2 * intermediate / 64).kernel, expected.gate_up)
+          << hidden << ", T " << expected.tokens;
+      EXPECT_EQ(choose_gemm_kernel(rows, experts, hidden / 64).kernel, expected.down)
+          << hidden << ", T " << expected.tokens;
+    }
+  };
+  // DeepSeek-V3, Qwen3-30B-A3B: as measured.
+  expect(7168, 2048, 256, 8,
+         {{1, kNarrow, kNarrow},
+          {256, kNarrow, kNarrow},
+          {1024, kMedium, kMedium},
+          {2048, kBroad, kBroad},
+          {4096, kWide, kWide}});
+  expect(2048, 768, 128, 8,
+         {{1, kFew, kFew},
+          {4, kNarrow, kNarrow},
+          {160, kNarrow, kNarrow},
+          {256, kMedium, kMedium},
+          {1024, kBroad, kBroad},
+          {2048, kWide, kWide}});
+  // DeepSeek-V3's shared expert: 16 and 28 tiles of 256 rows for 132 SMs.
+  expect(7168, 2048, 1, 1,
+         {{1, kFew, kFew},
+          {16, kFew, kFew},
+          {32, kFew, kMedium},
+          {64, kMedium, kMedium},
+          {256, kMedium, kMedium},
+          {8192, kWide, kWide}});
+  expect(2048, 1024, 8, 2, {{8, kFew, kFew}, {32, kFew, kFew}, {64, kMedium, kMedium}});
+}
+
 TEST(TileSchedule, TokenTilesOfARowTileFollowEachOther) {
   EXPECT_EQ(work_tile(0, 0, 0, 300, 160, 16).row_tile, 0);
   EXPECT_EQ(work_tile(1, 0, 0, 300, 160, 16).row_tile, 0);

@@ -17,7 +17,8 @@ struct GemmKernelShape {
   int row_parts, row_blocks, depth_parts;
   int one_term_stage_units;  ///< see stage_units()
   int tokens, granule;
-  /// Largest average of rows an expert, max_rows / experts, for which the kernel is taken.
+  /// Largest average of rows an expert, max_rows / experts, for which the kernel is taken; 0: by
+  /// choose_gemm_kernel's rule alone.
   double most_rows_per_expert;
   /// Whether quantizing what SwiGLU gives costs less in the epilogue than in a kernel of its own: where
   /// memory is what the GEMM waits for.
@@ -36,7 +37,7 @@ struct GemmKernelShape {
 /// In order of preference. Measured on an H200, docs/hopper.md: tiles of 256 rows keep four warpgroups at one
 /// matrix, and the fewer tokens a tile has room for, the more weights are in flight.
 inline constexpr GemmKernelShape kGemmKernels[] = {
-    {GemmKernel::kFew, "few: 64 rows x 8 tokens, k split over 4 warpgroups", 1, 1, 4, 8, 8, 8, 16.0, true,
+    {GemmKernel::kFew, "few: 64 rows x 8 tokens, k split over 4 warpgroups", 1, 1, 4, 8, 8, 8, 0.0, true,
      false},
     {GemmKernel::kNarrow, "narrow: 256 rows x 32 tokens, 4 warpgroups", 4, 1, 1, 4, 32, 8, 12.0, true, true},
     {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 2, 64, 16, 52.0, true, true},
@@ -44,16 +45,33 @@ inline constexpr GemmKernelShape kGemmKernels[] = {
     {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 2, 160, 16, 1e30, false, true},
 };
 
-/// Tiles of 256 rows below which so many SMs stay idle that kFew, whose tiles have 64, is faster.
-inline constexpr int64_t kFewTiles = 96;
+/// Of an H100 SXM and an H200, one CTA each. A constant, so that a choice, and with it the last bits of a
+/// result, does not depend on the GPU.
+inline constexpr int64_t kMultiprocessors = 132;
 
+/// How often every SM has a tile of a GEMM, where all experts that can have rows have equally many.
 /// `row_blocks`: of 64 packed rows, of one expert.
+constexpr int64_t gemm_waves(const GemmKernelShape& shape, int64_t max_rows, int64_t experts,
+                             int64_t row_blocks) {
+  const auto pieces = [](int64_t whole, int64_t piece) { return (whole + piece - 1) / piece; };
+  const int64_t hit = std::min(max_rows, experts);
+  if (hit == 0) return 0;
+  return pieces(hit * pieces(row_blocks, shape.row_parts * shape.row_blocks) *
+                    pieces(pieces(max_rows, hit), shape.tokens),
+                kMultiprocessors);
+}
+
+/// By rows an expert, unless there are so few tiles that SMs would be idle: a tile of kFew takes a quarter of
+/// the time, and is taken where that saves more than a quarter; and kMedium where its tiles are all there at
+/// once, instead of larger ones.
 constexpr const GemmKernelShape& choose_gemm_kernel(int64_t max_rows, int64_t experts, int64_t row_blocks) {
+  const GemmKernelShape &few = kGemmKernels[0], &medium = kGemmKernels[2];
   const double rows_per_expert = static_cast<double>(max_rows) / static_cast<double>(experts);
-  const bool has_few_tiles = std::min(max_rows, experts) * ((row_blocks + 3) / 4) < kFewTiles;
+  const int64_t medium_waves = gemm_waves(medium, max_rows, experts, row_blocks);
+  if (gemm_waves(few, max_rows, experts, row_blocks) < 3 * medium_waves) return few;
   for (const GemmKernelShape& shape : kGemmKernels) {
-    if (shape.kernel == GemmKernel::kFew && !has_few_tiles) continue;
-    if (rows_per_expert <= shape.most_rows_per_expert) return shape;
+    if (&shape == &few || rows_per_expert > shape.most_rows_per_expert) continue;
+    return medium_waves == 1 && shape.tokens > medium.tokens ? medium : shape;
   }
   return kGemmKernels[std::size(kGemmKernels) - 1];
 }

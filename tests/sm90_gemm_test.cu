@@ -598,7 +598,8 @@ std::vector<Case> all_cases(uint64_t seed) {
                      false,
                      false,
                      true,
-                     f});
+                     f,
+                     GemmKernel::kMedium});
   }
   cases.push_back({"many experts", ragged(700, 3, seed + 5), 4900, {kPlain, 64, 128}, 1, true});
   cases.push_back({"2880 x 2880, gpt-oss",
@@ -639,10 +640,11 @@ bool nan_scale_shows(uint64_t seed) {
 }
 
 /// Captured once, replayed with other tokens and groups, with and without programmatic launch: as eagerly.
-bool replays_from_a_graph(int rows_per_expert, bool overlap, uint64_t seed) {
+bool replays_from_a_graph(GemmKernel kernel, int rows_per_expert, bool overlap, uint64_t seed) {
   constexpr int kExperts = 6;
   Case c{"", std::vector<int>(kExperts, 1), kExperts * rows_per_expert, {RowOrder::kGateUpPaired, 96, 256}};
   c.activation = function(ActivationKind::kSwiglu);
+  c.kernel = kernel;
   Bench bench(c, seed);
   cudaStream_t stream;
   cudaGraph_t graph;
@@ -698,10 +700,11 @@ int run(int argc, char** argv) {
     if (small && c.max_rows * c.shape.rows() * c.shape.depth > 600'000'000) continue;
     right &= run_case(c, seed, small ? 1 : 20);
   }
-  for (const int rows_per_expert : {8, 30, 100}) {
+  for (const auto& [kernel, rows_per_expert] :
+       {std::pair{GemmKernel::kNarrow, 8}, {GemmKernel::kMedium, 30}, {GemmKernel::kWide, 100}}) {
     if (small) break;
-    right &= replays_from_a_graph(rows_per_expert, false, seed);
-    right &= replays_from_a_graph(rows_per_expert, true, seed);
+    right &= replays_from_a_graph(kernel, rows_per_expert, false, seed);
+    right &= replays_from_a_graph(kernel, rows_per_expert, true, seed);
   }
   std::printf("%s\n", right ? "all right" : "FAILED");
   return right ? 0 : 1;

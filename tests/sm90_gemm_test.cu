@@ -572,10 +572,16 @@ std::vector<Case> all_cases(uint64_t seed) {
                        true});
       cases.push_back({"one row a group" + suffix, std::vector<int>(9, 1), bound, {kPlain, 192, 256}, terms});
       cases.push_back({"no rows" + suffix, std::vector<int>(9, 0), bound, {kPlain, 192, 256}, terms});
-      // Less than a unit of 64 k, and last stages with 1 to 7 units.
+      // Less than a unit of 64 k, and last stages with fewer units than the others; rows that are gathered,
+      // too.
       for (const int64_t depth : {16, 5 * 64, 7 * 64, 10 * 64, 11 * 64}) {
         cases.push_back(
             {"K of " + std::to_string(depth) + suffix, fitting, bound, {kPlain, 16, depth}, terms});
+      }
+      for (const int64_t depth : {7 * 64, 9 * 64 - 16, 14 * 64}) {
+        cases.push_back(
+            {"SwiGLU, K of " + std::to_string(depth) + suffix, fitting, bound, {kPaired, 144, depth}, terms});
+        cases.back().activation = function(ActivationKind::kSwiglu);
       }
     }
     for (size_t i = first_case; i < cases.size(); ++i) cases[i].kernel = kernel;
@@ -613,7 +619,11 @@ std::vector<Case> all_cases(uint64_t seed) {
                    false,
                    false,
                    function(ActivationKind::kSwiglu, 1.702f, 1.0f, 7.0f)});
-  cases.push_back({"deep K", ragged(4, 100, seed + 8), 800, {kPlain, 512, 7168}, 1, true});
+  for (const GemmKernel kernel :
+       {GemmKernel::kFew, GemmKernel::kNarrow, GemmKernel::kBroad, GemmKernel::kWide}) {
+    cases.push_back({"deep K", ragged(4, 100, seed + 8), 800, {kPlain, 512, 7168}, 1, true});
+    cases.back().kernel = kernel;
+  }
   cases.push_back(
       {"more than 65535 tiles and 2^31 elements", {60000, 0, 1, 90000}, 150001, {kPlain, 16384, 32}, 1});
   return cases;
@@ -700,8 +710,11 @@ int run(int argc, char** argv) {
     if (small && c.max_rows * c.shape.rows() * c.shape.depth > 600'000'000) continue;
     right &= run_case(c, seed, small ? 1 : 20);
   }
-  for (const auto& [kernel, rows_per_expert] :
-       {std::pair{GemmKernel::kNarrow, 8}, {GemmKernel::kMedium, 30}, {GemmKernel::kWide, 100}}) {
+  for (const auto& [kernel, rows_per_expert] : {std::pair{GemmKernel::kFew, 3},
+                                                {GemmKernel::kNarrow, 8},
+                                                {GemmKernel::kMedium, 30},
+                                                {GemmKernel::kBroad, 60},
+                                                {GemmKernel::kWide, 100}}) {
     if (small) break;
     right &= replays_from_a_graph(kernel, rows_per_expert, false, seed);
     right &= replays_from_a_graph(kernel, rows_per_expert, true, seed);

@@ -232,6 +232,7 @@ TEST(GemmChoice, FollowsRowsAnExpertWhereTilesFillTheGpu) {
           {256, kMedium, kMedium},
           {1024, kBroad, kBroad},
           {2048, kWide, kWide}});
+  expect(4096, 14336, 8, 2, {{256, kBroad, kBroad}});  // Mixtral: 128 tiles of medium, were rows even
   // DeepSeek-V3's shared expert: 16 and 28 tiles of 256 rows for 132 SMs.
   expect(7168, 2048, 1, 1,
          {{1, kFew, kFew},

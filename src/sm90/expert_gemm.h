@@ -113,7 +113,7 @@ bool can_gather(const ExpertGemm& args);
 /// Enqueues the GEMM. Throws Error when arguments do not fit (naming which), or CUDA refuses the launch.
 void launch_expert_gemm(const ExpertGemm& args, void* stream);
 
-/// Which kernel launch_expert_gemm runs and why, for reports.
+/// Which kernel launch_expert_gemm runs, for reports.
 std::string describe_kernel(const ExpertGemm& args);
 
 }  // namespace fourfold::sm90

@@ -1,4 +1,4 @@
-// Which compiled kernel a grouped GEMM runs: a table over tokens per expert.
+// Which compiled kernel a grouped GEMM runs: a table over tokens per expert, and a rule where tiles are few.
 #pragma once
 
 #include <algorithm>
@@ -62,8 +62,8 @@ constexpr int64_t gemm_waves(const GemmKernelShape& shape, int64_t max_rows, int
 }
 
 /// By rows an expert, unless there are so few tiles that SMs would be idle: a tile of kFew takes a quarter of
-/// the time, and is taken where that saves more than a quarter; and kMedium where its tiles are all there at
-/// once, instead of larger ones.
+/// the time, and is taken where that saves more than a quarter; and kMedium where a single expert's tiles of
+/// it are all there at once, instead of larger ones. (Of several, half have more rows than the mean.)
 constexpr const GemmKernelShape& choose_gemm_kernel(int64_t max_rows, int64_t experts, int64_t row_blocks) {
   const GemmKernelShape &few = kGemmKernels[0], &medium = kGemmKernels[2];
   const double rows_per_expert = static_cast<double>(max_rows) / static_cast<double>(experts);
@@ -71,7 +71,7 @@ constexpr const GemmKernelShape& choose_gemm_kernel(int64_t max_rows, int64_t ex
   if (gemm_waves(few, max_rows, experts, row_blocks) < 3 * medium_waves) return few;
   for (const GemmKernelShape& shape : kGemmKernels) {
     if (&shape == &few || rows_per_expert > shape.most_rows_per_expert) continue;
-    return medium_waves == 1 && shape.tokens > medium.tokens ? medium : shape;
+    return experts == 1 && medium_waves == 1 && shape.tokens > medium.tokens ? medium : shape;
   }
   return kGemmKernels[std::size(kGemmKernels) - 1];
 }

@@ -62,6 +62,7 @@ class Consumer {
   static constexpr int kBurst = 16;                    ///< units between choices of the instruction
   static constexpr int kUnrolled = Traits::kUnrolled;  ///< units without a branch
   static constexpr int kMyStageUnits = Traits::kMyStageUnits;
+  static_assert(kBurst % kUnrolled == 0);
 
   /// Tokens of one k unit in shared memory, in the descriptor's units of 16 bytes.
   template <int kN>
@@ -148,7 +149,7 @@ class Consumer {
     uint64_t stage_tokens;
     multiply_unit<kN, kUnits, 0>(packed, a, other, stage_tokens, first, left, sums);
     ptx::wgmma_wait_group<0>();
-    if (kUnits == kUnrolled || previous_ != stage_) release(previous_);
+    if (kUnits == kUnrolled || previous_ != stage_) release(previous_);  // else units of the stage are left
   }
 
   /// Unit kUnit of multiply_units(), and those after it. A recursion, since the compiler leaves a loop of

@@ -161,9 +161,7 @@ void validate(const ExpertGemm& args) {
 }
 
 const GemmKernelShape& chosen_kernel(const ExpertGemm& args) {
-  for (const GemmKernelShape& shape : kGemmKernels) {
-    if (shape.kernel == args.kernel) return shape;
-  }
+  if (args.kernel) return shape_of(*args.kernel);
   return choose_gemm_kernel(args.max_rows, args.experts, args.weights.row_blocks());
 }
 

@@ -65,7 +65,7 @@ struct ExpertGemm {
   /// then taken as SMs get free, instead of dealt out in turn: experts with few and with many rows take
   /// differently long. Null: in turn. Changes no bit of the result.
   int32_t* tickets = nullptr;
-  std::optional<GemmKernel> kernel;  ///< for tests and measurements; none: as the table says
+  std::optional<GemmKernel> kernel;  ///< for tests and measurements; none: choose_gemm_kernel's choice
 
   // Weights.
   PackedShape weights;                    ///< of one expert; depth = K, a multiple of 16, as channels is

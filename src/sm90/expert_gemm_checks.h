@@ -9,7 +9,7 @@ namespace fourfold::sm90 {
 void validate(const ExpertGemm& args);
 void validate(const PackWeights& args);
 
-/// args.kernel, or what the table says.
+/// The kernel that args name, or else choose_gemm_kernel's choice.
 const GemmKernelShape& chosen_kernel(const ExpertGemm& args);
 
 /// The GEMM's epilogue computes kSwiglu; other activations are a kernel of their own over h.

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
-#include <iterator>
 #include <string_view>
 
 namespace fourfold::sm90 {
@@ -45,6 +45,16 @@ inline constexpr GemmKernelShape kGemmKernels[] = {
     {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 2, 160, 16, 1e30, false, true},
 };
 
+constexpr const GemmKernelShape& shape_of(GemmKernel kernel) {
+  return kGemmKernels[static_cast<size_t>(kernel)];
+}
+static_assert([] {
+  for (const GemmKernelShape& shape : kGemmKernels) {
+    if (shape_of(shape.kernel).kernel != shape.kernel) return false;
+  }
+  return true;
+}());
+
 /// Of an H100 SXM and an H200, one CTA each. A constant, so that a choice, and with it the last bits of a
 /// result, does not depend on the GPU.
 inline constexpr int64_t kMultiprocessors = 132;
@@ -65,15 +75,15 @@ constexpr int64_t gemm_waves(const GemmKernelShape& shape, int64_t max_rows, int
 /// the time, and is taken where that saves more than a quarter; and kMedium where a single expert's tiles of
 /// it are all there at once, instead of larger ones. (Of several, half have more rows than the mean.)
 constexpr const GemmKernelShape& choose_gemm_kernel(int64_t max_rows, int64_t experts, int64_t row_blocks) {
-  const GemmKernelShape &few = kGemmKernels[0], &medium = kGemmKernels[2];
+  const GemmKernelShape &few = shape_of(GemmKernel::kFew), &medium = shape_of(GemmKernel::kMedium);
   const double rows_per_expert = static_cast<double>(max_rows) / static_cast<double>(experts);
   const int64_t medium_waves = gemm_waves(medium, max_rows, experts, row_blocks);
   if (gemm_waves(few, max_rows, experts, row_blocks) < 3 * medium_waves) return few;
   for (const GemmKernelShape& shape : kGemmKernels) {
-    if (&shape == &few || rows_per_expert > shape.most_rows_per_expert) continue;
+    if (shape.kernel == GemmKernel::kFew || rows_per_expert > shape.most_rows_per_expert) continue;
     return experts == 1 && medium_waves == 1 && shape.tokens > medium.tokens ? medium : shape;
   }
-  return kGemmKernels[std::size(kGemmKernels) - 1];
+  return shape_of(GemmKernel::kWide);
 }
 
 }  // namespace fourfold::sm90

@@ -85,6 +85,17 @@ TEST(GpuLayer, IsSoundForEveryRouting) {
   }
 }
 
+// So many experts that those with more rows than the mean, or fewer, may have kernels of their own.
+TEST(GpuLayer, IsSoundWhereOneOfManyExpertsHasEveryToken) {
+  uint64_t salt = 350;
+  for (const auto& [tokens, experts] : {std::pair{900, 700}, {1800, 700}, {3800, 340}}) {
+    RandomLayerShape shape{tokens, 272, 144, experts, 8};
+    shape.assignment = Assignment::kOneExpert;
+    expect_sound(shape, options_for(ActivationFormat::kNvfp4), ++salt);
+    expect_sound(shape, options_for(tested_formats().back()), ++salt);
+  }
+}
+
 TEST(GpuLayer, IsSoundForWeightsInEveryLayout) {
   uint64_t salt = 400;
   for (const ScaleLayout layout : {ScaleLayout::kRowMajor, ScaleLayout::kSwizzled128x4}) {

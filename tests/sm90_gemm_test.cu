@@ -267,7 +267,7 @@ class Bench {
         d_(static_cast<size_t>(c.max_rows * d_stride_ * (c.float32 ? 2 : 1))),
         h_(c.activation ? static_cast<size_t>(c.max_rows * h_stride_) : 0),
         verdict_(1),
-        tickets_(1) {
+        tickets_(kGemmTickets) {
     new_tokens(seed);
     fill_weights<<<1024, 256>>>(codes_.data(), static_cast<int64_t>(codes_.bytes()), scales_.data(),
                                 static_cast<int64_t>(scales_.bytes()), seed + 6);
@@ -330,7 +330,7 @@ class Bench {
 
   /// The same product, but tiles are taken by ticket.
   ExpertGemm by_ticket(ExpertGemm args) {
-    check(cudaMemset(tickets_.data(), 0, sizeof(int32_t)), "tickets");
+    check(cudaMemset(tickets_.data(), 0, tickets_.bytes()), "tickets");
     args.tickets = tickets_.data();
     return args;
   }
@@ -457,6 +457,7 @@ bool within(const Verdict& verdict, double tolerance, bool empty) {
 bool run_case(const Case& c, uint64_t seed, int most_repeats) {
   Bench bench(c, seed);
   const bool activated = c.activation.has_value();
+  const auto experts = static_cast<int64_t>(c.groups.size());
   bench.poison();
   launch_expert_gemm(bench.gemm(activated), nullptr);
   check(cudaDeviceSynchronize(), c.name.c_str());
@@ -488,6 +489,18 @@ bool run_case(const Case& c, uint64_t seed, int most_repeats) {
       }
       gathered = true;
     }
+    // Every kernel but kFew: the same bits, so that neither max_rows nor the plan changes them.
+    const bool few = plan_gemm(c.max_rows, experts, c.shape.row_blocks()).main().kernel == GemmKernel::kFew;
+    if (c.kernel ? *c.kernel != GemmKernel::kFew : !few) {
+      for (const GemmKernelShape& other : kGemmKernels) {
+        if (other.kernel == GemmKernel::kFew) continue;
+        ExpertGemm args = bench.gemm(false);
+        args.kernel = other.kernel;
+        bench.poison();
+        launch_expert_gemm(args, nullptr);
+        right &= same_bits(first, bench.result());
+      }
+    }
   }
   std::printf("%-4s %-44s rows %6d  rel. L2 %.2e", right ? "ok" : "FAIL", c.name.c_str(), bench.rows(),
               empty ? 0.0 : sums.relative());
@@ -496,8 +509,10 @@ bool run_case(const Case& c, uint64_t seed, int most_repeats) {
     std::printf(", unwritten %llu + %llu, overwritten %llu + %llu", sums.unwritten, activations.unwritten,
                 sums.overwritten, activations.overwritten);
   }
-  std::printf(", %d repeats%s, %s\n", repeats, gathered ? " twice, the others gathering" : "",
-              describe_kernel(bench.gemm(false)).substr(5, 6).c_str());
+  const std::string kernels = describe_kernel(bench.gemm(false));
+  const size_t other = kernels.find(';');
+  std::printf(", %d repeats%s, %s%s\n", repeats, gathered ? " twice, the others gathering" : "",
+              kernels.substr(5, 6).c_str(), other == std::string::npos ? "" : kernels.substr(other).c_str());
   std::fflush(stdout);
   return right;
 }
@@ -623,6 +638,19 @@ std::vector<Case> all_cases(uint64_t seed) {
        {GemmKernel::kFew, GemmKernel::kNarrow, GemmKernel::kBroad, GemmKernel::kWide}) {
     cases.push_back({"deep K", ragged(4, 100, seed + 8), 800, {kPlain, 512, 7168}, 1, true});
     cases.back().kernel = kernel;
+  }
+  // Plans of two launches: experts far from the mean, and none of them.
+  for (const int mean : {8, 40, 70, 100}) {
+    std::vector<int> even(670, mean), skewed = ragged(670, mean / 2, seed + static_cast<uint64_t>(mean));
+    for (const size_t expert : {0, 77, 78, 669}) skewed[expert] = 3 * mean + static_cast<int>(expert) % 50;
+    const int64_t bound = int64_t{670} * mean;
+    const std::string name = std::to_string(mean) + " rows an expert on average";
+    const int64_t channels = mean == 8 ? 480 : 272;  // two tiles of 256 rows, as many of 64 as rule kFew out
+    cases.push_back({"even, " + name, even, bound, {kPlain, channels, 64}, 1, true});
+    cases.push_back(
+        {"uneven, " + name, skewed, bound, {kPaired, channels / 32 * 16 + 16, 128}, 1, true, true});
+    cases.back().activation = function(ActivationKind::kSwiglu);
+    cases.push_back({"uneven, two terms, " + name, skewed, bound, {kPlain, channels, 64}, 2});
   }
   cases.push_back(
       {"more than 65535 tiles and 2^31 elements", {60000, 0, 1, 90000}, 150001, {kPlain, 16384, 32}, 1});

@@ -222,6 +222,8 @@ TEST(GemmChoice, FollowsRowsAnExpertWhereTilesFillTheGpu) {
   expect(7168, 2048, 256, 8,
          {{1, kNarrow, kNarrow},
           {256, kNarrow, kNarrow},
+          {768, kNarrow, kNarrow},
+          {800, kMedium, kMedium},
           {1024, kMedium, kMedium},
           {2048, kBroad, kBroad},
           {4096, kWide, kWide}});
@@ -242,6 +244,45 @@ TEST(GemmChoice, FollowsRowsAnExpertWhereTilesFillTheGpu) {
           {256, kMedium, kMedium},
           {8192, kWide, kWide}});
   expect(2048, 1024, 8, 2, {{8, kFew, kFew}, {32, kFew, kFew}, {64, kMedium, kMedium}});
+}
+
+TEST(GemmPlan, HasEveryExpertInOneLaunch) {
+  for (const int64_t experts : {1, 8, 128, 700}) {
+    for (const int64_t rows_per_expert : {1, 8, 20, 40, 70, 100, 1000}) {
+      for (const int64_t row_blocks : {1, 24, 64}) {
+        const GemmPlan plan = plan_gemm(experts * rows_per_expert, experts, row_blocks);
+        for (int32_t rows = 1; rows < 1000; ++rows) {
+          int launches = 0;
+          for (int i = 0; i < plan.count; ++i) {
+            const int32_t found = plan.parts[static_cast<size_t>(i)].band.of(rows);
+            ASSERT_TRUE(found == 0 || found == rows);
+            launches += found == rows ? 1 : 0;
+          }
+          ASSERT_EQ(launches, 1) << experts << " experts, " << rows << " rows";
+        }
+      }
+    }
+  }
+}
+
+TEST(GemmPlan, GivesExpertsFarFromTheMeanALaunchWhereTilesAreMany) {
+  using enum GemmKernel;
+  const auto kernels = [](int64_t rows_per_expert, int64_t experts, int64_t row_blocks) {
+    const GemmPlan plan = plan_gemm(rows_per_expert * experts, experts, row_blocks);
+    return std::vector<GemmKernel>{plan.main().kernel,
+                                   plan.parts[static_cast<size_t>(plan.count - 1)].kernel};
+  };
+  const auto both = [](GemmKernel main, GemmKernel other) { return std::vector<GemmKernel>{main, other}; };
+  // DeepSeek-V3's gate and up: 31 waves.
+  EXPECT_EQ(kernels(8, 256, 64), both(kNarrow, kMedium));
+  EXPECT_EQ(kernels(32, 256, 64), both(kMedium, kWide));
+  EXPECT_EQ(kernels(64, 256, 64), both(kBroad, kWide));
+  EXPECT_EQ(kernels(128, 256, 64), both(kWide, kBroad));
+  // Qwen3-30B-A3B's: 6.
+  EXPECT_EQ(kernels(8, 128, 24), both(kNarrow, kNarrow));
+  EXPECT_EQ(kernels(64, 128, 24), both(kBroad, kBroad));
+  EXPECT_EQ(kernels(128, 128, 24), both(kWide, kBroad));
+  EXPECT_EQ(kernels(4096, 1, 64), both(kWide, kWide));
 }
 
 TEST(TileSchedule, TokenTilesOfARowTileFollowEachOther) {

@@ -160,9 +160,9 @@ void validate(const ExpertGemm& args) {
   }
 }
 
-const GemmKernelShape& chosen_kernel(const ExpertGemm& args) {
-  if (args.kernel) return shape_of(*args.kernel);
-  return choose_gemm_kernel(args.max_rows, args.experts, args.weights.row_blocks());
+GemmPlan planned_launches(const ExpertGemm& args) {
+  if (args.kernel) return {{{{*args.kernel}}}};
+  return plan_gemm(args.max_rows, args.experts, args.weights.row_blocks());
 }
 
 bool needs_own_activation(const ExpertGemm& args) {
@@ -175,11 +175,11 @@ bool can_requantize(const ExpertGemm& args) {
 
 bool can_gather(const ExpertGemm& args) {
   return args.tokens[1].empty() && args.weights.order == RowOrder::kGateUpPaired &&
-         chosen_kernel(args).gathers;
+         planned_launches(args).main().gathers;
 }
 
 bool should_requantize(const ExpertGemm& args) {
-  return can_requantize(args) && chosen_kernel(args).requantizes;
+  return can_requantize(args) && planned_launches(args).main().requantizes;
 }
 
 size_t workspace_bytes(const ExpertGemm& args) {
@@ -188,9 +188,15 @@ size_t workspace_bytes(const ExpertGemm& args) {
 }
 
 std::string describe_kernel(const ExpertGemm& args) {
-  const GemmKernelShape& shape = chosen_kernel(args);
-  return fmt::format("sm90 {} (at most {:.1f} rows an expert on average)", shape.name,
-                     static_cast<double>(args.max_rows) / static_cast<double>(args.experts));
+  const GemmPlan plan = planned_launches(args);
+  std::string text = fmt::format("sm90 {} (at most {:.1f} rows an expert on average)", plan.main().name,
+                                 static_cast<double>(args.max_rows) / static_cast<double>(args.experts));
+  if (plan.count == 1) return text;
+  const GemmPart& other = plan.parts[1];
+  const std::string_view name = shape_of(other.kernel).name;
+  text += other.band.above > 0 ? fmt::format("; experts with more than {} rows: ", other.band.above)
+                               : fmt::format("; experts with at most {} rows: ", other.band.most);
+  return text.append(name.substr(0, name.find(':')));
 }
 
 }  // namespace fourfold::sm90

@@ -5,8 +5,8 @@
 //
 // Every pointer is a device pointer, every call only enqueues: no allocation, no synchronisation, no host
 // read of device data, so that calls can be captured in a CUDA graph. Results do not depend on timing: two
-// runs give the same bits. The order of a sum depends on the kernel that describe_kernel() names, and so on
-// max_rows; it never depends on the routing.
+// runs give the same bits. The order of a sum depends on whether kFew is the kernel that describe_kernel()
+// names, and so on max_rows; it never depends on the routing.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +14,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <tuple>
 
 #include "fourfold/block_scaled.h"
 #include "fourfold/gemm.h"
@@ -46,6 +47,9 @@ struct Requantize {
   float* row_scales = nullptr;           ///< [max_rows], receives each row's global scale
 };
 
+/// Words of ExpertGemm::tickets: one for every launch of a plan.
+inline constexpr int64_t kGemmTickets = std::tuple_size_v<decltype(GemmPlan::parts)>;
+
 /// Arguments of one grouped GEMM.
 struct ExpertGemm {
   // Token rows, sorted by expert.
@@ -61,11 +65,11 @@ struct ExpertGemm {
   const float* row_scales = nullptr;  ///< [max_rows], with slot_of_row of the rows of tokens[0]; null: 1
   const int32_t* group_offsets =
       nullptr;  ///< [E+1], ascending from 0 to at most max_rows; read on the device
-  /// One word that an earlier kernel of the stream has set to zero, complete when group_offsets is. Tiles are
-  /// then taken as SMs get free, instead of dealt out in turn: experts with few and with many rows take
-  /// differently long. Null: in turn. Changes no bit of the result.
+  /// kGemmTickets words that an earlier kernel of the stream has set to zero, complete when group_offsets is.
+  /// Tiles are then taken as SMs get free, instead of dealt out in turn: experts with few and with many rows
+  /// take differently long. Null: in turn. Changes no bit of the result.
   int32_t* tickets = nullptr;
-  std::optional<GemmKernel> kernel;  ///< for tests and measurements; none: choose_gemm_kernel's choice
+  std::optional<GemmKernel> kernel;  ///< for tests and measurements; none: plan_gemm's plan
 
   // Weights.
   PackedShape weights;                    ///< of one expert; depth = K, a multiple of 16, as channels is

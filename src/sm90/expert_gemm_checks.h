@@ -9,8 +9,8 @@ namespace fourfold::sm90 {
 void validate(const ExpertGemm& args);
 void validate(const PackWeights& args);
 
-/// The kernel that args name, or else choose_gemm_kernel's choice.
-const GemmKernelShape& chosen_kernel(const ExpertGemm& args);
+/// The kernel that args name, alone, or else plan_gemm's plan.
+GemmPlan planned_launches(const ExpertGemm& args);
 
 /// The GEMM's epilogue computes kSwiglu; other activations are a kernel of their own over h.
 bool needs_own_activation(const ExpertGemm& args);

@@ -91,8 +91,48 @@ MatrixView<Bf16> h_rows(const ExpertGemm& args) {
   return {reinterpret_cast<Bf16*>(args.workspace.data()), args.max_rows, columns};
 }
 
-void run_kernel(const GemmKernelShape& shape, const GemmLaunch& launch) {
-  switch (shape.kernel) {
+TokenMaps token_maps(const ExpertGemm& args, const GemmKernelShape& shape) {
+  const int terms = args.tokens[1].empty() ? 1 : 2, stage_units = shape.stage_units(terms);
+  TokenMaps maps;
+  maps.stage_in_a_box = stage_units > 1 && args.weights.depth % kUnitDepth == 0;
+  for (int term = 0; term < terms; ++term) {
+    for (int i = 0; i < shape.tokens / shape.granule; ++i) {
+      maps.of[term][i] =
+          token_map(args.tokens[term], (i + 1) * shape.granule, maps.stage_in_a_box ? stage_units : 1);
+    }
+  }
+  return maps;
+}
+
+/// What becomes of the sums.
+void set_outputs(const ExpertGemm& args, GemmLaunch& launch) {
+  GemmKernelArgs& kernel = launch.args;
+  const auto* d = std::get_if<MatrixView<Bf16>>(&args.d);
+  if (needs_own_activation(args)) {
+    const MatrixView<Bf16> h = h_rows(args);
+    if (!launch.paired) return write_bf16(kernel, h);
+    kernel.h = h.data;
+    kernel.h_stride = h.stride;
+  } else if (args.activation) {
+    write_bf16(kernel, *d);
+    kernel.h = args.h.data;
+    kernel.h_stride = args.h.stride;
+    kernel.requantize_scales = args.requantize.expert_scales;
+    kernel.residual = args.requantize.residual.data;
+    kernel.d_row_scales = args.requantize.row_scales;
+    kernel.swiglu = swiglu_args(*args.activation);
+  } else if (d != nullptr) {
+    write_bf16(kernel, *d);
+  } else {
+    const auto& wide = std::get<MatrixView<float>>(args.d);
+    kernel.d = wide.data;
+    kernel.d_stride = wide.stride;
+    kernel.d_is_float32 = true;
+  }
+}
+
+void run_kernel(GemmKernel kernel, const GemmLaunch& launch) {
+  switch (kernel) {
     case GemmKernel::kFew:
       return launch_few_gemm(launch);
     case GemmKernel::kNarrow:
@@ -111,7 +151,6 @@ void run_kernel(const GemmKernelShape& shape, const GemmLaunch& launch) {
 void launch_expert_gemm(const ExpertGemm& args, void* stream) {
   validate(args);
   if (args.max_rows == 0) return;
-  const GemmKernelShape& shape = chosen_kernel(args);
   GemmLaunch launch;
   launch.args = kernel_args(args);
   launch.terms = args.tokens[1].empty() ? 1 : 2;
@@ -121,43 +160,19 @@ void launch_expert_gemm(const ExpertGemm& args, void* stream) {
   launch.stream = static_cast<cudaStream_t>(stream);
   launch.gathered = args.slot_of_row != nullptr;
   if (launch.gathered) launch.args.gathered = gathered_tokens(args);
-  const int stage_units = shape.stage_units(launch.terms);
-  launch.maps.stage_in_a_box = stage_units > 1 && args.weights.depth % kUnitDepth == 0;
-  for (int term = 0; term < (launch.gathered ? 0 : launch.terms); ++term) {
-    for (int i = 0; i < shape.tokens / shape.granule; ++i) {
-      launch.maps.of[term][i] =
-          token_map(args.tokens[term], (i + 1) * shape.granule, launch.maps.stage_in_a_box ? stage_units : 1);
-    }
+  set_outputs(args, launch);
+  const GemmPlan plan = planned_launches(args);
+  for (int i = 0; i < plan.count; ++i) {
+    const GemmPart& part = plan.parts[static_cast<size_t>(i)];
+    launch.args.band = part.band;
+    if (args.tickets != nullptr) launch.args.tickets = args.tickets + i;
+    if (!launch.gathered) launch.maps = token_maps(args, shape_of(part.kernel));
+    run_kernel(part.kernel, launch);
+    launch.overlap_previous = launch.args.waits_at_end = true;
   }
-  const auto* d = std::get_if<MatrixView<Bf16>>(&args.d);
-  const bool own_activation = needs_own_activation(args);
-  if (own_activation) {
-    const MatrixView<Bf16> h = h_rows(args);
-    if (launch.paired) {
-      launch.args.h = h.data;
-      launch.args.h_stride = h.stride;
-    } else {
-      write_bf16(launch.args, h);
-    }
-  } else if (args.activation) {
-    write_bf16(launch.args, *d);
-    launch.args.h = args.h.data;
-    launch.args.h_stride = args.h.stride;
-    launch.args.requantize_scales = args.requantize.expert_scales;
-    launch.args.residual = args.requantize.residual.data;
-    launch.args.d_row_scales = args.requantize.row_scales;
-    launch.args.swiglu = swiglu_args(*args.activation);
-  } else if (d != nullptr) {
-    write_bf16(launch.args, *d);
-  } else {
-    const auto& wide = std::get<MatrixView<float>>(args.d);
-    launch.args.d = wide.data;
-    launch.args.d_stride = wide.stride;
-    launch.args.d_is_float32 = true;
-  }
-  run_kernel(shape, launch);
-  if (own_activation) {
-    launch_activate_rows({*args.activation, h_rows(args), *d, args.group_offsets + args.experts}, stream);
+  if (needs_own_activation(args)) {
+    const auto& d = std::get<MatrixView<Bf16>>(args.d);
+    launch_activate_rows({*args.activation, h_rows(args), d, args.group_offsets + args.experts}, stream);
   }
 }
 

@@ -79,7 +79,7 @@ ExpertSpace ExpertStages::carve(WorkspaceCarver& carver, int64_t rows) const {
   }
   if (has_two_terms()) space.intermediate[1] = carver.take<Bf16>(rows, config_.intermediate);
   space.amaxes = carver.take<float>(2);
-  space.tickets = carver.take<int32_t>(2);
+  space.tickets = carver.take<int32_t>(2 * kGemmTickets);
   space.gemm = carver.take<std::byte>(
       static_cast<int64_t>(std::max(workspace_bytes(gate_up_gemm(rows)), workspace_bytes(down_gemm(rows)))));
   return space;
@@ -260,7 +260,7 @@ void ExpertStages::run_gemms(const ExpertSpace& space, ExpertGemm gate_up, const
   down.tokens[1] = space.intermediate[1];
   down.row_scales = restages() ? space.intermediate_row_scales.data() : nullptr;
   down.group_offsets = rows.group_offsets.data();
-  if (!rows.tickets.empty()) down.tickets = &rows.tickets[1];
+  if (!rows.tickets.empty()) down.tickets = &rows.tickets[kGemmTickets];
   down.d = with_rows(z, planned_rows);
   down.workspace = space.gemm;
   down.overlap_previous = true;  // after the first GEMM or a staging kernel

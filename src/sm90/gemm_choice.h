@@ -2,9 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
+
+#include "sm90/tile_schedule.h"
 
 namespace fourfold::sm90 {
 
@@ -71,19 +74,65 @@ constexpr int64_t gemm_waves(const GemmKernelShape& shape, int64_t max_rows, int
                 kMultiprocessors);
 }
 
+/// Of kNarrow, where a launch of tiles with room for more is worth it for the experts that have more.
+inline constexpr double kMostRowsOfManyNarrow = 24.0;
+
+/// Whether a GEMM has so many tiles of a kernel that other tiles may be a launch of their own: beginning and
+/// ending one costs about a tile's time. Measured on an H200 at 6 waves and at 31 or more, docs/hopper.md.
+constexpr bool has_many_waves(const GemmKernelShape& shape, int64_t max_rows, int64_t experts,
+                              int64_t row_blocks) {
+  const int64_t many = shape.kernel == GemmKernel::kWide ? 5 : 10;
+  return experts > 1 && gemm_waves(shape, max_rows, experts, row_blocks) >= many;
+}
+
 /// By rows an expert, unless there are so few tiles that SMs would be idle: a tile of kFew takes a quarter of
 /// the time, and is taken where that saves more than a quarter; and kMedium where a single expert's tiles of
 /// it are all there at once, instead of larger ones. (Of several, half have more rows than the mean.)
 constexpr const GemmKernelShape& choose_gemm_kernel(int64_t max_rows, int64_t experts, int64_t row_blocks) {
-  const GemmKernelShape &few = shape_of(GemmKernel::kFew), &medium = shape_of(GemmKernel::kMedium);
+  const GemmKernelShape &few = shape_of(GemmKernel::kFew), &narrow = shape_of(GemmKernel::kNarrow),
+                        &medium = shape_of(GemmKernel::kMedium);
   const double rows_per_expert = static_cast<double>(max_rows) / static_cast<double>(experts);
   const int64_t medium_waves = gemm_waves(medium, max_rows, experts, row_blocks);
   if (gemm_waves(few, max_rows, experts, row_blocks) < 3 * medium_waves) return few;
+  if (rows_per_expert <= kMostRowsOfManyNarrow && has_many_waves(narrow, max_rows, experts, row_blocks)) {
+    return narrow;
+  }
   for (const GemmKernelShape& shape : kGemmKernels) {
     if (shape.kernel == GemmKernel::kFew || rows_per_expert > shape.most_rows_per_expert) continue;
     return experts == 1 && medium_waves == 1 && shape.tokens > medium.tokens ? medium : shape;
   }
   return shape_of(GemmKernel::kWide);
+}
+
+/// One launch of a grouped GEMM, for the experts in a band of rows.
+struct GemmPart {
+  GemmKernel kernel;
+  RowBand band = {};
+};
+
+/// The launches of a grouped GEMM, in order.
+struct GemmPlan {
+  std::array<GemmPart, 2> parts;
+  int count = 1;
+
+  /// What the mean of rows an expert asks for: decides for all what choices there are.
+  constexpr const GemmKernelShape& main() const { return shape_of(parts[0].kernel); }
+};
+
+/// What choose_gemm_kernel says; and another launch for experts that are far from the mean, as they are known
+/// on the device alone: those with more rows than a tile has room for, or so few that kWide's would be half
+/// empty. Kernels but kFew give the same bits, so that a row's result does not depend on the others'.
+constexpr GemmPlan plan_gemm(int64_t max_rows, int64_t experts, int64_t row_blocks) {
+  const GemmKernelShape& main = choose_gemm_kernel(max_rows, experts, row_blocks);
+  if (main.kernel == GemmKernel::kFew || !has_many_waves(main, max_rows, experts, row_blocks)) {
+    return {{{{main.kernel}}}};
+  }
+  if (main.kernel == GemmKernel::kWide) {
+    const int32_t little = shape_of(GemmKernel::kBroad).tokens;
+    return {{{{GemmKernel::kWide, {little}}, {GemmKernel::kBroad, {0, little}}}}, 2};
+  }
+  const GemmKernel larger = main.kernel == GemmKernel::kNarrow ? GemmKernel::kMedium : GemmKernel::kWide;
+  return {{{{main.kernel, {0, main.tokens}}, {larger, {main.tokens}}}}, 2};
 }
 
 }  // namespace fourfold::sm90

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warpgroup == 0) {
     if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_dec<Traits::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
-    if constexpr (Traits::kGathered) {
+    if (Traits::kGathered && !args.waits_at_end) {
       // The kernel before this one may be the permutation, which writes what the producers look up first.
       ptx::griddepcontrol_wait();
     }
@@ -53,8 +53,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (Traits::kGathered ? warp > 1 : warp == 2 && leads) producer.run_tokens();
   } else {
     if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
-    ptx::griddepcontrol_wait();
+    if (!args.waits_at_end) ptx::griddepcontrol_wait();
     Consumer<Traits>(args, shared, warpgroup - 1).run();
+    if (args.waits_at_end && blockIdx.x == 0) ptx::griddepcontrol_wait();
   }
 }
 

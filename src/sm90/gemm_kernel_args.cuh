@@ -8,6 +8,7 @@
 #include "fourfold/number_formats.h"
 #include "sm90/packed_decode.h"
 #include "sm90/swiglu.cuh"
+#include "sm90/tile_schedule.h"
 
 namespace fourfold::sm90 {
 
@@ -35,6 +36,7 @@ struct GemmKernelArgs {
   const uint8_t* packed;
   int64_t packed_bytes_per_expert;
   int32_t experts;
+  RowBand band;         ///< of the experts that this launch multiplies
   int32_t row_blocks;   ///< of 64 packed rows
   int32_t depth_units;  ///< of 64 k
   int32_t channels;
@@ -53,6 +55,10 @@ struct GemmKernelArgs {
   SwigluArgs swiglu;
   GatheredTokens gathered;  ///< GemmTraits::kGathered alone
   bool d_is_float32;
+  /// The kernel before this one is another launch of the same GEMM. It began when all was there that both
+  /// read, and nothing that it writes is read: one CTA waits for it, at the end, so that who waits for this
+  /// launch has waited for both.
+  bool waits_at_end;
   DecodeMasks masks;
 };
 

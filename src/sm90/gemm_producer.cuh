@@ -17,15 +17,19 @@ namespace fourfold::sm90 {
 template <class Traits>
 class WorkFinder {
  public:
-  __device__ WorkFinder(const int32_t* group_offsets, int experts, int row_tiles)
-      : offsets_(group_offsets), experts_(experts), row_tiles_(row_tiles), lane_(threadIdx.x % 32) {
+  __device__ WorkFinder(const int32_t* group_offsets, int experts, RowBand band, int row_tiles)
+      : offsets_(group_offsets),
+        experts_(experts),
+        row_tiles_(row_tiles),
+        lane_(threadIdx.x % 32),
+        band_(band) {
     segment_ = (experts + 31) / 32;
     const int begin = min(lane_ * segment_, experts), end = min(begin + segment_, experts);
     int items = 0, row = offsets_[begin];
 #pragma unroll 4
     for (int e = begin; e < end; ++e) {
       const int next_row = offsets_[e + 1];
-      items += tile_tokens(next_row - row, Traits::kTokens, Traits::kGranule).tiles * row_tiles_;
+      items += tile_tokens(band_.of(next_row - row), Traits::kTokens, Traits::kGranule).tiles * row_tiles_;
       row = next_row;
     }
     segment_end_ = inclusive_sum(items);
@@ -59,7 +63,7 @@ class WorkFinder {
     for (int first = holder * segment_;; first += 32) {
       const int e = first + lane_;
       const bool mine = e < min((holder + 1) * segment_, experts_);
-      const int row = mine ? offsets_[e] : 0, rows = mine ? offsets_[e + 1] - row : 0;
+      const int row = mine ? offsets_[e] : 0, rows = mine ? band_.of(offsets_[e + 1] - row) : 0;
       const int items = tile_tokens(rows, Traits::kTokens, Traits::kGranule).tiles * row_tiles_;
       const int end = begin + inclusive_sum(items);
       const uint32_t hit = __ballot_sync(~0u, item >= end - items && item < end);
@@ -78,6 +82,7 @@ class WorkFinder {
 
   const int32_t* offsets_;
   int experts_, row_tiles_, lane_, segment_;
+  RowBand band_;
   int segment_begin_, segment_end_;  ///< items of this lane's experts
   int expert_ = 0, expert_begin_ = 0, expert_end_ = 0, group_begin_ = 0, group_rows_ = 0;
 };
@@ -91,7 +96,7 @@ class Producer {
 
   /// Finds the tiles of this CTA, each while the weights of the one before are still asked for. One warp.
   __device__ void run_schedule() {
-    WorkFinder<Traits> finder(args_.group_offsets, args_.experts,
+    WorkFinder<Traits> finder(args_.group_offsets, args_.experts, args_.band,
                               (args_.row_blocks + Traits::kTileBlocks - 1) / Traits::kTileBlocks);
     for (int n = 0, item = static_cast<int>(blockIdx.x);; ++n) {
       const WorkTile tile = finder.find(item);
@@ -116,7 +121,7 @@ class Producer {
   /// The token rows of every tile: gathered by kGatherThreads threads from wherever they are, or loaded by
   /// one thread, once the kernel before this one has written them.
   __device__ void run_tokens() {
-    if constexpr (!Traits::kGathered) ptx::griddepcontrol_wait();
+    if (!Traits::kGathered && !args_.waits_at_end) ptx::griddepcontrol_wait();
     ptx::griddepcontrol_launch_dependents();
     for (int n = 0;; ++n) {
       const WorkTile tile = wait_for_tile<Traits>(shared_, n);

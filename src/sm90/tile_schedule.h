@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "fourfold/number_formats.h"
 
@@ -25,6 +26,17 @@ FOURFOLD_HOST_DEVICE constexpr TokenTiling tile_tokens(int32_t rows, int32_t mos
   const int32_t even = (rows - 1) / tiles + 1;
   return {tiles, (even + granule - 1) / granule * granule};
 }
+
+/// Which experts' tiles a launch has: those with more than `above` and at most `most` rows.
+struct RowBand {
+  int32_t above = 0;
+  int32_t most = std::numeric_limits<int32_t>::max();
+
+  /// The rows of an expert, or none where they are not of this band.
+  FOURFOLD_HOST_DEVICE constexpr int32_t of(int32_t rows) const {
+    return rows > above && rows <= most ? rows : 0;
+  }
+};
 
 /// One tile of work.
 struct WorkTile {

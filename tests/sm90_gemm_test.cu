@@ -491,7 +491,7 @@ bool run_case(const Case& c, uint64_t seed, int most_repeats) {
     }
     // Every kernel but kFew: the same bits, so that neither max_rows nor the plan changes them.
     const bool few = plan_gemm(c.max_rows, experts, c.shape.row_blocks()).main().kernel == GemmKernel::kFew;
-    if (c.kernel ? *c.kernel != GemmKernel::kFew : !few) {
+    if (most_repeats > 1 && (c.kernel ? *c.kernel != GemmKernel::kFew : !few)) {
       for (const GemmKernelShape& other : kGemmKernels) {
         if (other.kernel == GemmKernel::kFew) continue;
         ExpertGemm args = bench.gemm(false);

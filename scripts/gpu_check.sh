@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and at most 9 minutes: the GPU tests, layertest (--stress too) and
 # gemmtest in all activation formats, compute-sanitizer on small cases, the benchmark's grid, PyTorch's grouped GEMM as
-# a control, shapes and routings that no kernel was tuned on, and hardware counters of the cells that miss their target.
+# a control, vLLM's kernels as peers, shapes and routings that no kernel was tuned on, and hardware counters of the cells
+# that miss their target.
 #
-#   scripts/gpu_check.sh [--binaries DIR] [--real DIR] [--out DIR] [--backend NAME] [--steps LIST]
+#   scripts/gpu_check.sh [--binaries DIR] [--real DIR] [--vllm DIR] [--out DIR] [--backend NAME] [--steps LIST]
 #
 # --binaries DIR  prebuilt by scripts/gpu_bundle.sh (or a build folder); else the project is built here
 # --real DIR      a checkpoint of trained weights, as scripts/real_checkpoint.py DIR --layers 15 makes it, for layertest
+# --vllm DIR      vLLM's package folder, where its package is not installed (scripts/vllm_peers.py)
 # --out DIR       where summary.txt, summary.json, grid.json and the logs go (default: build/gpu_check)
 # --backend NAME  default: sm90
-# --steps LIST    of tests,layertest,grid,control,untuned,counters,sanitizer (default: all, in this order)
+# --steps LIST    of tests,layertest,grid,control,peers,untuned,counters,sanitizer (default: all, in this order)
 #
 # Steps that this machine can't run are reported as "not run". Exit code 0 when nothing failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-binaries='' real='' out='' backend=sm90 steps=tests,layertest,grid,control,untuned,counters,sanitizer
+binaries='' real='' vllm='' out='' backend=sm90 steps=tests,layertest,grid,control,peers,untuned,counters,sanitizer
 while [ $# -gt 0 ]; do
   case $1 in
     --binaries) binaries=${2:?--binaries needs a folder}; shift ;;
@@ -23,7 +25,8 @@ while [ $# -gt 0 ]; do
     --backend) backend=${2:?--backend needs a name}; shift ;;
     --steps) steps=${2:?--steps needs a list}; shift ;;
     --real) real=${2:?--real needs a folder}; shift ;;
-    --help | -h) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --vllm) vllm=${2:?--vllm needs a folder}; shift ;;
+    --help | -h) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) printf 'error: unknown option %s; see --help\n' "$1" >&2; exit 2 ;;
   esac
   shift
@@ -101,7 +104,7 @@ find_cublas() {
 run_tests() {
   local test
   while read -r test; do
-    attempt "test $test" 120 "$binaries/tests/$test"
+    attempt "test $test" 180 "$binaries/tests/$test"
   done <"$binaries/gpu_tests.txt"
 }
 
@@ -189,6 +192,16 @@ run_control() {
   cat "$out/torch_grouped_mm.log"
 }
 
+run_peers() {
+  if ! python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+    note 'not run' "vLLM's kernels" 0 'no PyTorch with CUDA on this machine'
+    return
+  fi
+  attempt "vLLM's kernels" 240 python3 "$here/vllm_peers.py" --shape "$shapes" --tokens "$tokens" \
+    --json "$out/peers.json" --beside "$out/grid.json" ${vllm:+--vllm "$vllm"}
+  cat "$out/vLLM_s_kernels.log"
+}
+
 run_counters() {
   local ncu
   ncu=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null)
@@ -248,6 +261,7 @@ for step in ${steps//,/ }; do
   case $step in
     tests) run_tests ;;
     control) run_control ;;
+    peers) run_peers ;;
     layertest | grid | untuned | counters | sanitizer)
       if [ -n "$why_not" ]; then note 'not run' "$step" 0 "$why_not"; else "run_$step"; fi ;;
     *) printf 'error: unknown step %s; see --help\n' "$step" >&2; exit 2 ;;

@@ -3,11 +3,12 @@
 
     scripts/hopper_figures.py record FOLDER --commit SUBJECT   FOLDER: gpu_check's --out -> docs/measured/hopper.json,
                                                                or h200.json where that is the GPU
-    scripts/hopper_figures.py write                            the tables of README.md and docs/hopper.md, and the plot
+    scripts/hopper_figures.py write                            the tables of README.md and docs/hopper.md, and the plots
     scripts/hopper_figures.py check                            exit status 1 where those are not what the JSON says
 
 docs/measured/hopper.json (an H100's) and h200.json hold medians and fractions of the floor as measured, and nothing else
-may stand in the tables; docs/measured/hopper_peers.json holds figures of programs that were measured elsewhere, with their source.
+may stand in the tables; docs/measured/hopper_peers.json holds figures of programs that were measured elsewhere, on an H100, with
+their source. An H200's peers are of its own run.
 `write` needs matplotlib (pip install matplotlib), the others Python alone.
 """
 
@@ -25,9 +26,10 @@ from measured_pages import ROOT, digest, pyplot, report_stale, row, save_plot, w
 MEASURED = ROOT / "docs/measured/hopper.json"
 MEASURED_H200 = ROOT / "docs/measured/h200.json"
 PEERS = ROOT / "docs/measured/hopper_peers.json"
-PLOT = ROOT / "docs/measured/hopper.svg"
+PLOTS = {MEASURED: ROOT / "docs/measured/hopper.svg", MEASURED_H200: ROOT / "docs/measured/h200.svg"}
 FORMATS = ("bf16", "nvfp4")
 TORCH = "torch grouped_mm bf16"
+PEER_NAMES = {"marlin": "Marlin (vLLM)", "triton_kernels": "triton_kernels (MXFP4)", "humming": "humming"}
 README_TOKENS = (1, 16, 256, 4096, 16384)
 UNTUNED_TOKENS = (1, 16, 256, 1024, 4096)
 ROUTINGS = ("zipf", "one-expert", "sequences")  # beside the grid's uniform ones
@@ -51,7 +53,7 @@ class Cell:
 
 
 def cells(of: Path) -> dict[str, dict[int, Cell]]:
-    """By model, then tokens. Peers were measured on an H100, and are none of another GPU's."""
+    """By model, then tokens. Peers that were measured elsewhere were so on an H100, and are none of another GPU's."""
     measured, peers = json.loads(of.read_text()), json.loads(PEERS.read_text())
     found: dict[str, dict[int, Cell]] = {}
     for case in measured["cases"]:
@@ -60,6 +62,8 @@ def cells(of: Path) -> dict[str, dict[int, Cell]]:
         cell.floor[case["activations"]] = case["floor_seconds"]
     for case in measured["torch"]:
         found[case["model"]][case["tokens"]].others[TORCH] = case["seconds"]
+    for case in measured.get("peers", {}).get("cases", []):
+        found[case["model"]][case["tokens"]].others[PEER_NAMES[case["peer"]]] = case["seconds"]
     for program in peers["programs"] if of == MEASURED else []:
         for model, times in program["microseconds"].items():
             for tokens, microseconds in times.items():
@@ -67,7 +71,10 @@ def cells(of: Path) -> dict[str, dict[int, Cell]]:
     return found
 
 
-def microseconds(seconds: float) -> str:
+def microseconds(seconds: float | None) -> str:
+    """Nothing where a program has no time."""
+    if seconds is None:
+        return ""
     value = seconds * 1e6
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
@@ -112,11 +119,31 @@ def target_of(machine: str) -> Path:
     sys.exit(f"error: grid.json: expected a run on an H100 or H200, whose figures docs/hopper.md has, found {machine}")
 
 
+def peers_of(folder: Path) -> dict:
+    """Versions and times of scripts/vllm_peers.py; none where it was not run."""
+    if not (folder / "peers.json").is_file():
+        return {}
+    peers = json.loads(result_of(folder, "peers.json"))
+    kept = [{key: case[key] for key in ("peer", "model", "tokens", "seconds")} for case in peers["cases"]]
+    return {"versions": peers["peers"], "cases": [case for case in kept if case["seconds"]]}
+
+
+def counters_of(folder: Path, commit: str, target: Path) -> dict:
+    """Those of this run; where it read none, those that the file has, with the commit that they are of."""
+    if (folder / "counters.json").is_file():
+        return {"counters_commit": commit, "counters": json.loads(result_of(folder, "counters.json"))}
+    if not target.is_file():
+        sys.exit(f"error: {folder}: expected counters.json, as {target} has none; run gpu_check with its step counters")
+    before = json.loads(target.read_text())
+    return {"counters_commit": before.get("counters_commit", before["commit"]), "counters": before["counters"]}
+
+
 def record(folder: Path, commit: str) -> None:
     grid, control = json.loads(result_of(folder, "grid.json")), json.loads(result_of(folder, "control.json"))
     for case in grid["cases"]:
         require_checked(case)
     machine = grid["machines"][0]
+    target = target_of(machine["machine"])
     driver = re.search(r"^fourfold on .*, ([\d.]+)$", result_of(folder, "summary.txt"), re.MULTILINE)
     measured = {
         "machine": machine["machine"],
@@ -137,11 +164,12 @@ def record(folder: Path, commit: str) -> None:
             for case in grid["cases"]
         ],
         "torch": [{key: case[key] for key in ("model", "tokens", "seconds")} for case in control["cases"]],
+        "peers": peers_of(folder),
         "untuned": fractions(folder, "untuned.json"),
         "routings": {name: fractions(folder, f"{name}.json") for name in ROUTINGS},
-        "counters": json.loads(result_of(folder, "counters.json")),
+        **counters_of(folder, commit, target),
     }
-    target_of(machine["machine"]).write_text(json.dumps(measured, indent=1) + "\n")
+    target.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 # ---- tables ----
@@ -154,7 +182,7 @@ def table_of(model: str, of: Path) -> str:
     text += row(["---"] * (1 + len(FORMATS) + len(programs)))
     for tokens, cell in found.items():
         ours = [f"{microseconds(cell.ours[name])} ({100 * cell.fraction(name):.0f}%)" for name in FORMATS]
-        text += row([str(tokens), *ours, *(microseconds(cell.others[name]) for name in programs)])
+        text += row([str(tokens), *ours, *(microseconds(cell.others.get(name)) for name in programs)])
     return text
 
 
@@ -198,10 +226,13 @@ def counter_table(of: Path) -> str:
 
 
 def readme_table() -> str:
-    text = row(["tokens", "fourfold", "floor", TORCH, "vLLM Marlin"]) + row(["---"] * 5)
-    for tokens, cell in cells(MEASURED)["deepseek-v3"].items():
+    """Of the kernels of now, which an H200 ran."""
+    found = cells(MEASURED_H200)["deepseek-v3"]
+    programs = list(next(iter(found.values())).others)
+    text = row(["tokens", "fourfold", "floor", *programs]) + row(["---"] * (3 + len(programs)))
+    for tokens, cell in found.items():
         if tokens in README_TOKENS:
-            times = (cell.ours["bf16"], cell.floor["bf16"], cell.others[TORCH], cell.others["Marlin"])
+            times = (cell.ours["bf16"], cell.floor["bf16"], *(cell.others.get(name) for name in programs))
             text += row([str(tokens), *map(microseconds, times)])
     return text
 
@@ -220,14 +251,15 @@ def documents() -> dict[Path, str]:
 # ---- the plot ----
 
 
-def plot() -> None:
+def plot(of: Path) -> None:
     plt = pyplot()
-    found = cells(MEASURED)
+    found = cells(of)
     figure, axes = plt.subplots(1, len(TITLES), figsize=(15, 5), layout="constrained")
     for axis, (model, title) in zip(axes, TITLES.items(), strict=True):
         tokens = list(found[model])
         one = next(iter(found[model].values()))
-        lines = [(name, [cell.others[name] for cell in found[model].values()], "--") for name in one.others]
+        nothing = float("nan")
+        lines = [(name, [cell.others.get(name, nothing) for cell in found[model].values()], "--") for name in one.others]
         for name in FORMATS:
             lines.append((f"fourfold {name}", [cell.ours[name] for cell in found[model].values()], "-"))
         for label, seconds, style in lines:
@@ -238,14 +270,14 @@ def plot() -> None:
         axis.title.set_size(9)
         axis.grid(True, which="major", alpha=0.3)
     axes[0].legend(fontsize=8)
-    save_plot(figure, PLOT, digest(MEASURED, PEERS))
+    save_plot(figure, PLOTS[of], digest(of, PEERS))
 
 
 # ---- the command ----
 
 
 def check() -> int:
-    plots = {PLOT: digest(MEASURED, PEERS)}
+    plots = {file: digest(of, PEERS) for of, file in PLOTS.items()}
     return report_stale(documents(), plots, "docs/measured/hopper.json and h200.json", Path(__file__).name)
 
 
@@ -255,15 +287,16 @@ def main() -> int:
     recording = commands.add_parser("record", help="gpu_check's results -> docs/measured/hopper.json or h200.json")
     recording.add_argument("folder", type=Path)
     recording.add_argument("--commit", required=True, help="subject of the commit that was measured")
-    commands.add_parser("write", help="tables and plot from the JSON")
-    commands.add_parser("check", help="whether tables and plot are what the JSON says")
+    commands.add_parser("write", help="tables and plots from the JSON")
+    commands.add_parser("check", help="whether tables and plots are what the JSON says")
     arguments = parser.parse_args()
     if arguments.command == "record":
         record(arguments.folder, arguments.commit)
     elif arguments.command == "write":
         for file, text in documents().items():
             file.write_text(text)
-        plot()
+        for of in PLOTS:
+            plot(of)
     else:
         return check()
     return 0

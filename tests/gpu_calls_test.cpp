@@ -241,6 +241,22 @@ TEST(GpuCalls, TappedGiveWhatUntappedGive) {
   }
 }
 
+// So many experts that those with many more rows than the mean have kernels of their own.
+TEST(GpuCalls, TappedGiveWhatUntappedGiveWithManyExperts) {
+  for (const int64_t tokens : {900, 2200}) {
+    RandomLayerShape shape{tokens, 272, 144, 700, 8};
+    shape.assignment = Assignment::kOneAmongAll;
+    const RandomLayer layer(shape, test_seed());
+    for (const ActivationFormat format : tested_formats()) {
+      for (const ScalePolicy policy : {ScalePolicy::kStatic, ScalePolicy::kMaxOverExperts}) {
+        const auto moe = make(layer, with_format(format, policy));
+        EXPECT_EQ(trace(*moe, layer.inputs, nullptr, gpu()).y, run(*moe, layer.inputs, tokens))
+            << to_string(format) << ", " << to_string(policy) << ", " << tokens << " tokens";
+      }
+    }
+  }
+}
+
 TEST(GpuCalls, MapTheModelsExpertsToThoseOfTheRank) {
   const RandomLayer layer({.tokens = 60}, test_seed());
   const auto moe = make(layer);

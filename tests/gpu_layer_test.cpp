@@ -86,7 +86,7 @@ TEST(GpuLayer, IsSoundForEveryRouting) {
 }
 
 // So many experts that those with more rows than the mean, or fewer, may have kernels of their own.
-TEST(GpuLayer, IsSoundWhereOneOfManyExpertsHasEveryToken) {
+TEST(GpuLayer, IsSoundWhereOneOfManyExpertsIsAmongEveryTokens) {
   struct Many {
     int64_t tokens, experts;
     ActivationFormat format;
@@ -97,7 +97,7 @@ TEST(GpuLayer, IsSoundWhereOneOfManyExpertsHasEveryToken) {
                                                 {2200, 700, tested_formats().back()},
                                                 {3800, 340, ActivationFormat::kNvfp4}}) {
     RandomLayerShape shape{tokens, 272, 144, experts, 8};
-    shape.assignment = Assignment::kOneExpert;
+    shape.assignment = Assignment::kOneAmongAll;
     expect_sound(shape, options_for(format), ++salt);
   }
 }

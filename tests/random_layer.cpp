@@ -89,6 +89,9 @@ void RandomLayer::route() {
   for (size_t slot = 0; slot < inputs.topk_ids.size(); ++slot) {
     int32_t& id = inputs.topk_ids[slot];
     if (shape_.assignment == Assignment::kOneExpert) id = static_cast<int32_t>(shape_.experts - 1);
+    if (shape_.assignment == Assignment::kOneAmongAll && slot % static_cast<size_t>(shape_.top_k) == 0) {
+      id = static_cast<int32_t>(shape_.experts - 1);
+    }
     if (shape_.assignment == Assignment::kSomeAbsent && random_() % 3 == 0) id = -1;
     if (shape_.assignment == Assignment::kRepeated) id = static_cast<int32_t>(random_() % 2);
   }

@@ -13,7 +13,7 @@
 namespace fourfold {
 
 enum class Biases : uint8_t { kNone, kSome, kAll };  ///< kSome: of every other expert
-enum class Assignment : uint8_t { kUniform, kOneExpert, kSomeAbsent, kRepeated };
+enum class Assignment : uint8_t { kUniform, kOneExpert, kOneAmongAll, kSomeAbsent, kRepeated };
 
 struct RandomLayerShape {
   int64_t tokens = 37, hidden = 192, intermediate = 112, experts = 6, top_k = 3;

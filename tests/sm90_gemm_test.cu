@@ -105,6 +105,7 @@ struct Case {
   bool row_scales = false, bias = false, float32 = false, swizzled = false, padded_strides = false;
   std::optional<ActivationFunction> activation;
   std::optional<GemmKernel> kernel;
+  std::optional<int> launches;  // that the plan must have
 };
 
 /// What the oracle reads.
@@ -457,7 +458,7 @@ bool within(const Verdict& verdict, double tolerance, bool empty) {
 bool run_case(const Case& c, uint64_t seed, int most_repeats) {
   Bench bench(c, seed);
   const bool activated = c.activation.has_value();
-  const auto experts = static_cast<int64_t>(c.groups.size());
+  const GemmPlan plan = plan_gemm(c.max_rows, static_cast<int64_t>(c.groups.size()), c.shape.row_blocks());
   bench.poison();
   launch_expert_gemm(bench.gemm(activated), nullptr);
   check(cudaDeviceSynchronize(), c.name.c_str());
@@ -465,7 +466,8 @@ bool run_case(const Case& c, uint64_t seed, int most_repeats) {
   const Verdict activations = activated ? bench.judge_activations() : Verdict{};
   const bool empty = bench.rows() == 0;
   bool right = within(sums, c.float32 ? kFloat32Tolerance : kBf16Tolerance, empty) &&
-               (!activated || within(activations, kBf16Tolerance, empty));
+               (!activated || within(activations, kBf16Tolerance, empty)) &&
+               (!c.launches || *c.launches == plan.count);
   // Without the tap, by ticket or in turn, and again and again: the same bits.
   int repeats = 0;
   bool gathered = false;
@@ -490,7 +492,7 @@ bool run_case(const Case& c, uint64_t seed, int most_repeats) {
       gathered = true;
     }
     // Every kernel but kFew: the same bits, so that neither max_rows nor the plan changes them.
-    const bool few = plan_gemm(c.max_rows, experts, c.shape.row_blocks()).main().kernel == GemmKernel::kFew;
+    const bool few = plan.main().kernel == GemmKernel::kFew;
     if (most_repeats > 1 && (c.kernel ? *c.kernel != GemmKernel::kFew : !few)) {
       for (const GemmKernelShape& other : kGemmKernels) {
         if (other.kernel == GemmKernel::kFew) continue;
@@ -510,8 +512,8 @@ bool run_case(const Case& c, uint64_t seed, int most_repeats) {
                 sums.overwritten, activations.overwritten);
   }
   const std::string kernels = describe_kernel(bench.gemm(false));
-  const size_t other = kernels.find(';');
-  std::printf(", %d repeats%s, %s%s\n", repeats, gathered ? " twice, the others gathering" : "",
+  const size_t other = kernels.find('[');
+  std::printf(", %d repeats%s, %s %s\n", repeats, gathered ? " twice, the others gathering" : "",
               kernels.substr(5, 6).c_str(), other == std::string::npos ? "" : kernels.substr(other).c_str());
   std::fflush(stdout);
   return right;
@@ -640,6 +642,7 @@ std::vector<Case> all_cases(uint64_t seed) {
     cases.back().kernel = kernel;
   }
   // Plans of two launches: experts far from the mean, and none of them.
+  const size_t first_planned = cases.size();
   for (const int mean : {8, 40, 70, 100}) {
     std::vector<int> even(670, mean), skewed = ragged(670, mean / 2, seed + static_cast<uint64_t>(mean));
     for (const size_t expert : {0, 77, 78, 669}) skewed[expert] = 3 * mean + static_cast<int>(expert) % 50;
@@ -652,6 +655,7 @@ std::vector<Case> all_cases(uint64_t seed) {
     cases.back().activation = function(ActivationKind::kSwiglu);
     cases.push_back({"uneven, two terms, " + name, skewed, bound, {kPlain, channels, 64}, 2});
   }
+  for (size_t i = first_planned; i < cases.size(); ++i) cases[i].launches = 2;
   cases.push_back(
       {"more than 65535 tiles and 2^31 elements", {60000, 0, 1, 90000}, 150001, {kPlain, 16384, 32}, 1});
   return cases;
@@ -678,9 +682,13 @@ bool nan_scale_shows(uint64_t seed) {
 }
 
 /// Captured once, replayed with other tokens and groups, with and without programmatic launch: as eagerly.
-bool replays_from_a_graph(GemmKernel kernel, int rows_per_expert, bool overlap, uint64_t seed) {
-  constexpr int kExperts = 6;
-  Case c{"", std::vector<int>(kExperts, 1), kExperts * rows_per_expert, {RowOrder::kGateUpPaired, 96, 256}};
+/// Without a kernel: of many experts, one of them with many rows, so that a plan has two launches.
+bool replays_from_a_graph(std::optional<GemmKernel> kernel, int rows_per_expert, bool overlap,
+                          uint64_t seed) {
+  const int experts = kernel ? 6 : 670;
+  const PackedShape shape =
+      kernel ? PackedShape{RowOrder::kGateUpPaired, 96, 256} : PackedShape{RowOrder::kGateUpPaired, 240, 128};
+  Case c{"", std::vector<int>(static_cast<size_t>(experts), 1), experts * rows_per_expert, shape};
   c.activation = function(ActivationKind::kSwiglu);
   c.kernel = kernel;
   Bench bench(c, seed);
@@ -697,7 +705,9 @@ bool replays_from_a_graph(GemmKernel kernel, int rows_per_expert, bool overlap, 
   check(cudaGraphInstantiate(&replay, graph, 0), "instantiate");
   bool right = true;
   for (uint64_t trial = 0; trial < 50 && right; ++trial) {
-    bench.new_groups(ragged(kExperts, rows_per_expert / 2, seed + trial));
+    std::vector<int> groups = ragged(experts, rows_per_expert / 2, seed + trial);
+    if (!kernel) groups[trial % groups.size()] = 5 * rows_per_expert;
+    bench.new_groups(groups);
     bench.new_tokens(seed + 100 * trial);
     bench.poison();
     launch_expert_gemm(bench.gemm(false), nullptr);
@@ -711,8 +721,8 @@ bool replays_from_a_graph(GemmKernel kernel, int rows_per_expert, bool overlap, 
   check(cudaGraphExecDestroy(replay), "destroy");
   check(cudaGraphDestroy(graph), "destroy");
   check(cudaStreamDestroy(stream), "destroy");
-  std::printf("%-4s 50 replays of a graph, %d rows an expert%s\n", right ? "ok" : "FAIL", rows_per_expert,
-              overlap ? ", programmatic launch" : "");
+  std::printf("%-4s 50 replays of a graph, %d experts, %d rows an expert%s\n", right ? "ok" : "FAIL", experts,
+              rows_per_expert, overlap ? ", programmatic launch" : "");
   return right;
 }
 
@@ -746,6 +756,11 @@ int run(int argc, char** argv) {
     if (small) break;
     right &= replays_from_a_graph(kernel, rows_per_expert, false, seed);
     right &= replays_from_a_graph(kernel, rows_per_expert, true, seed);
+  }
+  for (const int rows_per_expert : {8, 100}) {
+    if (small) break;
+    right &= replays_from_a_graph({}, rows_per_expert, false, seed);
+    right &= replays_from_a_graph({}, rows_per_expert, true, seed);
   }
   std::printf("%s\n", right ? "all right" : "FAILED");
   return right ? 0 : 1;

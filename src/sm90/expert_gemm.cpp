@@ -189,14 +189,16 @@ size_t workspace_bytes(const ExpertGemm& args) {
 
 std::string describe_kernel(const ExpertGemm& args) {
   const GemmPlan plan = planned_launches(args);
-  std::string text = fmt::format("sm90 {} (at most {:.1f} rows an expert on average)", plan.main().name,
-                                 static_cast<double>(args.max_rows) / static_cast<double>(args.experts));
+  const std::string text =
+      fmt::format("sm90 {} (at most {:.1f} rows an expert on average)", plan.main().name,
+                  static_cast<double>(args.max_rows) / static_cast<double>(args.experts));
   if (plan.count == 1) return text;
   const GemmPart& other = plan.parts[1];
   const std::string_view name = shape_of(other.kernel).name;
-  text += other.band.above > 0 ? fmt::format("; experts with more than {} rows: ", other.band.above)
-                               : fmt::format("; experts with at most {} rows: ", other.band.most);
-  return text.append(name.substr(0, name.find(':')));
+  const std::string_view short_name = name.substr(0, name.find(':'));
+  return text + (other.band.above > 0
+                     ? fmt::format(" [experts with more than {} rows: {}]", other.band.above, short_name)
+                     : fmt::format(" [experts with at most {} rows: {}]", other.band.most, short_name));
 }
 
 }  // namespace fourfold::sm90

@@ -97,7 +97,9 @@ struct ExpertGemm {
   /// gathers its rows waits first. Others need:
   /// group_offsets and the weights are complete when the previous kernel calls
   /// griddepcontrol.launch_dependents (or ends, where it has no such call). That holds when the previous
-  /// kernel did not write them and itself waits before that call, as the kernels launched here do.
+  /// kernel did not write them and itself waits before that call, or was started by one that had waited, as
+  /// the kernels launched here do: a plan's second launch reads and writes at once what its GEMM may, and
+  /// waits at its end, so that what comes after it comes after both.
   bool overlap_previous = false;
 };
 

@@ -1,4 +1,5 @@
-// launch_expert_gemm: tensor maps, the choice of the kernel, and the activation where it is one of its own.
+// launch_expert_gemm: tensor maps, the launches of the plan, and the activation where it is a kernel of its
+// own.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -66,7 +67,6 @@ GemmKernelArgs kernel_args(const ExpertGemm& args) {
   kernel.depth_units = static_cast<int32_t>(args.weights.depth_units());
   kernel.channels = static_cast<int32_t>(args.weights.channels);
   kernel.group_offsets = args.group_offsets;
-  kernel.tickets = args.tickets;
   kernel.row_scales = args.row_scales;
   kernel.weight_globals = args.weight_globals;
   kernel.bias = args.bias;

@@ -1,4 +1,5 @@
-// Which compiled kernel a grouped GEMM runs: a table over tokens per expert, and a rule where tiles are few.
+// Which compiled kernels a grouped GEMM runs: a table over tokens per expert, a rule where tiles are few, and
+// another launch for experts far from the mean where they are many.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +22,7 @@ struct GemmKernelShape {
   int one_term_stage_units;  ///< see stage_units()
   int tokens, granule;
   /// Largest average of rows an expert, max_rows / experts, for which the kernel is taken; 0: by
-  /// choose_gemm_kernel's rule alone.
+  /// choose_gemm_kernel's rules alone, as kNarrow up to kMostRowsOfManyNarrow.
   double most_rows_per_expert;
   /// Whether quantizing what SwiGLU gives costs less in the epilogue than in a kernel of its own: where
   /// memory is what the GEMM waits for.
@@ -78,16 +79,18 @@ constexpr int64_t gemm_waves(const GemmKernelShape& shape, int64_t max_rows, int
 inline constexpr double kMostRowsOfManyNarrow = 24.0;
 
 /// Whether a GEMM has so many tiles of a kernel that other tiles may be a launch of their own: beginning and
-/// ending one costs about a tile's time. Measured on an H200 at 6 waves and at 31 or more, docs/hopper.md.
+/// ending one costs about a tile's time. Measured on an H200, docs/hopper.md: at 6 waves of kWide it is worth
+/// it, of others not; at 12 waves and more of any.
 constexpr bool has_many_waves(const GemmKernelShape& shape, int64_t max_rows, int64_t experts,
                               int64_t row_blocks) {
   const int64_t many = shape.kernel == GemmKernel::kWide ? 5 : 10;
   return experts > 1 && gemm_waves(shape, max_rows, experts, row_blocks) >= many;
 }
 
-/// By rows an expert, unless there are so few tiles that SMs would be idle: a tile of kFew takes a quarter of
-/// the time, and is taken where that saves more than a quarter; and kMedium where a single expert's tiles of
-/// it are all there at once, instead of larger ones. (Of several, half have more rows than the mean.)
+/// By rows an expert, kNarrow for more of them where tiles are many, unless there are so few tiles that SMs
+/// would be idle: a tile of kFew takes a quarter of the time, and is taken where that saves more than a
+/// quarter; and kMedium where a single expert's tiles of it are all there at once, instead of larger ones.
+/// (Of several, half have more rows than the mean.)
 constexpr const GemmKernelShape& choose_gemm_kernel(int64_t max_rows, int64_t experts, int64_t row_blocks) {
   const GemmKernelShape &few = shape_of(GemmKernel::kFew), &narrow = shape_of(GemmKernel::kNarrow),
                         &medium = shape_of(GemmKernel::kMedium);

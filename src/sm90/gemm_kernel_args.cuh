@@ -19,7 +19,7 @@ inline constexpr int kMostTokenMaps = 10;
 /// of 64, it is (K, rows, 1) and a box has one unit.
 struct TokenMaps {
   CUtensorMap of[2][kMostTokenMaps];
-  bool stage_in_a_box;
+  bool stage_in_a_box = false;
 };
 
 /// Token rows that a kernel gathers itself: row m of the GEMM is row slot_of_row[m] / top_k.
@@ -55,9 +55,9 @@ struct GemmKernelArgs {
   SwigluArgs swiglu;
   GatheredTokens gathered;  ///< GemmTraits::kGathered alone
   bool d_is_float32;
-  /// The kernel before this one is another launch of the same GEMM. It began when all was there that both
-  /// read, and nothing that it writes is read: one CTA waits for it, at the end, so that who waits for this
-  /// launch has waited for both.
+  /// The kernel before this one is another launch of the same GEMM. Nothing that it writes is read here, and
+  /// what both read was complete before it let this one start, which each of its CTAs does after its own
+  /// griddepcontrol.wait. So one CTA waits for it, at the end: who waits for this launch has waited for both.
   bool waits_at_end;
   DecodeMasks masks;
 };

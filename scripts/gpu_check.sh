@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and at most 9 minutes: the GPU tests, layertest (--stress too) and
 # gemmtest in all activation formats, compute-sanitizer on small cases, the benchmark's grid, PyTorch's grouped GEMM as
-# a control, vLLM's kernels as peers, shapes and routings that no kernel was tuned on, and hardware counters of the cells
-# that miss their target.
+# a control, shapes and routings that no kernel was tuned on, hardware counters of the cells that miss their target, and
+# vLLM's kernels as peers.
 #
-#   scripts/gpu_check.sh [--binaries DIR] [--real DIR] [--vllm DIR] [--out DIR] [--backend NAME] [--steps LIST]
+#   scripts/gpu_check.sh [--binaries DIR] [--real DIR] [--vllm DIR] [--peers LIST] [--out DIR] [--backend NAME]
+#                        [--steps LIST]
 #
 # --binaries DIR  prebuilt by scripts/gpu_bundle.sh (or a build folder); else the project is built here
 # --real DIR      a checkpoint of trained weights, as scripts/real_checkpoint.py DIR --layers 15 makes it, for layertest
 # --vllm DIR      vLLM's package folder, where its package is not installed (scripts/vllm_peers.py)
+# --peers LIST    of marlin,triton_kernels,humming (default: the first two)
 # --out DIR       where summary.txt, summary.json, grid.json and the logs go (default: build/gpu_check)
 # --backend NAME  default: sm90
-# --steps LIST    of tests,layertest,grid,control,peers,untuned,counters,sanitizer (default: all, in this order)
+# --steps LIST    of tests,layertest,grid,control,untuned,counters,sanitizer,peers (default: all, in this order)
 #
 # Steps that this machine can't run are reported as "not run". Exit code 0 when nothing failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-binaries='' real='' vllm='' out='' backend=sm90 steps=tests,layertest,grid,control,peers,untuned,counters,sanitizer
+binaries='' real='' vllm='' peers='' out='' backend=sm90
+steps=tests,layertest,grid,control,untuned,counters,sanitizer,peers
 while [ $# -gt 0 ]; do
   case $1 in
     --binaries) binaries=${2:?--binaries needs a folder}; shift ;;
@@ -26,6 +29,7 @@ while [ $# -gt 0 ]; do
     --steps) steps=${2:?--steps needs a list}; shift ;;
     --real) real=${2:?--real needs a folder}; shift ;;
     --vllm) vllm=${2:?--vllm needs a folder}; shift ;;
+    --peers) peers=${2:?--peers needs a list}; shift ;;
     --help | -h) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) printf 'error: unknown option %s; see --help\n' "$1" >&2; exit 2 ;;
   esac
@@ -66,10 +70,24 @@ note() {
   [ "$1" != failed ] || failed=1
 }
 
+# log_of NAME: the file of attempt's log.
+log_of() {
+  printf '%s\n' "$out/${1//[^a-zA-Z0-9]/_}.log"
+}
+
+# show NAME: the log of an attempt, if it came to one.
+show() {
+  local log
+  log=$(log_of "$1")
+  [ ! -f "$log" ] || cat "$log"
+}
+
 # attempt NAME LIMIT_S COMMAND...: runs it with a log of its own. 77 is a skip.
 attempt() {
-  local name=$1 most=$2 log=$out/${1//[^a-zA-Z0-9]/_}.log begin=$SECONDS left code last
+  local name=$1 most=$2 log begin=$SECONDS left code last
   shift 2
+  log=$(log_of "$name")
+  rm -f "$log"
   left=$((limit_s - (SECONDS - start_s)))
   if [ "$left" -lt 5 ]; then
     note 'not run' "$name" 0 "the $limit_s s of the whole run are over"
@@ -166,7 +184,7 @@ run_layertest() {
 run_grid() {
   attempt grid 240 "$fourfold" bench --backend "$backend" --shape "$shapes" --tokens "$tokens" \
     --activations bf16,nvfp4 --min-time 0.25 --json "$out/grid.json"
-  cat "$out/grid.log"
+  show grid
 }
 
 # Three shapes and three routings beside those of the grid: their fractions of the floor should be the neighbours'.
@@ -174,11 +192,11 @@ run_untuned() {
   local few=1,16,256,1024,4096 routing
   attempt 'untuned shapes' 120 "$fourfold" bench --backend "$backend" --tokens "$few" --activations bf16,nvfp4 \
     --shape deepseek-v4-pro,qwen3-235b-a22b,mixtral-8x7b --min-time 0.1 --json "$out/untuned.json"
-  cat "$out/untuned_shapes.log"
+  show 'untuned shapes'
   for routing in zipf one-expert sequences; do
     attempt "routing $routing" 60 "$fourfold" bench --backend "$backend" --tokens "$few" --activations bf16,nvfp4 \
       --shape "$shapes" --routing "$routing" --min-time 0.1 --json "$out/$routing.json"
-    cat "$out/routing_${routing//-/_}.log"
+    show "routing $routing"
   done
 }
 
@@ -189,7 +207,7 @@ run_control() {
   fi
   attempt 'torch grouped_mm' 150 python3 "$here/torch_grouped.py" --shape "$shapes" --tokens "$tokens" \
     --json "$out/control.json" --beside "$out/grid.json"
-  cat "$out/torch_grouped_mm.log"
+  show 'torch grouped_mm'
 }
 
 run_peers() {
@@ -197,9 +215,10 @@ run_peers() {
     note 'not run' "vLLM's kernels" 0 'no PyTorch with CUDA on this machine'
     return
   fi
+  rm -f "$out/peers.json" # an older run's
   attempt "vLLM's kernels" 240 python3 "$here/vllm_peers.py" --shape "$shapes" --tokens "$tokens" \
-    --json "$out/peers.json" --beside "$out/grid.json" ${vllm:+--vllm "$vllm"}
-  cat "$out/vLLM_s_kernels.log"
+    --json "$out/peers.json" --beside "$out/grid.json" ${vllm:+--vllm "$vllm"} ${peers:+--peers "$peers"}
+  show "vLLM's kernels"
 }
 
 run_counters() {
@@ -211,7 +230,7 @@ run_counters() {
   fi
   attempt counters 120 python3 "$here/gpu_counters.py" --fourfold "$fourfold" --ncu "$ncu" --backend "$backend" \
     --json "$out/counters.json" B:1 B:16 C:1 B:64 B:1024 C:1024 A:4096 B:16384
-  cat "$out/counters.log"
+  show counters
 }
 
 run_sanitizer() {

@@ -63,12 +63,18 @@ def cells(of: Path) -> dict[str, dict[int, Cell]]:
     for case in measured["torch"]:
         found[case["model"]][case["tokens"]].others[TORCH] = case["seconds"]
     for case in measured.get("peers", {}).get("cases", []):
-        found[case["model"]][case["tokens"]].others[PEER_NAMES[case["peer"]]] = case["seconds"]
+        if case["seconds"]:
+            found[case["model"]][case["tokens"]].others[PEER_NAMES[case["peer"]]] = case["seconds"]
     for program in peers["programs"] if of == MEASURED else []:
         for model, times in program["microseconds"].items():
             for tokens, microseconds in times.items():
                 found[model][int(tokens)].others[program["name"]] = microseconds / 1e6
     return found
+
+
+def programs_of(found: dict[int, Cell]) -> list[str]:
+    """Those that have a time in any cell."""
+    return list(dict.fromkeys(name for cell in found.values() for name in cell.others))
 
 
 def microseconds(seconds: float | None) -> str:
@@ -119,13 +125,15 @@ def target_of(machine: str) -> Path:
     sys.exit(f"error: grid.json: expected a run on an H100 or H200, whose figures docs/hopper.md has, found {machine}")
 
 
-def peers_of(folder: Path) -> dict:
-    """Versions and times of scripts/vllm_peers.py; none where it was not run."""
+def peers_of(folder: Path, machine: str) -> dict:
+    """Versions and times of scripts/vllm_peers.py, no seconds where a result was wrong; none where it was not run."""
     if not (folder / "peers.json").is_file():
         return {}
     peers = json.loads(result_of(folder, "peers.json"))
-    kept = [{key: case[key] for key in ("peer", "model", "tokens", "seconds")} for case in peers["cases"]]
-    return {"versions": peers["peers"], "cases": [case for case in kept if case["seconds"]]}
+    if peers["gpu"] not in machine:
+        sys.exit(f"error: {folder}/peers.json: expected a run on {machine}, as grid.json's, found {peers['gpu']}")
+    kept = ("peer", "model", "tokens", "seconds", "rel_l2")
+    return {"versions": peers["peers"], "cases": [{key: case[key] for key in kept} for case in peers["cases"]]}
 
 
 def counters_of(folder: Path, commit: str, target: Path) -> dict:
@@ -164,7 +172,7 @@ def record(folder: Path, commit: str) -> None:
             for case in grid["cases"]
         ],
         "torch": [{key: case[key] for key in ("model", "tokens", "seconds")} for case in control["cases"]],
-        "peers": peers_of(folder),
+        "peers": peers_of(folder, machine["machine"]),
         "untuned": fractions(folder, "untuned.json"),
         "routings": {name: fractions(folder, f"{name}.json") for name in ROUTINGS},
         **counters_of(folder, commit, target),
@@ -177,7 +185,7 @@ def record(folder: Path, commit: str) -> None:
 
 def table_of(model: str, of: Path) -> str:
     found = cells(of)[model]
-    programs = list(next(iter(found.values())).others)
+    programs = programs_of(found)
     text = row(["T", *(f"fourfold {name}" for name in FORMATS), *programs])
     text += row(["---"] * (1 + len(FORMATS) + len(programs)))
     for tokens, cell in found.items():
@@ -228,7 +236,7 @@ def counter_table(of: Path) -> str:
 def readme_table() -> str:
     """Of the kernels of now, which an H200 ran."""
     found = cells(MEASURED_H200)["deepseek-v3"]
-    programs = list(next(iter(found.values())).others)
+    programs = programs_of(found)
     text = row(["tokens", "fourfold", "floor", *programs]) + row(["---"] * (3 + len(programs)))
     for tokens, cell in found.items():
         if tokens in README_TOKENS:
@@ -257,9 +265,10 @@ def plot(of: Path) -> None:
     figure, axes = plt.subplots(1, len(TITLES), figsize=(15, 5), layout="constrained")
     for axis, (model, title) in zip(axes, TITLES.items(), strict=True):
         tokens = list(found[model])
-        one = next(iter(found[model].values()))
-        nothing = float("nan")
-        lines = [(name, [cell.others.get(name, nothing) for cell in found[model].values()], "--") for name in one.others]
+        lines = [
+            (name, [cell.others.get(name, float("nan")) for cell in found[model].values()], "--")
+            for name in programs_of(found[model])
+        ]
         for name in FORMATS:
             lines.append((f"fourfold {name}", [cell.ours[name] for cell in found[model].values()], "-"))
         for label, seconds, style in lines:

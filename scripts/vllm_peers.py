@@ -585,7 +585,10 @@ def main() -> int:
     shapes = names_of(parser, "--shape", arguments.shape, {**ALIASES, **SHAPES})
     models = [ALIASES.get(name, name) for name in shapes]
     peers = names_of(parser, "--peers", arguments.peers, PEERS)
-    tokens = [int(count) for count in arguments.tokens.split(",")]
+    try:
+        tokens = [int(count) for count in arguments.tokens.split(",")]
+    except ValueError:
+        parser.error(f"--tokens: expected numbers with commas, found {arguments.tokens}")
     try:
         folder = vllm_folder(arguments.vllm)
     except FileNotFoundError as error:

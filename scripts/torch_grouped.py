@@ -14,7 +14,10 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}: expected PyTorch with CUDA: pip install torch")
 
 # E, H, I, K; names and aliases of bench/shapes.h.
 SHAPES = {

@@ -20,7 +20,7 @@ _moe_C_stable_libtorch.abi3.so and third_party/triton_kernels. Signatures are th
 0.1.10. On Hopper the driver compiles Marlin from PTX on first use, Triton and humming compile for each shape: the first
 run on a machine takes longer, its times do not.
 
-Exit status: 0 done, 1 error, 2 usage, 3 a peer failed or computed wrong numbers, 77 no vLLM here.
+Exit status: 0 done, 1 error, 2 usage, 3 a peer failed or computed wrong numbers, 77 no vLLM or no GPU here.
 
 usage: vllm_peers.py [--shape NAMES] [--tokens LIST] [--json FILE] [--beside GRID_JSON]
                      [--peers marlin,triton_kernels,humming] [--vllm FOLDER] [--routing uniform]
@@ -43,9 +43,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-import triton
-import triton.language as tl
+try:
+    import torch
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}: expected PyTorch with CUDA, and Triton, which comes with it: pip install torch")
 from torch_grouped import ALIASES, MOST_ERROR, ROTATION, SHAPES, line, routing, time_rotation, times_beside
 
 DEVICE = "cuda"
@@ -593,6 +596,9 @@ def main() -> int:
         folder = vllm_folder(arguments.vllm)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
+    if not torch.cuda.is_available():
+        print("skipped: PyTorch finds no CUDA device on this machine")
+        return SKIPPED
     if folder is None:
         print("skipped: no package vllm on this machine; install it, or give its folder as --vllm FOLDER")
         return SKIPPED

@@ -1,5 +1,6 @@
 #include "random_layer.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -86,6 +87,7 @@ void RandomLayer::add_shared_expert() {
 
 void RandomLayer::route() {
   route_at_random(inputs, shape_.experts, shape_.top_k, random_());
+  const auto repeated = static_cast<uint64_t>(std::min<int64_t>(2, shape_.experts));
   for (size_t slot = 0; slot < inputs.topk_ids.size(); ++slot) {
     int32_t& id = inputs.topk_ids[slot];
     if (shape_.assignment == Assignment::kOneExpert) id = static_cast<int32_t>(shape_.experts - 1);
@@ -93,7 +95,7 @@ void RandomLayer::route() {
       id = static_cast<int32_t>(shape_.experts - 1);
     }
     if (shape_.assignment == Assignment::kSomeAbsent && random_() % 3 == 0) id = -1;
-    if (shape_.assignment == Assignment::kRepeated) id = static_cast<int32_t>(random_() % 2);
+    if (shape_.assignment == Assignment::kRepeated) id = static_cast<int32_t>(random_() % repeated);
   }
 }
 

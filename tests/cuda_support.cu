@@ -13,10 +13,6 @@ namespace {
 
 constexpr int kSkipped = 77;
 
-cudaStream_t as_stream(void* stream) {
-  return static_cast<cudaStream_t>(stream);
-}
-
 }  // namespace
 
 __attribute__((weak)) std::string why_not_on_this_gpu() {
@@ -30,11 +26,11 @@ TestStream::TestStream() {
 }
 
 TestStream::~TestStream() {
-  cudaStreamDestroy(as_stream(stream_));
+  cudaStreamDestroy(cuda::as_stream(stream_));
 }
 
 CapturedGraph::CapturedGraph(const std::function<void(void* stream)>& enqueue) {
-  const cudaStream_t stream = as_stream(stream_.get());
+  const cudaStream_t stream = cuda::as_stream(stream_.get());
   cudaGraph_t graph = nullptr;
   cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
   enqueue(stream);
@@ -51,7 +47,7 @@ CapturedGraph::~CapturedGraph() {
 }
 
 void CapturedGraph::replay() {
-  cuda::check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph_), as_stream(stream_.get())),
+  cuda::check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph_), cuda::as_stream(stream_.get())),
               "cudaGraphLaunch");
   stream_.synchronize();
 }

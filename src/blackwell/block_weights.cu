@@ -12,7 +12,7 @@
 namespace fourfold::blackwell {
 namespace {
 
-struct Params {
+struct BlockWeightsParams {
   const uint8_t *codes, *scales;
   int64_t code_stride, scale_stride;
   bool swizzled;
@@ -21,7 +21,7 @@ struct Params {
   uint8_t *out_codes, *out_scales;
 };
 
-__global__ void block_weights_kernel(const __grid_constant__ Params p) {
+__global__ void block_weights_kernel(const __grid_constant__ BlockWeightsParams p) {
   const int64_t scale_rows = round_up(p.padded_rows, kScaleTileRows), all = scale_rows * p.scale_blocks;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < all;
        i += int64_t{gridDim.x} * blockDim.x) {
@@ -49,23 +49,23 @@ __global__ void block_weights_kernel(const __grid_constant__ Params p) {
 void launch_block_weights(const BlockScaledView& matrix, const BlockShape& shape, uint8_t* codes,
                           uint8_t* scales, void* stream) {
   const int64_t padded_blocks = shape.padded_depth() / 16;
-  const Params p{matrix.codes.data,
-                 matrix.scales,
-                 matrix.codes.stride,
-                 matrix.scale_stride,
-                 matrix.scale_layout == ScaleLayout::kSwizzled128x4,
-                 matrix.rows,
-                 matrix.blocks_per_row(),
-                 shape.padded_rows(),
-                 padded_blocks,
-                 round_up(padded_blocks, kScaleTileCols),
-                 codes,
-                 scales};
+  const BlockWeightsParams p{matrix.codes.data,
+                             matrix.scales,
+                             matrix.codes.stride,
+                             matrix.scale_stride,
+                             matrix.scale_layout == ScaleLayout::kSwizzled128x4,
+                             matrix.rows,
+                             matrix.blocks_per_row(),
+                             shape.padded_rows(),
+                             padded_blocks,
+                             round_up(padded_blocks, kScaleTileCols),
+                             codes,
+                             scales};
   const int64_t work = shape.scale_bytes();
   if (work == 0) return;
   constexpr int kThreads = 256;
   const auto grid = static_cast<unsigned>(std::min<int64_t>((work + kThreads - 1) / kThreads, 1 << 16));
-  block_weights_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  block_weights_kernel<<<grid, kThreads, 0, cuda::as_stream(stream)>>>(p);
   cuda::check_launch("block_weights_kernel");
 }
 

@@ -147,9 +147,8 @@ struct CutlassGemm {
                      void* stream) {
     const Arguments args = arguments(groups, multiprocessors);
     Adapter gemm;
-    require(gemm.initialize(args, workspace.data(), static_cast<cudaStream_t>(stream)),
-            "blackwell: initialize GEMM");
-    require(gemm.run(static_cast<cudaStream_t>(stream)), "blackwell: launch GEMM");
+    require(gemm.initialize(args, workspace.data(), cuda::as_stream(stream)), "blackwell: initialize GEMM");
+    require(gemm.run(cuda::as_stream(stream)), "blackwell: launch GEMM");
   }
 
   static GemmKernel describe() {

@@ -19,7 +19,7 @@ namespace {
 using cuda::kMostRowThreads;
 using cuda::Rows;
 
-struct Params {
+struct FinishParams {
   ActivationFunction function;
   bool gated;
   GemmResult h;
@@ -65,8 +65,8 @@ __device__ float row_scale_of(const GemmResult& sums, int32_t row) {
 }
 
 /// Sixteen values of h, as bf16 holds them.
-__device__ void load_h(const Params& p, const cuda::RowPlace& place, int32_t row, int32_t half, int32_t block,
-                       float (&x)[kNvfp4Block]) {
+__device__ void load_h(const FinishParams& p, const cuda::RowPlace& place, int32_t row, int32_t half,
+                       int32_t block, float (&x)[kNvfp4Block]) {
   const int64_t column = int64_t{block} * kNvfp4Block, first = half * p.h.columns + column;
   if (!p.h.is_float32) {
     cuda::load_block(static_cast<const Bf16*>(p.h.data) + row * p.h.stride + first, true, x);
@@ -81,8 +81,8 @@ __device__ void load_h(const Params& p, const cuda::RowPlace& place, int32_t row
 }
 
 /// Sixteen values of the activation, as bf16 holds them. `tap`: h and they go where they are wanted.
-__device__ void load_activation(const Params& p, const cuda::RowPlace& place, int32_t row, int32_t block,
-                                bool tap, float (&x)[kNvfp4Block]) {
+__device__ void load_activation(const FinishParams& p, const cuda::RowPlace& place, int32_t row,
+                                int32_t block, bool tap, float (&x)[kNvfp4Block]) {
   float up[kNvfp4Block];
   load_h(p, place, row, 0, block, x);  // gate, where there is one
   if (p.gated) load_h(p, place, row, 1, block, up);
@@ -99,7 +99,7 @@ __device__ void load_activation(const Params& p, const cuda::RowPlace& place, in
 }
 
 /// Largest magnitude of a row of the activation, the same in every thread.
-__device__ float activation_amax(const Params& p, const cuda::RowPlace& place, int32_t row) {
+__device__ float activation_amax(const FinishParams& p, const cuda::RowPlace& place, int32_t row) {
   uint32_t amax = 0;
   for (auto block = static_cast<int32_t>(threadIdx.x); block < p.blocks;
        block += static_cast<int32_t>(blockDim.x)) {
@@ -111,7 +111,7 @@ __device__ float activation_amax(const Params& p, const cuda::RowPlace& place, i
   return float_from_bits(cuda::block_maximum(amax));
 }
 
-__device__ float global_scale_of(const Params& p, const cuda::RowPlace& place, int32_t row) {
+__device__ float global_scale_of(const FinishParams& p, const cuda::RowPlace& place, int32_t row) {
   switch (p.policy) {
     case ScalePolicy::kStatic:
     case ScalePolicy::kMaxOverExperts:
@@ -125,7 +125,7 @@ __device__ float global_scale_of(const Params& p, const cuda::RowPlace& place, i
 }
 
 template <bool kTwoTerms>
-__global__ void __launch_bounds__(kMostRowThreads) activate_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMostRowThreads) activate_kernel(const __grid_constant__ FinishParams p) {
   cuda::start_after_previous();
   const int32_t rows = *p.rows;
   for (auto row = static_cast<int32_t>(blockIdx.x); row < rows; row += static_cast<int32_t>(gridDim.x)) {
@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(kMostRowThreads) activate_kernel(const __grid_
   }
 }
 
-__global__ void __launch_bounds__(kMostRowThreads) activation_amax_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMostRowThreads)
+    activation_amax_kernel(const __grid_constant__ FinishParams p) {
   cuda::start_after_previous();
   const int32_t rows = *p.rows;
   uint32_t amax = 0;
@@ -154,8 +155,8 @@ __global__ void __launch_bounds__(kMostRowThreads) activation_amax_kernel(const 
   if (threadIdx.x == 0 && amax != 0) atomicMax(reinterpret_cast<uint32_t*>(p.tensor_amax), amax);
 }
 
-Params params_of(const ActivateRows& args) {
-  Params p{};
+FinishParams params_of(const ActivateRows& args) {
+  FinishParams p{};
   p.function = args.function;
   p.gated = is_gated(args.function.kind);
   p.h = args.h;

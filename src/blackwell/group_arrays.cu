@@ -18,7 +18,7 @@ constexpr int64_t kMostBlocks = 512;
 constexpr size_t kArrays = 13;  // members of GroupArrays
 constexpr int64_t kArrayAlignment = 256;
 
-struct Params {
+struct GroupParams {
   const int32_t* group_offsets;
   int32_t experts, terms;
   StackedGemm gemms[2];
@@ -31,7 +31,7 @@ __device__ T& entry(void* array, int32_t group) {
   return static_cast<T*>(array)[group];
 }
 
-__device__ void write_group(const Params& p, const StackedGemm& gemm, const GroupArrays& arrays,
+__device__ void write_group(const GroupParams& p, const StackedGemm& gemm, const GroupArrays& arrays,
                             int32_t group, int32_t first_scale_row) {
   const int32_t expert = group / gemm.halves, half = group % gemm.halves;
   const int64_t first = int64_t{p.group_offsets[expert]} * p.terms;
@@ -64,7 +64,7 @@ __device__ void write_group(const Params& p, const StackedGemm& gemm, const Grou
 }
 
 /// The last expert whose first row is not behind `row`: experts without rows come before it.
-__device__ int32_t expert_of(const Params& p, int32_t row) {
+__device__ int32_t expert_of(const GroupParams& p, int32_t row) {
   int32_t low = 0, high = p.experts - 1;
   while (low < high) {
     const int32_t middle = (low + high + 1) / 2;
@@ -77,7 +77,7 @@ __device__ int32_t expert_of(const Params& p, int32_t row) {
   return low;
 }
 
-__device__ cuda::RowPlace place_of(const Params& p, const int32_t* scale_rows, int32_t row) {
+__device__ cuda::RowPlace place_of(const GroupParams& p, const int32_t* scale_rows, int32_t row) {
   cuda::RowPlace place;
   place.expert = expert_of(p, row);
   const int32_t first = p.group_offsets[place.expert], rows = p.group_offsets[place.expert + 1] - first;
@@ -89,7 +89,7 @@ __device__ cuda::RowPlace place_of(const Params& p, const int32_t* scale_rows, i
   return place;
 }
 
-__global__ void __launch_bounds__(kThreads) build_groups_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads) build_groups_kernel(const __grid_constant__ GroupParams p) {
   cuda::start_after_previous();
   extern __shared__ int32_t scale_rows[];  // [E+1]: first padded row of every expert
   for (auto expert = static_cast<int32_t>(threadIdx.x); expert < p.experts; expert += kThreads) {
@@ -142,12 +142,12 @@ int64_t most_scale_bytes(int64_t rows, int32_t terms, int64_t experts, int64_t d
 }
 
 void build_groups(const BuildGroups& args, void* stream) {
-  Params p{args.group_offsets.data(),
-           static_cast<int32_t>(args.group_offsets.size()) - 1,
-           args.terms,
-           {args.gemms[0], args.gemms[1]},
-           {args.arrays[0], args.arrays[1]},
-           args.places};
+  GroupParams p{args.group_offsets.data(),
+                static_cast<int32_t>(args.group_offsets.size()) - 1,
+                args.terms,
+                {args.gemms[0], args.gemms[1]},
+                {args.arrays[0], args.arrays[1]},
+                args.places};
   if (p.experts <= 0) return;
   const int64_t work = std::max<int64_t>(args.max_rows, 2 * p.experts);
   const auto blocks =

@@ -19,7 +19,7 @@ struct Term {
   const uint8_t* scales;
 };
 
-struct Params {
+struct StackParams {
   int32_t first_row, rows, blocks;
   Term terms[2];
   int32_t term_count;
@@ -37,7 +37,7 @@ struct Group {
   int32_t first_row, first_padded_row;
 };
 
-__device__ Group group_of(const Params& p, int32_t row) {
+__device__ Group group_of(const StackParams& p, int32_t row) {
   __shared__ Group group;
   __syncthreads();
   if (threadIdx.x == 0) group = {0, 0};
@@ -54,8 +54,8 @@ __device__ Group group_of(const Params& p, int32_t row) {
   return group;
 }
 
-__device__ void stack_block(const Params& p, const Group& group, const cuda::RowPlace& place, int32_t row,
-                            int term, int32_t block) {
+__device__ void stack_block(const StackParams& p, const Group& group, const cuda::RowPlace& place,
+                            int32_t row, int term, int32_t block) {
   const int64_t offset = p.swizzled ? group.first_padded_row * round_up(p.blocks, kScaleTileCols) +
                                           swizzled_scale_offset(row - group.first_row, block, p.blocks)
                                     : row * p.scale_stride + block;
@@ -70,7 +70,7 @@ __device__ void stack_block(const Params& p, const Group& group, const cuda::Row
 }
 
 __global__ void __launch_bounds__(cuda::kMostRowThreads)
-    stack_staged_kernel(const __grid_constant__ Params p) {
+    stack_staged_kernel(const __grid_constant__ StackParams p) {
   cuda::start_after_previous();
   for (auto i = static_cast<int32_t>(blockIdx.x); i < p.rows; i += static_cast<int32_t>(gridDim.x)) {
     const int32_t row = p.first_row + i;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(cuda::kMostRowThreads)
 void stack_staged(const ActivationView& a, std::span<const int32_t> group_offsets, int64_t first_row,
                   int64_t rows, const cuda::StackedRows& stacked, float* row_scales, void* stream) {
   if (rows == 0 || a.cols == 0) return;
-  Params p{};
+  StackParams p{};
   p.first_row = static_cast<int32_t>(first_row);
   p.rows = static_cast<int32_t>(rows);
   p.blocks = static_cast<int32_t>(a.cols / kNvfp4Block);

@@ -10,11 +10,7 @@
 namespace fourfold::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
-cudaStream_t as_stream(void* stream) {
-  return static_cast<cudaStream_t>(stream);
-}
+constexpr int kBenchThreads = 256;
 
 /// Fills `words` 4-byte words of codes, or of scales.
 template <bool kCodes>
@@ -27,16 +23,16 @@ __global__ void generate_kernel(uint64_t seed, int64_t words, uint32_t* out) {
 
 /// Reads `count` 16-byte words; eight loads in flight a thread. `sink` is written only if their xor is
 /// `never`, which keeps the loads alive.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kBenchThreads)
     read_kernel(const uint4* words, int64_t count, uint32_t never, uint32_t* sink) {
   constexpr int kUnroll = 8;
-  const int64_t step = int64_t{gridDim.x} * kThreads * kUnroll;
+  const int64_t step = int64_t{gridDim.x} * kBenchThreads * kUnroll;
   uint32_t sum = 0;
-  for (int64_t first = int64_t{blockIdx.x} * kThreads * kUnroll + threadIdx.x;
-       first + (kUnroll - 1) * kThreads < count; first += step) {
+  for (int64_t first = int64_t{blockIdx.x} * kBenchThreads * kUnroll + threadIdx.x;
+       first + (kUnroll - 1) * kBenchThreads < count; first += step) {
     uint4 loaded[kUnroll];
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) loaded[i] = __ldcs(words + first + i * kThreads);
+    for (int i = 0; i < kUnroll; ++i) loaded[i] = __ldcs(words + first + i * kBenchThreads);
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) sum ^= loaded[i].x ^ loaded[i].y ^ loaded[i].z ^ loaded[i].w;
   }
@@ -151,7 +147,7 @@ class EventClock final : public StageObserver {
 };
 
 int grid_for(int64_t threads) {
-  return static_cast<int>(std::clamp<int64_t>((threads + kThreads - 1) / kThreads, 1, 1 << 16));
+  return static_cast<int>(std::clamp<int64_t>((threads + kBenchThreads - 1) / kBenchThreads, 1, 1 << 16));
 }
 
 }  // namespace
@@ -177,10 +173,10 @@ ExpertWeights generate_experts(const GeneratedLayer& layer, const Memory& memory
   ExpertWeights weights = generated_experts(layer, codes, scales, memory.device(), storage);
   const int64_t code_words = layer.code_bytes() / 4, scale_words = layer.scale_bytes() / 4;
   generate_kernel<true>
-      <<<grid_for(code_words), kThreads>>>(layer.seed, code_words, reinterpret_cast<uint32_t*>(codes));
+      <<<grid_for(code_words), kBenchThreads>>>(layer.seed, code_words, reinterpret_cast<uint32_t*>(codes));
   check_launch("generate_kernel of codes");
-  generate_kernel<false>
-      <<<grid_for(scale_words), kThreads>>>(layer.seed, scale_words, reinterpret_cast<uint32_t*>(scales));
+  generate_kernel<false><<<grid_for(scale_words), kBenchThreads>>>(layer.seed, scale_words,
+                                                                   reinterpret_cast<uint32_t*>(scales));
   check_launch("generate_kernel of scales");
   memory.synchronize();
   return weights;
@@ -188,7 +184,7 @@ ExpertWeights generate_experts(const GeneratedLayer& layer, const Memory& memory
 
 double measure_read_bandwidth(const Memory& memory, int64_t bytes) {
   constexpr int kPasses = 12, kBlocksAMultiprocessor = 8;
-  constexpr int64_t kChunk = int64_t{kThreads} * 8;
+  constexpr int64_t kChunk = int64_t{kBenchThreads} * 8;
   int device = 0, multiprocessors = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
@@ -197,7 +193,8 @@ double measure_read_bandwidth(const Memory& memory, int64_t bytes) {
   const Buffer buffer = memory.allocate(static_cast<size_t>(count) * sizeof(uint4));
   const Buffer sink = memory.allocate(sizeof(uint32_t));
   const int64_t words = count * 4;
-  generate_kernel<true><<<grid_for(words), kThreads>>>(1, words, reinterpret_cast<uint32_t*>(buffer.data()));
+  generate_kernel<true>
+      <<<grid_for(words), kBenchThreads>>>(1, words, reinterpret_cast<uint32_t*>(buffer.data()));
   check_launch("generate_kernel");
   memory.synchronize();
 
@@ -208,7 +205,7 @@ double measure_read_bandwidth(const Memory& memory, int64_t bytes) {
     events.push_back(std::make_unique<Event>());
     events.back()->record(stream.get());
     if (pass == kPasses) break;
-    read_kernel<<<multiprocessors * kBlocksAMultiprocessor, kThreads, 0, stream.get()>>>(
+    read_kernel<<<multiprocessors * kBlocksAMultiprocessor, kBenchThreads, 0, stream.get()>>>(
         reinterpret_cast<const uint4*>(buffer.data()), count, 0x12345678u,
         reinterpret_cast<uint32_t*>(sink.data()));
     check_launch("read_kernel");

@@ -1,8 +1,9 @@
-// Turning a failed CUDA call into fourfold::Error.
+// Turning a failed CUDA call into fourfold::Error, and other things that all who call CUDA need.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 
@@ -26,6 +27,16 @@ inline void check(cudaError_t error, const char* call, const char* file = __buil
 inline void check_launch(const char* kernel, const char* file = __builtin_FILE(),
                          int line = __builtin_LINE()) {
   check(cudaGetLastError(), kernel, file, line);
+}
+
+[[noreturn]] inline void reject(const std::string& what, const std::string& expected, int64_t found) {
+  throw Error(ErrorCode::kInvalidArgument,
+              what + ": expected " + expected + ", found " + std::to_string(found));
+}
+
+/// Public headers know streams as void*.
+inline cudaStream_t as_stream(void* stream) {
+  return static_cast<cudaStream_t>(stream);
 }
 
 }  // namespace fourfold::cuda

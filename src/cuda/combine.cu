@@ -9,10 +9,10 @@
 namespace fourfold::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kCombineThreads = 128;
 constexpr unsigned kMostTokenBlocks = 1u << 20;  // more tokens are taken in turn
 
-struct Params {
+struct CombineParams {
   SlotRows slots;
   const Bf16* shared_z;  // null: no shared expert
   int64_t shared_stride;
@@ -22,10 +22,10 @@ struct Params {
 };
 
 template <class Out>
-__global__ void __launch_bounds__(kThreads)
-    combine_rows(const __grid_constant__ Params p, Out* y, int64_t y_stride) {
+__global__ void __launch_bounds__(kCombineThreads)
+    combine_rows(const __grid_constant__ CombineParams p, Out* y, int64_t y_stride) {
   start_after_previous();
-  const auto column = static_cast<int32_t>(blockIdx.y * kThreads + threadIdx.x);
+  const auto column = static_cast<int32_t>(blockIdx.y * kCombineThreads + threadIdx.x);
   if (column >= p.columns) return;
   for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
     float sums[kColumns] = {};
@@ -39,14 +39,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 /// A block a token; its threads' sums meet in a fixed order.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kCombineThreads)
     weigh_tokens(const Bf16* x, int64_t x_stride, int64_t hidden, const float* gate, float* weights) {
   start_after_previous();
-  __shared__ float of_warps[kThreads / 32];
+  __shared__ float of_warps[kCombineThreads / 32];
   const int64_t token = blockIdx.x;
   float sum = 0.0f;
   if (gate != nullptr) {
-    for (int64_t h = threadIdx.x; h < hidden; h += kThreads) {
+    for (int64_t h = threadIdx.x; h < hidden; h += kCombineThreads) {
       sum = __fadd_rn(sum, __fmul_rn(static_cast<float>(x[token * x_stride + h]), gate[h]));
     }
   }
@@ -74,7 +74,7 @@ void combine(const CombineArgs& args, void* stream) {
         "combine: z: expected H and stride in multiples of 8 and a 16-byte aligned address, found H " +
             std::to_string(hidden) + ", stride " + std::to_string(args.z.stride));
   }
-  const Params params{
+  const CombineParams params{
       {args.z.data, args.z.stride, args.row_of_slot, args.weight_on_input ? nullptr : args.topk_weights.data,
        args.topk_weights.stride, static_cast<int32_t>(args.topk_weights.cols)},
       args.shared_z.data,
@@ -83,20 +83,20 @@ void combine(const CombineArgs& args, void* stream) {
       static_cast<int32_t>(hidden / kColumns),
       tokens};
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tokens, kMostTokenBlocks)),
-                  static_cast<unsigned>((params.columns + kThreads - 1) / kThreads));
+                  static_cast<unsigned>((params.columns + kCombineThreads - 1) / kCombineThreads));
   std::visit(
       [&](const auto& y) {
         using Out = std::remove_pointer_t<decltype(y.data)>;
-        launch_after_previous("combine_rows", combine_rows<Out>, grid, kThreads, 0, stream, params, y.data,
-                              y.stride);
+        launch_after_previous("combine_rows", combine_rows<Out>, grid, kCombineThreads, 0, stream, params,
+                              y.data, y.stride);
       },
       args.y);
 }
 
 void weigh_shared(MatrixView<const Bf16> x, const float* gate, float* weights, void* stream) {
   if (x.rows == 0) return;
-  launch_after_previous("weigh_tokens", weigh_tokens, static_cast<unsigned>(x.rows), kThreads, 0, stream,
-                        x.data, x.stride, x.cols, gate, weights);
+  launch_after_previous("weigh_tokens", weigh_tokens, static_cast<unsigned>(x.rows), kCombineThreads, 0,
+                        stream, x.data, x.stride, x.cols, gate, weights);
 }
 
 }  // namespace fourfold::cuda

@@ -17,7 +17,7 @@ struct Term {
   Rows<Bf16> to;
 };
 
-struct Params {
+struct DecodeParams {
   ActivationFormat format;
   int32_t first_row, rows, blocks;  // rows come from first_row on and go to row 0 on
   Rows<const Bf16> values;
@@ -37,7 +37,7 @@ struct Place {
 };
 
 /// All threads look; ends with a barrier. Rows beyond the last group count as of group 0 and are no one's.
-__device__ Place place_of(const Params& p, int32_t row) {
+__device__ Place place_of(const DecodeParams& p, int32_t row) {
   __shared__ Place place;
   if (threadIdx.x == 0) place = {0, 0, 0};
   __syncthreads();
@@ -58,7 +58,7 @@ __device__ Place place_of(const Params& p, int32_t row) {
   return found;
 }
 
-__device__ void decode_nvfp4(const Params& p, const Term& term, const Place& place, int32_t row,
+__device__ void decode_nvfp4(const DecodeParams& p, const Term& term, const Place& place, int32_t row,
                              int32_t block) {
   const int64_t in_group = row - place.first_row, k_sf = p.blocks;
   const int64_t offset = p.swizzled ? place.first_padded_row * round_up(k_sf, kScaleTileCols) +
@@ -76,7 +76,7 @@ __device__ void decode_nvfp4(const Params& p, const Term& term, const Place& pla
   store_exact_block(x, term.to.row(row - p.first_row) + int64_t{block} * kNvfp4Block, term.to.aligned);
 }
 
-__device__ void decode_other(const Params& p, int32_t row, int32_t block) {
+__device__ void decode_other(const DecodeParams& p, int32_t row, int32_t block) {
   const int64_t first = int64_t{block} * kNvfp4Block;
   float x[kNvfp4Block];
   if (p.format == ActivationFormat::kBf16) {
@@ -88,7 +88,7 @@ __device__ void decode_other(const Params& p, int32_t row, int32_t block) {
   store_exact_block(x, p.terms[0].to.row(row - p.first_row) + first, p.terms[0].to.aligned);
 }
 
-__global__ void __launch_bounds__(kMostRowThreads) decode_rows(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMostRowThreads) decode_rows(const __grid_constant__ DecodeParams p) {
   start_after_previous();
   for (auto i = static_cast<int32_t>(blockIdx.x); i < p.rows; i += static_cast<int32_t>(gridDim.x)) {
     const int32_t row = p.first_row + i;
@@ -119,7 +119,7 @@ void decode_staged(const ActivationView& a, std::span<const int32_t> group_offse
                 "staged activations: expected at most 2^30 rows and a multiple of 16 columns, found [" +
                     std::to_string(a.rows) + ", " + std::to_string(a.cols) + "]");
   }
-  Params p{};
+  DecodeParams p{};
   p.format = a.format;
   p.nvfp4 = is_nvfp4(a.format);
   p.first_row = static_cast<int32_t>(first_row);

@@ -69,10 +69,6 @@ __global__ void write_words(uint32_t* to, const __grid_constant__ Words values, 
   if (i < count) to[i] = values.words[i];
 }
 
-cudaStream_t as_stream(void* stream) {
-  return static_cast<cudaStream_t>(stream);
-}
-
 }  // namespace
 
 GpuProbe probe_gpu() {

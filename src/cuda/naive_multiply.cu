@@ -9,7 +9,7 @@
 namespace fourfold::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kMultiplyThreads = 256, kWarps = kMultiplyThreads / 32;
 constexpr int kPiece = 2048;  // values of a weight row in shared memory
 
 /// A block-scaled matrix on the device.
@@ -43,7 +43,7 @@ __device__ double warp_sum(double value) {
   return value;
 }
 
-__global__ void __launch_bounds__(kThreads) multiply_kernel(MultiplyArgs args) {
+__global__ void __launch_bounds__(kMultiplyThreads) multiply_kernel(MultiplyArgs args) {
   __shared__ float weights[kPiece];
   const ExpertRange& range = args.ranges[blockIdx.y];
   const int64_t column = args.columns[blockIdx.x];
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) multiply_kernel(MultiplyArgs args) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int64_t piece = 0; piece < args.depth; piece += kPiece) {
     const int64_t count = min(int64_t{kPiece}, args.depth - piece);
-    for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    for (int64_t i = threadIdx.x; i < count; i += kMultiplyThreads) {
       const int64_t k = piece + i;
       const uint8_t byte = matrix.codes[weight_row * matrix.code_stride + k / 2];
       const uint8_t scale = matrix.scales[weight_row * matrix.scale_stride + k / 16];
@@ -149,7 +149,7 @@ std::vector<float> multiply_sampled(const Memory& memory, const ExpertWeights& w
   args.rows_a_half = gemm == ExpertGemm::kDown ? weights.hidden : weights.intermediate;
   args.terms = rows.terms;
   const dim3 grid(static_cast<unsigned>(columns.size()), static_cast<unsigned>(ranges.size()));
-  multiply_kernel<<<grid, kThreads>>>(args);
+  multiply_kernel<<<grid, kMultiplyThreads>>>(args);
   check_launch("multiply_kernel");
   memory.synchronize();
   memory.copy_to_host(out.data(), device_out.data(), out.size() * sizeof(float));

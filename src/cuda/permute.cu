@@ -265,11 +265,6 @@ void launch(const ExpertIds& ids, const Outputs& out, std::span<std::byte> scrat
                         chunks.slots_each, chunks.count, counts, totals, out);
 }
 
-[[noreturn]] void reject(const std::string& what, const std::string& expected, int64_t found) {
-  throw Error(ErrorCode::kInvalidArgument,
-              what + ": expected " + expected + ", found " + std::to_string(found));
-}
-
 __global__ void slice_offsets(const int32_t* offsets, int32_t count, int32_t first, int32_t rows,
                               int32_t* out) {
   const auto i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -297,14 +292,14 @@ void permute(const PermuteArgs& args, void* stream) {
   const Outputs out{args.out.group_offsets.data(), args.out.slot_of_row.data(),
                     args.out.row_of_slot.data(),   args.status,
                     args.cleared.data(),           static_cast<int32_t>(args.cleared.size())};
-  launch(ExpertIds(args.routing, experts), out, args.scratch, static_cast<cudaStream_t>(stream));
+  launch(ExpertIds(args.routing, experts), out, args.scratch, as_stream(stream));
 }
 
 void slice_group_offsets(std::span<const int32_t> group_offsets, int64_t first, int64_t rows,
                          std::span<int32_t> out, void* stream) {
   constexpr unsigned kThreads = 256;
   const auto count = static_cast<unsigned>(group_offsets.size());
-  slice_offsets<<<(count + kThreads - 1) / kThreads, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+  slice_offsets<<<(count + kThreads - 1) / kThreads, kThreads, 0, as_stream(stream)>>>(
       group_offsets.data(), static_cast<int32_t>(count), static_cast<int32_t>(first),
       static_cast<int32_t>(rows), out.data());
   check_launch("slice_offsets");

@@ -37,7 +37,7 @@ struct SourceRow {
   }
 };
 
-struct Params {
+struct StageParams {
   Source source;
   const int32_t* group_offsets;  // null: `rows` rows
   int32_t groups, rows, blocks;  // blocks: sixteens of a row
@@ -72,7 +72,7 @@ __device__ float row_amax(const SourceRow& row, int32_t blocks) {
 }
 
 /// expert_scales of the row's group. All threads look: one of them finds it.
-__device__ float expert_scale_of(const Params& p, int32_t row) {
+__device__ float expert_scale_of(const StageParams& p, int32_t row) {
   if (p.group_offsets == nullptr) return p.expert_scales[0];
   __shared__ float found;
   for (auto group = static_cast<int32_t>(threadIdx.x); group < p.groups;
@@ -86,7 +86,7 @@ __device__ float expert_scale_of(const Params& p, int32_t row) {
 }
 
 template <ActivationFormat kFormat>
-__device__ float global_scale_of(const Params& p, const SourceRow& source, int32_t row) {
+__device__ float global_scale_of(const StageParams& p, const SourceRow& source, int32_t row) {
   if (kFormat == ActivationFormat::kFp8) return dynamic_scale(row_amax(source, p.blocks), kE4m3Max);
   switch (p.policy) {
     case ScalePolicy::kStatic:
@@ -101,7 +101,7 @@ __device__ float global_scale_of(const Params& p, const SourceRow& source, int32
 }
 
 template <ActivationFormat kFormat, bool kStacked>
-__device__ void stage_block(const Params& p, float (&x)[kNvfp4Block], float global, int32_t row,
+__device__ void stage_block(const StageParams& p, float (&x)[kNvfp4Block], float global, int32_t row,
                             int32_t index) {
   if constexpr (kFormat == ActivationFormat::kBf16) {
 #pragma unroll
@@ -129,7 +129,7 @@ constexpr int kResidentBlocks = kFormat == ActivationFormat::kNvfp4x2 || kStacke
 
 template <ActivationFormat kFormat, bool kStacked>
 __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat, kStacked>)
-    stage_rows(const __grid_constant__ Params p) {
+    stage_rows(const __grid_constant__ StageParams p) {
   start_after_previous();
   const int32_t rows = p.group_offsets != nullptr ? p.group_offsets[p.groups] : p.rows;
   for (auto row = static_cast<int32_t>(blockIdx.x); row < rows; row += static_cast<int32_t>(gridDim.x)) {
@@ -151,17 +151,17 @@ __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat, kSta
   }
 }
 
-constexpr int kSlotsAtOnce = 32;
+constexpr int kSharedSlots = 32;
 
 /// Rows of some slots of a token, and their global scales where experts have their own.
 struct SlotRows {
-  int32_t row[kSlotsAtOnce];  // -1: none
-  float scale[kSlotsAtOnce];
+  int32_t row[kSharedSlots];  // -1: none
+  float scale[kSharedSlots];
 };
 
 /// All threads take part; begins and ends with a barrier. All that is read is asked for at once, where a
 /// thread has one group: with few tokens, the time of this kernel is that of its longest chain of loads.
-__device__ void find_slot_rows(const Params& p, int64_t first_slot, int32_t count, bool scaled_by_expert,
+__device__ void find_slot_rows(const StageParams& p, int64_t first_slot, int32_t count, bool scaled_by_expert,
                                SlotRows& found) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const int32_t row = thread < count ? p.source.row_of_slot[first_slot + thread] : -1;
@@ -189,7 +189,7 @@ __device__ void find_slot_rows(const Params& p, int64_t first_slot, int32_t coun
 /// blockIdx.x: tokens, in turn; blockIdx.y: which slots_each of a token's slots.
 template <ActivationFormat kFormat, bool kStacked>
 __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat, kStacked>)
-    stage_tokens(const __grid_constant__ Params p, int32_t tokens, int32_t slots_each) {
+    stage_tokens(const __grid_constant__ StageParams p, int32_t tokens, int32_t slots_each) {
   __shared__ SlotRows slots;
   start_after_previous();
   const int32_t top_k = p.source.top_k, begin = static_cast<int32_t>(blockIdx.y) * slots_each;
@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat, kSta
     float global = 1.0f;
     if (kFormat != ActivationFormat::kBf16 && !scaled_by_expert)
       global = global_scale_of<kFormat>(p, source, 0);
-    for (int32_t first = begin; first < end; first += kSlotsAtOnce) {
-      const int32_t count = min(end - first, kSlotsAtOnce);
+    for (int32_t first = begin; first < end; first += kSharedSlots) {
+      const int32_t count = min(end - first, kSharedSlots);
       const auto thread = static_cast<int32_t>(threadIdx.x);
       float x[kNvfp4Block];
       if (thread < p.blocks) source.load(thread, x);
@@ -240,11 +240,6 @@ __global__ void __launch_bounds__(kMostRowThreads)
   if (threadIdx.x == 0 && amax != 0) atomicMax(amax_bits, amax);
 }
 
-[[noreturn]] void reject(const std::string& what, const std::string& expected, int64_t found) {
-  throw Error(ErrorCode::kInvalidArgument,
-              what + ": expected " + expected + ", found " + std::to_string(found));
-}
-
 Source source_of(const RowSource& source, int64_t max_rows) {
   if (source.rows.cols % kNvfp4Block != 0) reject("stage: columns", "a multiple of 16", source.rows.cols);
   if (max_rows > kMostRows) reject("stage: rows", "at most 2^30", max_rows);
@@ -252,9 +247,9 @@ Source source_of(const RowSource& source, int64_t max_rows) {
           static_cast<int32_t>(source.top_k), source.weights.data, source.weights.stride};
 }
 
-Params params_of(const StageArgs& args) {
+StageParams params_of(const StageArgs& args) {
   const StagedActivations& staged = args.staged;
-  Params p{};
+  StageParams p{};
   p.source = source_of(args.source, args.max_rows);
   p.group_offsets = args.group_offsets.data();
   p.groups = static_cast<int32_t>(args.group_offsets.size()) - 1;
@@ -281,7 +276,7 @@ Params params_of(const StageArgs& args) {
 void stage(const StageArgs& args, void* stream) {
   const int64_t cols = args.source.rows.cols;
   if (args.max_rows == 0 || cols == 0) return;
-  const Params params = params_of(args);
+  const StageParams params = params_of(args);
   const bool by_token = args.source.row_of_slot != nullptr && args.source.weights.empty();
   if (args.group_offsets.empty() && args.source.slot_of_row != nullptr) {
     throw Error(ErrorCode::kInvalidArgument,

@@ -14,7 +14,7 @@
 namespace fourfold::sm90 {
 namespace {
 
-struct Arguments {
+struct ActivateArguments {
   ActivationFunction function;
   bool gated;
   const Bf16* h;
@@ -25,7 +25,7 @@ struct Arguments {
 };
 
 /// Eight channels a thread.
-__global__ void activate_rows_kernel(const __grid_constant__ Arguments args) {
+__global__ void activate_rows_kernel(const __grid_constant__ ActivateArguments args) {
   const int32_t rows = *args.rows;
   const int64_t pieces = int64_t{rows} * (args.channels / 8);
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < pieces;
@@ -48,12 +48,12 @@ __global__ void activate_rows_kernel(const __grid_constant__ Arguments args) {
 }  // namespace
 
 void launch_activate_rows(const ActivateRows& args, void* stream) {
-  const Arguments kernel{
+  const ActivateArguments kernel{
       args.function, is_gated(args.function.kind),      args.h.data, args.d.data, args.h.stride,
       args.d.stride, static_cast<int32_t>(args.d.cols), args.rows};
   // Enough to fill any GPU of the architecture; the loop takes the rest.
   const int64_t blocks = std::min<int64_t>((args.d.rows * args.d.cols / 8 + 255) / 256, 132 * 16);
-  activate_rows_kernel<<<static_cast<unsigned>(blocks), 256, 0, static_cast<cudaStream_t>(stream)>>>(kernel);
+  activate_rows_kernel<<<static_cast<unsigned>(blocks), 256, 0, cuda::as_stream(stream)>>>(kernel);
   cuda::check(cudaGetLastError(), "activate_rows_kernel");
 }
 

@@ -157,7 +157,7 @@ void launch_expert_gemm(const ExpertGemm& args, void* stream) {
   launch.paired = args.weights.order == RowOrder::kGateUpPaired;
   launch.overlap_previous = args.overlap_previous;
   launch.multiprocessors = cuda::multiprocessor_count();
-  launch.stream = static_cast<cudaStream_t>(stream);
+  launch.stream = cuda::as_stream(stream);
   launch.gathered = args.slot_of_row != nullptr;
   if (launch.gathered) launch.args.gathered = gathered_tokens(args);
   set_outputs(args, launch);

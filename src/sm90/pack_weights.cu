@@ -22,7 +22,7 @@ struct Source {
   bool swizzled;
 };
 
-struct Arguments {
+struct PackArguments {
   PackedShape shape;
   Source halves[2];
   uint8_t* packed;
@@ -37,7 +37,7 @@ __device__ uint8_t scale_of(const PackedShape& shape, const Source& source, int6
 
 /// One block a unit: the unit's codes and scales are read and re-encoded into shared memory, then every
 /// thread assembles the words that its namesake in the GEMM will read.
-__global__ void __launch_bounds__(128) pack_weights_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(128) pack_weights_kernel(const __grid_constant__ PackArguments args) {
   __shared__ uint8_t codes[kUnitRows][kUnitDepth];
   __shared__ uint8_t scales[kUnitRows][kSteps];
   const PackedShape& shape = args.shape;
@@ -100,9 +100,9 @@ void launch_pack_weights(const PackWeights& args, void* stream) {
   validate(args);
   const int64_t units = args.shape.row_blocks() * args.shape.depth_units();
   if (units == 0) return;
-  const Arguments kernel{
+  const PackArguments kernel{
       args.shape, {source_of(args.matrix), source_of(args.up)}, reinterpret_cast<uint8_t*>(args.packed)};
-  pack_weights_kernel<<<static_cast<unsigned>(units), 128, 0, static_cast<cudaStream_t>(stream)>>>(kernel);
+  pack_weights_kernel<<<static_cast<unsigned>(units), 128, 0, cuda::as_stream(stream)>>>(kernel);
   cuda::check(cudaGetLastError(), "pack_weights_kernel");
 }
 

@@ -9,7 +9,7 @@ foreach(folder ${CUDAToolkit_INCLUDE_DIRS})
 endforeach()
 add_unit_test(blackwell_layout_test)
 target_include_directories(blackwell_layout_test SYSTEM PRIVATE ${host_cutlass_includes})
-add_unit_test(blackwell_backend_test random_layer.cpp)
+add_unit_test(blackwell_backend_test random_layer)
 target_include_directories(blackwell_backend_test PRIVATE ${PROJECT_SOURCE_DIR})  # bench/shapes.h
 string(REPLACE ";" "," architecture_list "${FOURFOLD_BLACKWELL_ARCHITECTURES}")
 target_compile_definitions(blackwell_backend_test PRIVATE FOURFOLD_BLACKWELL_ARCHITECTURES="${architecture_list}")
@@ -22,8 +22,11 @@ add_gpu_test(blackwell_stages blackwell_stages_test.cpp)
 target_include_directories(blackwell_stages_test SYSTEM PRIVATE ${host_cutlass_includes})
 
 # On a Blackwell GPU: whole layers.
-add_gpu_test(blackwell_layer blackwell_native_backend.cpp $<TARGET_OBJECTS:gpu_layer_tests>)
+add_gpu_test(blackwell_layer blackwell_native_backend.cpp $<TARGET_OBJECTS:gpu_layer_tests>
+             $<TARGET_OBJECTS:random_layer>)
 
 # On a Hopper GPU: whole layers with the emulated kernel of tests/CMakeLists.txt.
-add_gpu_test(blackwell_emulated blackwell_emulated_backend.cpp $<TARGET_OBJECTS:gpu_layer_tests>
-             $<TARGET_OBJECTS:emulated_sm_120>)
+if(FOURFOLD_EMULATED_SM120)
+  add_gpu_test(blackwell_emulated blackwell_emulated_backend.cpp $<TARGET_OBJECTS:gpu_layer_tests>
+               $<TARGET_OBJECTS:random_layer> $<TARGET_OBJECTS:emulated_sm_120>)
+endif()

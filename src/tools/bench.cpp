@@ -122,8 +122,8 @@ class BenchRun {
     const auto known = machines_.find(key);
     if (known != machines_.end()) return known->second;
     listener_.progress("measuring ceilings");
-    const MachineReport machine{testbed.machine(), threads, testbed.cache_bytes(), testbed.read_bandwidth(),
-                                testbed.peaks()};
+    const MachineReport machine{testbed.machine(), threads, testbed.cache_bytes(),
+                                testbed.read_bandwidth(request_.timing), testbed.peaks(request_.timing)};
     listener_.machine(machine);
     return machines_.emplace(key, machine).first->second;
   }

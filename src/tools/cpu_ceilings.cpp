@@ -111,8 +111,8 @@ std::string cpu_name() {
   return "unknown CPU";
 }
 
-Ceiling measure_dram_read(int64_t bytes) {
-  constexpr int kPasses = 7;
+Ceiling measure_dram_read(int64_t bytes, double min_seconds) {
+  const int passes = min_seconds < kCeilingRunSeconds ? 2 : 7;
   const HugeMapping mapping(static_cast<size_t>(bytes));
 #pragma omp parallel
   {
@@ -120,7 +120,7 @@ Ceiling measure_dram_read(int64_t bytes) {
     std::fill(mapping.words() + first, mapping.words() + last, uint64_t{first});  // first touch
   }
   std::vector<double> rates;
-  for (int pass = 0; pass < kPasses; ++pass) {
+  for (int pass = 0; pass < passes; ++pass) {
     size_t bytes_read = 0;
     const double seconds = time_read(mapping, bytes_read);
     rates.push_back(static_cast<double>(bytes_read) / seconds);
@@ -131,8 +131,8 @@ Ceiling measure_dram_read(int64_t bytes) {
                       in_cache ? "; no more than the cache: there was no memory for more" : "")};
 }
 
-std::vector<Ceiling> measure_cpu_peaks() {
-  constexpr double kEnoughSeconds = 0.005;  // many short runs: a busy neighbour leaves short gaps
+std::vector<Ceiling> measure_cpu_peaks(double min_seconds) {
+  const double enough_seconds = std::min(kCeilingRunSeconds, min_seconds);
   constexpr int kRuns = 11;
   std::vector<Ceiling> ceilings;
   for (const CpuPeak& peak : cpu_peaks()) {
@@ -142,7 +142,7 @@ std::vector<Ceiling> measure_cpu_peaks() {
     }
     // How many iterations take long enough is found on one thread: waking others is no work.
     int64_t iterations = 1 << 14;
-    for (auto start = Clock::now(); peak.run(iterations), seconds_since(start) < kEnoughSeconds;) {
+    for (auto start = Clock::now(); peak.run(iterations), seconds_since(start) < enough_seconds;) {
       iterations *= 2;
       start = Clock::now();
     }

@@ -22,12 +22,16 @@ int64_t last_level_cache_bytes();
 std::string cpu_name();
 
 /// Reading DRAM once, sequentially, with as many threads as OpenMP takes, each its own part: `bytes` in pages
-/// of 2 MB where the system gives them. The best of several passes.
-Ceiling measure_dram_read(int64_t bytes);
+/// of 2 MB where the system gives them. The best of seven passes; of two where less than kCeilingRunSeconds
+/// is asked for, which is for trying things out.
+Ceiling measure_dram_read(int64_t bytes, double min_seconds);
+
+/// A run of one of the peaks takes so long: many short ones, since a busy neighbour leaves short gaps.
+inline constexpr double kCeilingRunSeconds = 0.005;
 
 /// Peaks of the instruction sets that this CPU and its system have, with as many threads as OpenMP takes;
-/// operands stay in registers (or tiles); the best of several runs. The names are those of
-/// LayerPlan::arithmetic:
+/// operands stay in registers (or tiles); the best of several runs of kCeilingRunSeconds, or of `min_seconds`
+/// where that is less. The names are those of LayerPlan::arithmetic:
 ///   f32            multiplication and addition as the compiler vectorises them for any CPU of this kind
 ///   f32-avx2, f32-avx512           fused multiply-add
 ///   int8-avx2                          vpmaddubsw and the addition of its 16-bit sums
@@ -35,6 +39,6 @@ Ceiling measure_dram_read(int64_t bytes);
 ///   bf16-avx512                    vdpbf16ps
 ///   int8-amx, bf16-amx             tile multiplication
 /// Those that can't run are listed without a number, with the reason.
-std::vector<Ceiling> measure_cpu_peaks();
+std::vector<Ceiling> measure_cpu_peaks(double min_seconds);
 
 }  // namespace fourfold

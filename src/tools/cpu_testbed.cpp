@@ -71,13 +71,15 @@ class CpuTestbed final : public Testbed {
     return generated_experts(layer, codes, codes + code_bytes, Device::host(), storage);
   }
 
-  Ceiling read_bandwidth() const override {
+  Ceiling read_bandwidth(const TimingLimits& limits) const override {
     // Beyond the cache by far, but no more than a quarter of what is there.
     const int64_t wanted = std::max<int64_t>(3 * cache_bytes(), int64_t{512} << 20);
-    return measure_dram_read(std::min(wanted, free_bytes() / 4));
+    return measure_dram_read(std::min(wanted, free_bytes() / 4), limits.min_seconds);
   }
 
-  std::vector<Ceiling> peaks() const override { return measure_cpu_peaks(); }
+  std::vector<Ceiling> peaks(const TimingLimits& limits) const override {
+    return measure_cpu_peaks(limits.min_seconds);
+  }
   std::optional<Ceiling> operand_peak(const OperandSample&) const override { return std::nullopt; }
 
   std::vector<double> time(std::span<const LayerCall> rotation, const TimingLimits& limits) const override {

@@ -30,13 +30,13 @@ class CudaTestbed final : public Testbed {
     return cuda::generate_experts(layer, memory_);
   }
 
-  Ceiling read_bandwidth() const override {
+  Ceiling read_bandwidth(const TimingLimits&) const override {
     const int64_t bytes = std::min<int64_t>(int64_t{4} << 30, free_bytes() / 4);
     return {"device memory read", cuda::measure_read_bandwidth(memory_, bytes),
             fmt::format("{:.1f} GB, sequential", 1e-9 * static_cast<double>(bytes))};
   }
 
-  std::vector<Ceiling> peaks() const override { return {}; }
+  std::vector<Ceiling> peaks(const TimingLimits&) const override { return {}; }
   std::optional<Ceiling> operand_peak(const OperandSample& sample) const override {
     // Generated codes are one array, and so are scales: gate of the first expert is where both start.
     const ExpertWeights& weights = *sample.weights;

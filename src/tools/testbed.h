@@ -44,9 +44,9 @@ class Testbed {
 
   virtual ExpertWeights generate(const GeneratedLayer& layer) const = 0;
 
-  virtual Ceiling read_bandwidth() const = 0;
+  virtual Ceiling read_bandwidth(const TimingLimits& limits) const = 0;
   /// Arithmetic peaks that are the machine's alone.
-  virtual std::vector<Ceiling> peaks() const = 0;
+  virtual std::vector<Ceiling> peaks(const TimingLimits& limits) const = 0;
   /// The peak on operands of a case; nullopt where it does not depend on them.
   virtual std::optional<Ceiling> operand_peak(const OperandSample& sample) const = 0;
 

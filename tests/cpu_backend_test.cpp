@@ -212,17 +212,16 @@ TEST_P(CpuLayers, AreSoundForEveryActivationWithAndWithoutBiases) {
       RandomLayerShape shape;
       shape.activation = activation;
       shape.biases = biases;
-      ++salt;
-      expect_sound(shape, options_for(kFormats[salt % 4]), salt);
+      if (runs_here(++salt)) expect_sound(shape, options_for(kFormats[salt % 4]), salt);
     }
   }
 }
 
 TEST_P(CpuLayers, AreSoundForShapesOfEverySize) {
   const RandomLayerShape shapes[] = {
-      {1, 16, 16, 1, 1},    {1, 64, 64, 8, 8},     {3, 80, 48, 300, 2},  {200, 48, 336, 2, 1},
-      {5, 720, 1440, 3, 2}, {129, 320, 272, 5, 4}, {300, 128, 64, 7, 2}, {64, 256, 192, 16, 8},
-      {150, 64, 64, 1, 1},  {17, 144, 208, 40, 6}, {40, 2064, 32, 3, 3}, {40, 32, 1040, 3, 3},
+      {1, 16, 16, 1, 1},   {1, 64, 64, 8, 8},     {3, 48, 32, 300, 2},  {200, 48, 336, 2, 1},
+      {5, 336, 720, 3, 2}, {129, 320, 80, 5, 2},  {300, 128, 64, 7, 2}, {64, 128, 192, 16, 4},
+      {150, 64, 64, 1, 1}, {17, 144, 208, 40, 6}, {40, 2064, 32, 3, 3}, {40, 32, 1040, 3, 3},
   };
   uint64_t salt = 200;
   for (const RandomLayerShape& shape : shapes) {

@@ -335,7 +335,7 @@ def layer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         return LayerUnderTest(folder, folder / "inputs" / f"layer-{number}.safetensors", int(number))
     folder = tmp_path_factory.mktemp(kind)
     profile = {"mxfp4": "gaussian", "bf16": "realistic"}[kind]
-    options = ["--shape", "16,1024,512,4", "--original", kind, "--profile", profile, "--seed", 1]
+    options = ["--shape", "12,512,320,4", "--original", kind, "--profile", profile, "--seed", 1]
     run_command([fourfold(), "synthesize", folder, *options])
     return LayerUnderTest(folder, folder / "inputs.safetensors")
 

@@ -30,6 +30,16 @@ if(FOURFOLD_CCACHE)
   set(CMAKE_CUDA_COMPILER_LAUNCHER ${FOURFOLD_CCACHE})
 endif()
 
+# g++ collects its garbage from 128 MB on, a tenth of its time. Where there is memory, it may grow first.
+cmake_host_system_information(RESULT memory_mb QUERY TOTAL_PHYSICAL_MEMORY)
+cmake_host_system_information(RESULT cores QUERY NUMBER_OF_LOGICAL_CORES)
+math(EXPR memory_per_core_mb "${memory_mb} / ${cores}")
+if(memory_per_core_mb GREATER 3000)
+  add_compile_options(
+    $<$<COMPILE_LANG_AND_ID:CXX,GNU>:--param=ggc-min-heapsize=1000000>
+    $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<CXX_COMPILER_ID:GNU>>:-Xcompiler=--param=ggc-min-heapsize=1000000>)
+endif()
+
 add_library(fourfold_options INTERFACE)
 # Rounding points are specified: the compiler must not fuse a multiplication with an addition.
 target_compile_options(fourfold_options INTERFACE

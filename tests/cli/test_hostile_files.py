@@ -596,7 +596,7 @@ def test_nasty_text_in_a_report(tmp_path: Path, text: str) -> None:
 
 # ---- fuzz ----
 
-FUZZ_VARIANTS = 150
+FUZZ_VARIANTS = 60
 
 
 def flip_bits(rng: np.random.Generator, content: bytearray) -> None:

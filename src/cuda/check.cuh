@@ -29,6 +29,7 @@ inline void check_launch(const char* kernel, const char* file = __builtin_FILE()
   check(cudaGetLastError(), kernel, file, line);
 }
 
+/// Throws Error for an argument: "`what`: expected `expected`, found `found`".
 [[noreturn]] inline void reject(const std::string& what, const std::string& expected, int64_t found) {
   throw Error(ErrorCode::kInvalidArgument,
               what + ": expected " + expected + ", found " + std::to_string(found));

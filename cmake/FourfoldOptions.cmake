@@ -22,7 +22,7 @@ endif()
 option(FOURFOLD_WERROR "Warnings are errors" ${known_compiler})
 set(FOURFOLD_SANITIZE "" CACHE STRING "Sanitizers, e.g. address,undefined")
 
-option(FOURFOLD_UNITY "Compile the files of most rooms eight at a time" ON)
+option(FOURFOLD_UNITY "Compile the files of most rooms sixteen at a time, and small CUDA sources together" ON)
 
 find_program(FOURFOLD_CCACHE ccache)
 if(FOURFOLD_CCACHE)

@@ -1,8 +1,8 @@
 // The grouped GEMM of src/sm90 against float64 from the checkpoint's form of the weights, which shares
 // nothing with the packed form. Random data in every run (the seed is printed). Exit code 77: no device here.
 //
-//   sm90_gemm_test [SEED [small|forced]]     small: no large matrices, for sanitizers; forced: nor many experts,
-//                                            nor every depth twice
+//   sm90_gemm_test [SEED [small|forced]]
+// small: no large matrices, for sanitizers; forced: nor many experts, nor every depth twice
 //
 // Tolerances, relative L2 over all outputs of a case:
 //   bf16: a rounding to 8 bits is off by at most 2^-9 relatively and by 2^-9 / sqrt(3) = 1.1e-3 in the mean

@@ -66,6 +66,7 @@ GemmKernelArgs kernel_args(const ExpertGemm& args) {
   kernel.row_blocks = static_cast<int32_t>(args.weights.row_blocks());
   kernel.depth_units = static_cast<int32_t>(args.weights.depth_units());
   kernel.channels = static_cast<int32_t>(args.weights.channels);
+  kernel.paired = args.weights.order == RowOrder::kGateUpPaired;
   kernel.group_offsets = args.group_offsets;
   kernel.row_scales = args.row_scales;
   kernel.weight_globals = args.weight_globals;
@@ -110,7 +111,7 @@ void set_outputs(const ExpertGemm& args, GemmLaunch& launch) {
   const auto* d = std::get_if<MatrixView<Bf16>>(&args.d);
   if (needs_own_activation(args)) {
     const MatrixView<Bf16> h = h_rows(args);
-    if (!launch.paired) return write_bf16(kernel, h);
+    if (!kernel.paired) return write_bf16(kernel, h);
     kernel.h = h.data;
     kernel.h_stride = h.stride;
   } else if (args.activation) {
@@ -154,19 +155,18 @@ void launch_expert_gemm(const ExpertGemm& args, void* stream) {
   GemmLaunch launch;
   launch.args = kernel_args(args);
   launch.terms = args.tokens[1].empty() ? 1 : 2;
-  launch.paired = args.weights.order == RowOrder::kGateUpPaired;
   launch.overlap_previous = args.overlap_previous;
   launch.multiprocessors = cuda::multiprocessor_count();
   launch.stream = cuda::as_stream(stream);
-  launch.gathered = args.slot_of_row != nullptr;
-  if (launch.gathered) launch.args.gathered = gathered_tokens(args);
+  launch.args.gathers = args.slot_of_row != nullptr;
+  if (launch.args.gathers) launch.args.gathered = gathered_tokens(args);
   set_outputs(args, launch);
   const GemmPlan plan = planned_launches(args);
   for (int i = 0; i < plan.count; ++i) {
     const GemmPart& part = plan.parts[static_cast<size_t>(i)];
     launch.args.band = part.band;
     if (args.tickets != nullptr) launch.args.tickets = args.tickets + i;
-    if (!launch.gathered) launch.maps = token_maps(args, shape_of(part.kernel));
+    if (!launch.args.gathers) launch.maps = token_maps(args, shape_of(part.kernel));
     run_kernel(part.kernel, launch);
     launch.overlap_previous = launch.args.waits_at_end = true;
   }

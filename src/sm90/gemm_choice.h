@@ -27,7 +27,7 @@ struct GemmKernelShape {
   /// Whether quantizing what SwiGLU gives costs less in the epilogue than in a kernel of its own: where
   /// memory is what the GEMM waits for.
   bool requantizes;
-  /// Whether a kernel that gathers its token rows itself is compiled: where the copy of them, sorted, costs
+  /// Whether the kernel of one term can gather its token rows itself: where the copy of them, sorted, costs
   /// more than a plain load for each 16 bytes.
   bool gathers;
 

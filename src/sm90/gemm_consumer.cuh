@@ -52,9 +52,13 @@ class Consumer {
       if (work.rows == 0) return;
       work.rows = __shfl_sync(~0u, work.rows, 0);  // the same in all lanes, as the compiler now knows
       Sums<Traits> sums = {};
-      Epilogue<Traits> epilogue(args_, shared_, row_part_, depth_part_, work);
+      const TileScales<Traits> scales(args_, depth_part_, work);
       multiply(work.rows, sums);
-      epilogue.finish(sums);
+      if (args_.paired) {
+        Epilogue<Traits, true>(args_, shared_, row_part_, depth_part_, work, scales).finish(sums);
+      } else {
+        Epilogue<Traits, false>(args_, shared_, row_part_, depth_part_, work, scales).finish(sums);
+      }
     }
   }
 
@@ -74,7 +78,7 @@ class Consumer {
 
   __device__ __forceinline__ void wait_until_full(int stage, uint32_t phase) const {
     ptx::mbarrier_wait_parity(full_barrier(stage), phase);
-    if constexpr (Traits::kGathered) ptx::fence_proxy_async();  // plain copies brought what WGMMA reads
+    if (gathers<Traits>(args_)) ptx::fence_proxy_async();  // plain copies brought what WGMMA reads
   }
 
   /// Every thread arrives for its own reads. One arrival a warp costs the same time, and would be as safe
@@ -117,17 +121,16 @@ class Consumer {
     }
   }
 
-  /// Gives decoded k-steps to WGMMA as one commit group.
+  /// Gives decoded k-steps to WGMMA as one commit group. `unit_tokens`: kUnitTokens of the tile.
   template <int kFirst, int kN>
   __device__ __forceinline__ void issue(const DecodedRegisters<Traits>& a, uint64_t tokens,
-                                        Sums<Traits>& sums) const {
+                                        uint32_t unit_tokens, Sums<Traits>& sums) const {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Traits::kGroup; ++step) {
 #pragma unroll
       for (int term = 0; term < Traits::kTerms; ++term) {
-        const uint64_t b_operand =
-            tokens + term * Traits::kStageUnits * kUnitTokens<kN> + (kFirst + step) * 2;
+        const uint64_t b_operand = tokens + term * Traits::kStageUnits * unit_tokens + (kFirst + step) * 2;
 #pragma unroll
         for (int b = 0; b < Traits::kRowBlocks; ++b)
           ptx::Wgmma<kN>::mma(sums.of[b], a.of[step][b], b_operand);
@@ -137,17 +140,19 @@ class Consumer {
   }
 
   /// kUnits units by the instruction for kN tokens, without a branch between: kUnrolled, from the beginning
-  /// of a stage on, or one, the stage's unit `first`. One commit group multiplies while the next is decoded:
-  /// `a` comes with the first group and leaves with that of the unit after, `other` takes turns with it.
-  /// Nothing is in flight at the end. Only so may the caller branch: with WGMMA in flight around a loop,
-  /// ptxas gives each kN accumulators of its own, and serialises all for want of registers; or, in a simpler
-  /// loop, silently overwrites registers that are still read.
+  /// of a stage on, or one, the stage's unit `first`. `unit_tokens`: kUnitTokens of the tile, whose tokens
+  /// may be fewer than kN. One commit group multiplies while the next is decoded: `a` comes with the first
+  /// group and leaves with that of the unit after, `other` takes turns with it. Nothing is in flight at the
+  /// end. Only so may the caller branch: with WGMMA in flight around a loop, ptxas gives each kN accumulators
+  /// of its own, and serialises all for want of registers; or, in a simpler loop, silently overwrites
+  /// registers that are still read.
   template <int kN, int kUnits>
   __device__ __forceinline__ void multiply_units(PackedRegisters<Traits>& packed, DecodedRegisters<Traits>& a,
-                                                 int first, int left, Sums<Traits>& sums) {
+                                                 int first, int left, uint32_t unit_tokens,
+                                                 Sums<Traits>& sums) {
     DecodedRegisters<Traits> other;
     uint64_t stage_tokens;
-    multiply_unit<kN, kUnits, 0>(packed, a, other, stage_tokens, first, left, sums);
+    multiply_unit<kN, kUnits, 0>(packed, a, other, stage_tokens, first, left, unit_tokens, sums);
     ptx::wgmma_wait_group<0>();
     if (kUnits == kUnrolled || previous_ != stage_) release(previous_);  // else units of the stage are left
   }
@@ -157,28 +162,29 @@ class Consumer {
   template <int kN, int kUnits, int kUnit>
   __device__ __forceinline__ void multiply_unit(PackedRegisters<Traits>& packed, DecodedRegisters<Traits>& a,
                                                 DecodedRegisters<Traits>& other, uint64_t& stage_tokens,
-                                                int first, int left, Sums<Traits>& sums) {
+                                                int first, int left, uint32_t unit_tokens,
+                                                Sums<Traits>& sums) {
     constexpr int kOfStage = kUnit % kMyStageUnits;
     if constexpr (kOfStage == 0) {
       stage_tokens = ptx::matrix_descriptor(tokens_ + stage_ * (Traits::kTokenStageBytes / 16) +
-                                            (first * Traits::kDepthParts + depth_part_) * kUnitTokens<kN>);
+                                            (first * Traits::kDepthParts + depth_part_) * unit_tokens);
     }
-    const uint64_t tokens = stage_tokens + kOfStage * Traits::kDepthParts * kUnitTokens<kN>;
-    issue<0, kN>(a, tokens, sums);
+    const uint64_t tokens = stage_tokens + kOfStage * Traits::kDepthParts * unit_tokens;
+    issue<0, kN>(a, tokens, unit_tokens, sums);
     if constexpr (kUnit > 0) {
       ptx::wgmma_wait_group<1>();
       if constexpr (kOfStage == 0) release(previous_);
     }
     if constexpr (Traits::kGroup == 1) {
       decode<1>(packed, other);
-      issue<1, kN>(other, tokens, sums);
+      issue<1, kN>(other, tokens, unit_tokens, sums);
       ptx::wgmma_wait_group<1>();
       decode<2>(packed, a);
-      issue<2, kN>(a, tokens, sums);
+      issue<2, kN>(a, tokens, unit_tokens, sums);
       ptx::wgmma_wait_group<1>();
     }
     decode<4 - Traits::kGroup>(packed, other);
-    issue<4 - Traits::kGroup, kN>(other, tokens, sums);
+    issue<4 - Traits::kGroup, kN>(other, tokens, unit_tokens, sums);
     if constexpr (kUnits == kUnrolled && kOfStage + 1 < kMyStageUnits) {
       load(packed, stage_, kOfStage + 1);
     } else {
@@ -188,7 +194,7 @@ class Consumer {
     ptx::wgmma_wait_group<1>();
     decode<0>(packed, a);
     if constexpr (kUnit + 1 < kUnits) {
-      multiply_unit<kN, kUnits, kUnit + 1>(packed, a, other, stage_tokens, first, left, sums);
+      multiply_unit<kN, kUnits, kUnit + 1>(packed, a, other, stage_tokens, first, left, unit_tokens, sums);
     }
   }
 
@@ -209,17 +215,13 @@ class Consumer {
     phase_ = stage_ends ? next_phase : phase_;
   }
 
-  /// Some units by the same instruction; returns how many are left.
+  /// Some units by the same instruction, kUnrolled at a time; returns how many are left.
   template <int kN>
   __device__ __forceinline__ int multiply_burst(PackedRegisters<Traits>& packed, DecodedRegisters<Traits>& a,
                                                 int left, Sums<Traits>& sums) {
     for (const int last = max(left - kBurst, 0) + kUnrolled; left >= last; left -= kUnrolled)
-      multiply_units<kN, kUnrolled>(packed, a, 0, left, sums);
-    if (left >= kUnrolled) return left;
-#pragma unroll 1
-    for (int unit = 0; left > 0; ++unit, --left)
-      multiply_units<kN, 1>(packed, a, unit % kMyStageUnits, left, sums);
-    return 0;
+      multiply_units<kN, kUnrolled>(packed, a, 0, left, kUnitTokens<kN>, sums);
+    return left;
   }
 
   /// Picks the instruction for more than kAbove and at most kMost tokens by bisection. The choice is inside
@@ -243,9 +245,16 @@ class Consumer {
     DecodedRegisters<Traits> a;
     load(packed, stage_, 0);
     decode<0>(packed, a);
-    for (int left = my_units_; left > 0;) {
-      left = multiply_tokens<0, Traits::kTokens>(rows, packed, a, left, sums);
-    }
+    int left = my_units_;
+    while (left >= kUnrolled) left = multiply_tokens<0, Traits::kTokens>(rows, packed, a, left, sums);
+    // What is left, where K is no multiple of kUnrolled units, by the instruction for most tokens: one for
+    // each number would be a third of the code. Columns of tokens that the tile does not have hold whatever
+    // lies there, and are not stored.
+    const uint32_t unit_tokens = static_cast<uint32_t>((rows + Traits::kGranule - 1) / Traits::kGranule) *
+                                 kUnitTokens<Traits::kGranule>;
+#pragma unroll 1
+    for (int unit = 0; left > 0; ++unit, --left)
+      multiply_units<Traits::kTokens, 1>(packed, a, unit % kMyStageUnits, left, unit_tokens, sums);
     if (Traits::kDepthParts > 1 && skips_last_stage_) {
       ptx::mbarrier_wait_parity(full_barrier(stage_), phase_);
       release(stage_);

@@ -22,37 +22,50 @@ struct Sums {
   float of[Traits::kRowBlocks][Traits::kTokens / 2];
 };
 
+/// What a thread of depth part 0 knows of a tile's scales. Loaded before the multiplication, so that it is
+/// there at its end.
+template <class Traits>
+struct TileScales {
+  static constexpr int kRowsPerThread = (Traits::kTokens + 127) / 128;
+
+  float of_row[kRowsPerThread];  ///< of rows thread, thread + 128, ...
+  float globals[2];              ///< gate's and up's, or the matrix's
+  float requantize = 1.0f;
+
+  __device__ __forceinline__ TileScales(const GemmKernelArgs& args, int depth_part, const WorkTile& tile) {
+    if (depth_part != 0) return;
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      const int row = i * 128 + static_cast<int>(threadIdx.x) % 128;
+      of_row[i] = 1.0f;
+      if (args.row_scales == nullptr || row >= tile.rows) continue;
+      int32_t token = tile.first_row + row;
+      if (gathers<Traits>(args)) token = args.gathered.slot_of_row[token] / args.gathered.top_k;
+      of_row[i] = args.row_scales[token];
+    }
+    globals[0] = args.weight_globals[args.paired ? 2 * tile.expert : tile.expert];
+    if (!args.paired) return;
+    globals[1] = args.weight_globals[2 * tile.expert + 1];
+    if (args.requantize_scales != nullptr) requantize = args.requantize_scales[tile.expert];
+  }
+};
+
 /// Lanes 2i and 2i + 1 write the same row, and channels come in sixteens: both are there or neither.
 using HalfBlock = BlockPart<2>;
 
-template <class Traits>
+/// kPaired: GemmKernelArgs::paired.
+template <class Traits, bool kPaired>
 class Epilogue {
  public:
-  /// Before the multiplication, so that the loads are done by its end.
   __device__ __forceinline__ Epilogue(const GemmKernelArgs& args, uint32_t shared, int row_part,
-                                      int depth_part, const WorkTile& tile)
+                                      int depth_part, const WorkTile& tile, const TileScales<Traits>& scales)
       : args_(args),
         shared_(shared),
         row_part_(row_part),
         depth_part_(depth_part),
         thread_(static_cast<int>(threadIdx.x) % 128),
-        tile_(tile) {
-    if (depth_part_ != 0) return;
-#pragma unroll
-    for (int i = 0; i < kScalesPerThread; ++i) {
-      const int row = i * 128 + thread_;
-      row_scales_[i] = 1.0f;
-      if (args_.row_scales == nullptr || row >= tile.rows) continue;
-      int32_t token = tile.first_row + row;
-      if constexpr (Traits::kGathered) token = args_.gathered.slot_of_row[token] / args_.gathered.top_k;
-      row_scales_[i] = args_.row_scales[token];
-    }
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half)
-      globals_[half] = args_.weight_globals[tile.expert * kHalves + half];
-    if (Traits::kPaired && args_.requantize_scales != nullptr)
-      requantize_scale_ = args_.requantize_scales[tile.expert];
-  }
+        tile_(tile),
+        scales_(scales) {}
 
   /// Called by every consumer warpgroup; those of other depth parts only hand over their sums.
   __device__ __forceinline__ void finish(Sums<Traits>& sums) {
@@ -71,7 +84,7 @@ class Epilogue {
       biases[b][0] = bias(b, 0);
       biases[b][1] = bias(b, 1);
     }
-    if (!Traits::kPaired && args_.d_is_float32) {
+    if (!kPaired && args_.d_is_float32) {
 #pragma unroll
       for (int round = 0; round < Traits::kTokens / kRound; ++round) {
         if (round * kRound >= tile_.rows) break;
@@ -96,8 +109,7 @@ class Epilogue {
   }
 
  private:
-  static constexpr int kHalves = Traits::kPaired ? 2 : 1;
-  static constexpr int kScalesPerThread = (Traits::kTokens + 127) / 128;
+  static constexpr int kHalves = kPaired ? 2 : 1;
   static constexpr int kChunks = Traits::kRowBlocks * 8;  ///< 16-byte pieces of a staged token
   static constexpr int kRound = Traits::kStagingTokens;   ///< tokens staged at a time
   static constexpr int kSums = Traits::kTokens / 2;       ///< of a row block
@@ -137,13 +149,13 @@ class Epilogue {
   /// with rounding, unless alpha is beyond 2^121.
   __device__ __forceinline__ void publish_alphas() const {
 #pragma unroll
-    for (int i = 0; i < kScalesPerThread; ++i) {
+    for (int i = 0; i < TileScales<Traits>::kRowsPerThread; ++i) {
       const int token = i * 128 + thread_;
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         if (token < Traits::kTokens) {
           ptx::st_shared_f32(alphas() + (half * Traits::kTokens + token) * 4,
-                             row_scales_[i] * globals_[half] * kDecodedToValue);
+                             scales_.of_row[i] * scales_.globals[half] * kDecodedToValue);
         }
       }
     }
@@ -158,9 +170,9 @@ class Epilogue {
   __device__ __forceinline__ float bias(int block, int upper) const {
     if (args_.bias == nullptr) return -0.0f;
     const int slab = (first_block() + block) * 4 + thread_ / 32, g = thread_ % 32 / 4;
-    const int channel = Traits::kPaired ? slab * 8 + g : slab * 16 + upper * 8 + g;
+    const int channel = kPaired ? slab * 8 + g : slab * 16 + upper * 8 + g;
     if (channel >= args_.channels) return -0.0f;
-    const int64_t row = int64_t{tile_.expert} * kHalves + (Traits::kPaired ? upper : 0);
+    const int64_t row = int64_t{tile_.expert} * kHalves + (kPaired ? upper : 0);
     return args_.bias[row * args_.channels + channel];
   }
 
@@ -211,7 +223,7 @@ class Epilogue {
         const int first = (round * kRound + c * 8) / 2;  // of the eight tokens' sums
 #pragma unroll
         for (int upper = 0; upper < 2; ++upper) {
-          const int half = Traits::kPaired ? upper : 0;
+          const int half = kPaired ? upper : 0;
           const float2 alpha = ptx::ld_shared_v2_f32(
               alphas() + (half * Traits::kTokens + round * kRound + c * 8 + lane % 4 * 2) * 4);
           pairs[c][upper] =
@@ -259,7 +271,7 @@ class Epilogue {
       const int chunk = thread_ % kPieces * kHalves;
       const uint4 first = ptx::ld_shared_v4(staged(buffer, token + piece.token, chunk));
       auto* d = static_cast<uint16_t*>(args_.d) + row * args_.d_stride + piece.channel;
-      if constexpr (Traits::kPaired) {
+      if constexpr (kPaired) {
         const uint4 up = ptx::ld_shared_v4(staged(buffer, token + piece.token, chunk + 1));
         if (args_.d != nullptr) {
           const uint4 activated = {activate(first.x, up.x), activate(first.y, up.y), activate(first.z, up.z),
@@ -286,12 +298,12 @@ class Epilogue {
                                                   int channel) const {
     const uint32_t words[4] = {activated.x, activated.y, activated.z, activated.w};
     HalfBlock values = HalfBlock::unpack(words);
-    const HalfBlock decoded = values.rounded(requantize_scale_);
+    const HalfBlock decoded = values.rounded(scales_.requantize);
     store(decoded, d);
-    if (channel == 0) args_.d_row_scales[row] = requantize_scale_;
+    if (channel == 0) args_.d_row_scales[row] = scales_.requantize;
     if (args_.residual == nullptr) return;
-    values.subtract(decoded, requantize_scale_);
-    store(values.rounded(requantize_scale_), args_.residual + row * args_.d_stride + channel);
+    values.subtract(decoded, scales_.requantize);
+    store(values.rounded(scales_.requantize), args_.residual + row * args_.d_stride + channel);
   }
 
   static __device__ __forceinline__ void store(const HalfBlock& values, void* to) {
@@ -308,10 +320,8 @@ class Epilogue {
   const GemmKernelArgs& args_;
   uint32_t shared_;
   int row_part_, depth_part_, thread_;
-  WorkTile tile_;
-  float row_scales_[kScalesPerThread];
-  float globals_[kHalves];
-  float requantize_scale_ = 1.0f;
+  const WorkTile& tile_;
+  const TileScales<Traits>& scales_;
 };
 
 }  // namespace fourfold::sm90

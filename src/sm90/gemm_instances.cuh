@@ -9,18 +9,11 @@ namespace fourfold::sm90 {
 
 template <int kIndex>
 void launch_table_entry(const GemmLaunch& launch) {
-  const auto with = [&]<int kTerms, bool kPaired, bool kGathered = false> {
-    using Traits = TableTraits<kIndex, kTerms, kPaired, kGathered>;
+  const auto with = [&]<int kTerms> {
+    using Traits = TableTraits<kIndex, kTerms>;
     launch_gemm_kernel<Traits>(launch, expert_gemm_kernel<Traits>);
   };
-  if constexpr (kGemmKernels[kIndex].gathers) {
-    if (launch.gathered) return with.template operator()<1, true, true>();
-  }
-  if (launch.terms == 1) {
-    launch.paired ? with.template operator()<1, true>() : with.template operator()<1, false>();
-  } else {
-    launch.paired ? with.template operator()<2, true>() : with.template operator()<2, false>();
-  }
+  launch.terms == 1 ? with.template operator()<1>() : with.template operator()<2>();
 }
 
 }  // namespace fourfold::sm90

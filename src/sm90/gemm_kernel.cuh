@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       // Weights and tokens.
       ptx::mbarrier_init(shared + Traits::kFullOffset + stage * 8,
-                         1 + (Traits::kGathered ? Traits::kGatherThreads : 1));
+                         1 + (gathers<Traits>(args) ? Traits::kGatherThreads : 1));
       ptx::mbarrier_init(shared + Traits::kEmptyOffset + stage * 8, Traits::kConsumers * 128);
     }
     for (int n = 0; n < Traits::kQueuedTiles; ++n) {
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warpgroup == 0) {
     if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_dec<Traits::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
-    if (Traits::kGathered && !args.waits_at_end) {
+    if (gathers<Traits>(args) && !args.waits_at_end) {
       // The kernel before this one may be the permutation, which writes what the producers look up first.
       ptx::griddepcontrol_wait();
     }
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     Producer<Traits> producer(args, maps, shared);
     if (warp == 0 && leads) producer.run_weights();
     if (warp == 1) producer.run_schedule();
-    if (Traits::kGathered ? warp > 1 : warp == 2 && leads) producer.run_tokens();
+    if (gathers<Traits>(args) ? warp > 1 : warp == 2 && leads) producer.run_tokens();
   } else {
     if constexpr (Traits::kManyRegisters) ptx::setmaxnreg_inc<Traits::kConsumerRegisters>();
     if (!args.waits_at_end) ptx::griddepcontrol_wait();

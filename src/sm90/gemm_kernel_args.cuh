@@ -53,8 +53,10 @@ struct GemmKernelArgs {
   Bf16* residual;                  ///< null: one term; strides are d's
   float* d_row_scales;
   SwigluArgs swiglu;
-  GatheredTokens gathered;  ///< GemmTraits::kGathered alone
+  GatheredTokens gathered;  ///< where it `gathers`
   bool d_is_float32;
+  bool paired;   ///< rows are in RowOrder::kGateUpPaired, the epilogue is SwiGLU
+  bool gathers;  ///< token rows come through GatheredTokens, by plain copies, instead of TokenMaps
   /// The kernel before this one is another launch of the same GEMM. Nothing that it writes is read here, and
   /// what both read was complete before it let this one start, which each of its CTAs does after its own
   /// griddepcontrol.wait. So one CTA waits for it, at the end: who waits for this launch has waited for both.
@@ -62,10 +64,16 @@ struct GemmKernelArgs {
   DecodeMasks masks;
 };
 
+/// GemmKernelArgs::gathers, as a constant where the kernel cannot.
+template <class Traits>
+__device__ __forceinline__ bool gathers(const GemmKernelArgs& args) {
+  return Traits::kMayGather && args.gathers;
+}
+
 /// Shape of a kernel. Consumer warpgroup w multiplies row part w / kDepthParts of the tile with every
 /// kDepthParts-th k unit, starting with unit w % kDepthParts; partial sums are added in order of the parts.
 template <int kRowParts_, int kRowBlocks_, int kDepthParts_, int kStageUnits_, int kTokens_, int kGranule_,
-          int kTerms_, bool kPaired_, bool kGathered_ = false>
+          int kTerms_, bool kMayGather_>
 struct GemmTraits {
   static constexpr int kRowParts = kRowParts_;                     ///< warpgroups side by side
   static constexpr int kRowBlocks = kRowBlocks_;                   ///< blocks of 64 rows a warpgroup
@@ -75,10 +83,8 @@ struct GemmTraits {
   static constexpr int kTokens = kTokens_;                         ///< most tokens of a tile
   static constexpr int kGranule = kGranule_;  ///< what the tokens of a tile are rounded up to
   static constexpr int kTerms = kTerms_;
-  static constexpr bool kPaired = kPaired_;  ///< rows are in RowOrder::kGateUpPaired, the epilogue is SwiGLU
-  /// Token rows come through GatheredTokens, by plain copies, instead of TokenMaps.
-  static constexpr bool kGathered = kGathered_;
-  static constexpr int kGatherThreads = 64;  ///< of the producer warpgroup
+  static constexpr bool kMayGather = kMayGather_;  ///< GemmKernelArgs::gathers may be set
+  static constexpr int kGatherThreads = 64;        ///< of the producer warpgroup
 
   static constexpr int kConsumers = kRowParts * kDepthParts;
   static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -124,7 +130,7 @@ struct GemmTraits {
   static constexpr int kSharedBytes = 1024 + kAskedOffset + 8;
 
   static_assert(kStageUnits % kDepthParts == 0 && kUnrolled % kMyStageUnits == 0);
-  static_assert(!kGathered || (kTerms == 1 && kDepthParts == 1));
+  static_assert(!kMayGather || (kTerms == 1 && kDepthParts == 1));
   static_assert(kTokens % kStagingTokens == 0);
   static_assert(kTokens % kGranule == 0 && kTokens / kGranule <= kMostTokenMaps &&
                 kTokenBoxBytes % 1024 == 0);

@@ -14,8 +14,6 @@ struct GemmLaunch {
   GemmKernelArgs args;
   TokenMaps maps;
   int terms = 1;
-  bool paired = false;
-  bool gathered = false;
   bool overlap_previous = false;
   int multiprocessors = 0;
   cudaStream_t stream = nullptr;
@@ -28,11 +26,11 @@ void launch_broad_gemm(const GemmLaunch& launch);
 void launch_wide_gemm(const GemmLaunch& launch);
 
 /// The traits of entry kIndex of the table.
-template <int kIndex, int kTerms, bool kPaired, bool kGathered = false>
-using TableTraits =
-    GemmTraits<kGemmKernels[kIndex].row_parts, kGemmKernels[kIndex].row_blocks,
-               kGemmKernels[kIndex].depth_parts, kGemmKernels[kIndex].stage_units(kTerms),
-               kGemmKernels[kIndex].tokens, kGemmKernels[kIndex].granule, kTerms, kPaired, kGathered>;
+template <int kIndex, int kTerms>
+using TableTraits = GemmTraits<kGemmKernels[kIndex].row_parts, kGemmKernels[kIndex].row_blocks,
+                               kGemmKernels[kIndex].depth_parts, kGemmKernels[kIndex].stage_units(kTerms),
+                               kGemmKernels[kIndex].tokens, kGemmKernels[kIndex].granule, kTerms,
+                               kTerms == 1 && kGemmKernels[kIndex].gathers>;
 
 template <class Traits>
 void launch_gemm_kernel(const GemmLaunch& launch,

@@ -121,12 +121,12 @@ class Producer {
   /// The token rows of every tile: gathered by kGatherThreads threads from wherever they are, or loaded by
   /// one thread, once the kernel before this one has written them.
   __device__ void run_tokens() {
-    if (!Traits::kGathered && !args_.waits_at_end) ptx::griddepcontrol_wait();
+    if (!gathers<Traits>(args_) && !args_.waits_at_end) ptx::griddepcontrol_wait();
     ptx::griddepcontrol_launch_dependents();
     for (int n = 0;; ++n) {
       const WorkTile tile = wait_for_tile<Traits>(shared_, n);
       if (tile.rows == 0) return post_end();
-      if constexpr (Traits::kGathered) {
+      if (gathers<Traits>(args_)) {
         gather_tokens(tile);
       } else {
         load_tokens(tile);

@@ -1,5 +1,5 @@
 // The compiled kernels of one entry of the table in sm90/gemm_choice.h. Each entry is a translation unit of
-// its own: they take a minute of compilation.
+// its own: wide takes half a minute of compilation.
 #pragma once
 
 #include "sm90/gemm_kernel.cuh"

@@ -51,7 +51,7 @@ if(NOT FOURFOLD_CUTLASS_INCLUDE)
   endif()
   message(STATUS "fourfold: installing the headers of CUTLASS ${FOURFOLD_CUTLASS_VERSION} from PyPI into ${installed}")
   # -I: where pip builds this project, PYTHONPATH hides pip itself.
-  execute_process(COMMAND ${python} -I -m pip install -q --no-deps --target ${installed}
+  execute_process(COMMAND ${python} -I -m pip install -q --no-deps --no-compile --target ${installed}
                           nvidia-cutlass==${FOURFOLD_CUTLASS_VERSION}
                   RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_VARIABLE output)
   if(failed)

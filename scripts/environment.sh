@@ -73,14 +73,21 @@ has_blackwell_gpu() {
   nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -qE '^1[0-9]'
 }
 
+# configure PRESET [CMAKE OPTION...]
+configure() {
+  local preset=$1 log=$build_folder/$1.log
+  shift
+  mkdir -p "$build_folder"
+  (cd "$root" && cmake --preset "$preset" -DFOURFOLD_TEST_PYTHON="$python" "$@") >"$log" 2>&1 ||
+    { cat "$log" >&2; die "cmake --preset $preset failed"; }
+}
+
 # build PRESET [TARGET [CMAKE OPTION...]]: configures and builds, quietly unless something is wrong.
 build() {
   local preset=$1 target=${2:-all} log=$build_folder/$1.log
   shift $(($# < 2 ? $# : 2))
-  mkdir -p "$build_folder"
   say "building preset $preset, target $target (log: build/$preset.log)"
-  (cd "$root" && cmake --preset "$preset" -DFOURFOLD_TEST_PYTHON="$python" "$@") >"$log" 2>&1 ||
-    { cat "$log" >&2; die "cmake --preset $preset failed"; }
+  configure "$preset" "$@"
   grep -E '^-- fourfold:' "$log" | sed 's/^-- /    /' || true
   if [ -t 1 ]; then
     (cd "$root" && cmake --build --preset "$preset" --target "$target") || die "the build failed"

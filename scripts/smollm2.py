@@ -109,7 +109,9 @@ class SourceModel:
         if self.kept is not None and name in self.kept:
             return self.kept[name]
         tensor = self.tensors[f"{name}.weight"]
-        decoded = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        # Of a memmap, slices, which dequantize takes by the thousand, cost ten times as much.
+        data = np.asarray(tensor.data)
+        decoded = gguf.dequantize(data, tensor.tensor_type).astype(np.float32, copy=False)
         self.check(f"finite values in {name}.weight", decoded.size, int(np.isfinite(decoded).sum()))
         if self.kept is not None:
             self.kept[name] = decoded
@@ -255,8 +257,17 @@ def check_perplexity(model: SourceModel) -> float:
 
     A text of the user's choice cannot show it: a right pass may find the text hard (a short or odd one).
     """
-    ids = model.encode(default_text())[:CHECK_TOKENS]
-    perplexity = measure_perplexity(model, forward(model, ids, dense_ffn(model)), ids)
+    ids = check_ids(model)
+    return predicted(measure_perplexity(model, forward(model, ids, dense_ffn(model)), ids))
+
+
+def check_ids(model: SourceModel) -> np.ndarray:
+    """The tokens of check_perplexity."""
+    return model.encode(default_text())[:CHECK_TOKENS]
+
+
+def predicted(perplexity: float) -> float:
+    """The perplexity of check_ids; refuses one that is too high."""
     if not perplexity <= WORST_PERPLEXITY:
         thing = f"perplexity of {CHECK_TOKENS} tokens of the Zen of Python"
         remedy = "the forward pass is wrong: install the package versions in real_checkpoint.py's docstring"
@@ -265,13 +276,14 @@ def check_perplexity(model: SourceModel) -> float:
 
 
 def compute_hidden_states(model: SourceModel, ids: np.ndarray) -> HiddenStates:
-    """Runs ids [T] through the model, after the forward pass has shown on the default text that it is right."""
-    checked = check_perplexity(model)
+    """Runs ids [T] through the model, whose forward pass must show on the default text that it is right."""
+    is_check = np.array_equal(ids, check_ids(model))  # one pass is enough then
+    checked = None if is_check else check_perplexity(model)
     ffn, ffn_inputs = dense_ffn(model), []
 
     def observed(layer: int, x: np.ndarray) -> np.ndarray:
         ffn_inputs.append(x.astype(bfloat16))
         return ffn(layer, x)
 
-    state = forward(model, ids, observed)
-    return HiddenStates(ffn_inputs, checked, measure_perplexity(model, state, ids))
+    perplexity = measure_perplexity(model, forward(model, ids, observed), ids)
+    return HiddenStates(ffn_inputs, predicted(perplexity) if checked is None else checked, perplexity)

@@ -1,12 +1,41 @@
 #include "random_layer.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 
 #include "fourfold/scale_layout.h"
 
 namespace fourfold {
+namespace {
+
+constexpr int kIndexBits = 12;
+
+/// Normal numbers of deviation 1, the same in every process.
+using NormalNumbers = std::array<float, size_t{1} << kIndexBits>;
+NormalNumbers draw_normal_numbers() {
+  NormalNumbers numbers;
+  std::mt19937_64 random(1);
+  std::normal_distribution<float> normal;
+  for (float& number : numbers) number = normal(random);
+  return numbers;
+}
+
+/// Each value one of the normal numbers, five for a draw. Drawing every value took longer than the layer's
+/// run.
+std::vector<float> normal_values(size_t count, float sigma, std::mt19937_64& random) {
+  static const NormalNumbers numbers = draw_normal_numbers();
+  std::vector<float> values(count);
+  uint64_t bits = 0;
+  for (size_t i = 0; i < count; ++i) {
+    bits = i % (64 / kIndexBits) == 0 ? random() : bits >> kIndexBits;
+    values[i] = sigma * numbers[bits % numbers.size()];
+  }
+  return values;
+}
+
+}  // namespace
 
 RandomLayer::RandomLayer(const RandomLayerShape& shape, uint64_t seed)
     : config{shape.hidden,          shape.intermediate,        shape.experts,   shape.top_k, shape.activation,
@@ -25,9 +54,7 @@ RandomLayer::RandomLayer(const RandomLayerShape& shape, uint64_t seed)
 }
 
 WeightView RandomLayer::add_matrix(int64_t rows, int64_t cols, float sigma) {
-  std::normal_distribution<float> normal(0.0f, sigma);
-  std::vector<float> values(static_cast<size_t>(rows * cols));
-  for (float& value : values) value = normal(random_);
+  const std::vector<float> values = normal_values(static_cast<size_t>(rows * cols), sigma, random_);
   const MatrixView<const float> matrix(values.data(), rows, cols);
   BlockScaledView view =
       matrices_.emplace_back(quantize_nvfp4(matrix, nvfp4_global_scale(absolute_maximum(matrix)))).view();

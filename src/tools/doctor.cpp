@@ -57,6 +57,7 @@ LayertestReport test_layer(const Backend& backend, const LayerOptions& options) 
   request.options = options;
   request.backend = &backend;
   request.inputs = &inputs;
+  request.explains = false;  // a self-test says what it found
   return run_layertest(request);
 }
 

@@ -311,7 +311,8 @@ class Layertest {
     request_.progress("the emulation, fed with the backend's stages");
     kernel.stages = teacher_forced(run);
     judge("kernel", kernel.stages);
-    if (first_culprit_ == "kernel") report_.explanations = explain_backend(request_, run);
+    if (first_culprit_ == "kernel" && request_.explains)
+      report_.explanations = explain_backend(request_, run);
   }
 
   /// Stages can be compared only if rows mean the same on both sides.

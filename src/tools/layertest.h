@@ -33,6 +33,7 @@ struct LayertestRequest {
   LayerOptions options;
   const Backend* backend = nullptr;
   const LayerInputs* inputs = nullptr;
+  bool explains = true;  ///< looks for what is wrong with a backend that has findings: a second or more
   std::function<void(std::string_view)> progress = [](std::string_view) {};
 };
 

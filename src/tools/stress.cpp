@@ -126,6 +126,7 @@ class LayerStress {
     request.options = subject.options;
     request.backend = &backend_;
     request.inputs = &inputs;
+    request.explains = false;
     for (const std::string& finding : run_layertest(request).findings) {
       if (finding.starts_with("kernel: ")) return finding.substr(8);
     }

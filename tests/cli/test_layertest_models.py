@@ -160,8 +160,8 @@ def test_options_that_make_no_sense_together(pair: Path) -> None:
 
 @pytest.mark.skipif(SANITIZED, reason="sanitizers keep freed memory for a while")
 def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
-    """Peak memory of eight layers against one: mapped pages are given back."""
-    shape = ("--shape", "16,512,512,2", "--layers", "8", "--tokens", "4")
+    """Peak memory of six layers against one: mapped pages are given back."""
+    shape = ("--shape", "8,512,512,2", "--layers", "6", "--tokens", "4")
     assert run("synthesize", tmp_path / "m", "--family", "qwen3-moe", *shape, time_limit_s=60).code == FINE
     arguments = ("layertest", "--nvfp4", tmp_path / "m" / "nvfp4", "--tokens", "4")
 
@@ -172,5 +172,5 @@ def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", script, file, command_path(), *map(str, arguments), *layers], check=True)
         return int(file.read_text())
 
-    weights = 16 * 3 * 512 * 512 * 9 // 16 // 1024  # of a layer
+    weights = 8 * 3 * 512 * 512 * 9 // 16 // 1024  # kilobytes of a layer; measured: a tenth of it more
     assert peak_kilobytes("--all-layers") < peak_kilobytes("--layer", "0") + 2 * weights

@@ -3,17 +3,17 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <bit>
 #include <cmath>
-#include <cstring>
 #include <random>
 
 #include "cute/tensor.hpp"  // has to come first
 
+#include "blackwell/group_types.cuh"
 #include "blackwell_emulated_loads.h"
 #include "blackwell_emulated_multiply.h"
 #include "cute/atom/mma_traits_sm120.hpp"
 #include "cutlass/detail/sm100_blockscaled_layout.hpp"
-#include "cutlass/detail/sm103_blockscaled_layout.hpp"
 #include "fourfold/scale_layout.h"
 
 namespace fourfold {
@@ -77,26 +77,31 @@ TEST(BlackwellLayout, ScalesLieWhereCuteLooksForThem) {
   EXPECT_GT(checked, 1000000);
 }
 
-/// The type that the kernel of sm_103 reads group arrays as, against the one that they are written as.
-TEST(BlackwellLayout, ScaleLayoutsOfSm103HaveTheSameBytes) {
-  using Config = cutlass::detail::Sm1xxBlockScaledConfig<16>;
-  using OfSm103 = cutlass::detail::Sm103BlockScaledConfig<16>;
+/// What is written for a group, byte for byte against what the kernels read it as: sm_103's type of scales is
+/// its own.
+TEST(BlackwellLayout, GroupEntriesHaveTheBytesOfCutes) {
+  using blackwell::is_entry;
+  using Config = blackwell::ScaleConfig;
+  using OfSm103 = blackwell::Sm103ScaleConfig;
   std::mt19937 random(13);
-  for (int trial = 0; trial < 300; ++trial) {
-    const int m = static_cast<int>(random() % 3000), n = 8 * (1 + static_cast<int>(random() % 900));
-    const int k = 32 * (1 + static_cast<int>(random() % 500));
+  for (int trial = 0; trial < 1000; ++trial) {
+    const int m = trial == 0 ? 0 : static_cast<int>(random() % 3000);
+    const int n = 8 * (1 + static_cast<int>(random() % 900)), k = 32 * (1 + static_cast<int>(random() % 500));
+    const int64_t stride = int64_t{k} << (random() % 24);
+    SCOPED_TRACE(testing::Message() << m << "x" << n << "x" << k);
+    EXPECT_TRUE(is_entry(blackwell::GroupShape{m, n, k}, blackwell::ShapeEntry{m, n, k}));
+    EXPECT_TRUE(is_entry(blackwell::GroupStride{stride, {}, {}}, blackwell::StrideEntry{stride}));
     const auto shape = cute::make_shape(m, n, k, 1);
-    for (const auto& [ours, theirs] :
-         {std::pair(Config::tile_atom_to_shape_SFA(shape), OfSm103::tile_atom_to_shape_SFA(shape)),
-          std::pair(Config::tile_atom_to_shape_SFB(shape), OfSm103::tile_atom_to_shape_SFB(shape))}) {
-      static_assert(sizeof(ours) == sizeof(theirs));
-      EXPECT_EQ(std::memcmp(&ours, &theirs, sizeof(ours)), 0) << m << "x" << n << "x" << k;
-    }
-    const auto b = OfSm103::tile_atom_to_shape_SFB(shape);
+    const auto a = blackwell::scale_layout_of(m, k), b = blackwell::scale_layout_of(n, k);
+    EXPECT_TRUE(is_entry(Config::tile_atom_to_shape_SFA(shape), a));
+    EXPECT_TRUE(is_entry(Config::tile_atom_to_shape_SFB(shape), b));
+    EXPECT_TRUE(is_entry(OfSm103::tile_atom_to_shape_SFA(shape), a));
+    EXPECT_TRUE(is_entry(OfSm103::tile_atom_to_shape_SFB(shape), b));
+    const auto of_sm103 = std::bit_cast<blackwell::Sm103ScaleLayout>(b);
     for (int i = 0; i < 20; ++i) {
       const int row = static_cast<int>(random() % static_cast<unsigned>(n));
       const int block = static_cast<int>(random() % static_cast<unsigned>(k / 16));
-      EXPECT_EQ(b(row, block * 16 + 7, 0), swizzled_scale_offset(row, block, k / 16));
+      EXPECT_EQ(of_sm103(row, block * 16 + 7, 0), swizzled_scale_offset(row, block, k / 16));
     }
   }
 }

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "blackwell/group_arrays.h"
-#include "blackwell/group_types.cuh"
+#include "blackwell/group_entries.h"
 #include "cuda/block_scan.cuh"
 #include "cuda/launch.cuh"
 #include "fourfold/scale_layout.h"
@@ -38,8 +38,7 @@ __device__ void write_group(const GroupParams& p, const StackedGemm& gemm, const
   const int32_t rows = (p.group_offsets[expert + 1] - p.group_offsets[expert]) * p.terms;
   const auto n = static_cast<int32_t>(gemm.n), k = static_cast<int32_t>(gemm.k);
   const int64_t scale_columns = gemm.k / kScaleBlock;
-  const GroupShape shape{rows, n, k};
-  entry<GroupShape>(arrays.shapes, group) = shape;
+  entry<ShapeEntry>(arrays.shapes, group) = {rows, n, k};
   entry<const uint8_t*>(arrays.a, group) = gemm.a_codes + first * (gemm.k / 2);
   entry<const uint8_t*>(arrays.a_scales, group) =
       gemm.a_scales + first_scale_row * round_up(scale_columns, kScaleTileCols);
@@ -54,13 +53,11 @@ __device__ void write_group(const GroupParams& p, const StackedGemm& gemm, const
     alpha = __fmul_rn(gemm.scales[expert], gemm.globals[group]);
     entry<const float*>(arrays.alphas, group) = &alpha;
   }
-  entry<GroupStride>(arrays.a_strides, group) = cute::make_stride(gemm.k, cute::_1{}, cute::_0{});
-  entry<GroupStride>(arrays.b_strides, group) = cute::make_stride(gemm.k, cute::_1{}, cute::_0{});
-  entry<GroupStride>(arrays.d_strides, group) =
-      cute::make_stride(gemm.d_row_bytes / gemm.d_element_bytes, cute::_1{}, cute::_0{});
-  const auto problem = cute::make_shape(rows, n, k, int32_t{1});
-  entry<GroupScaleLayout>(arrays.a_scale_layouts, group) = ScaleConfig::tile_atom_to_shape_SFA(problem);
-  entry<GroupScaleLayout>(arrays.b_scale_layouts, group) = ScaleConfig::tile_atom_to_shape_SFB(problem);
+  entry<StrideEntry>(arrays.a_strides, group) = {gemm.k};
+  entry<StrideEntry>(arrays.b_strides, group) = {gemm.k};
+  entry<StrideEntry>(arrays.d_strides, group) = {gemm.d_row_bytes / gemm.d_element_bytes};
+  entry<ScaleLayoutEntry>(arrays.a_scale_layouts, group) = scale_layout_of(rows, k);
+  entry<ScaleLayoutEntry>(arrays.b_scale_layouts, group) = scale_layout_of(n, k);
 }
 
 /// The last expert whose first row is not behind `row`: experts without rows come before it.
@@ -116,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) build_groups_kernel(const __grid_con
 
 size_t group_arrays_bytes(int64_t groups) {
   const size_t widest =
-      std::max({sizeof(GroupShape), sizeof(GroupStride), sizeof(GroupScaleLayout), sizeof(void*)});
+      std::max({sizeof(ShapeEntry), sizeof(StrideEntry), sizeof(ScaleLayoutEntry), sizeof(void*)});
   const auto one = static_cast<size_t>(round_up(groups * static_cast<int64_t>(widest), kArrayAlignment));
   return kArrays * one;
 }

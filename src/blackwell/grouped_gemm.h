@@ -20,7 +20,7 @@ inline constexpr int64_t kDepthMultiple = 32;
 /// N is a multiple of this: rows of bf16 in 16 bytes.
 inline constexpr int64_t kColumnMultiple = 8;
 
-/// Arrays on the device, one entry a group, of the types of src/blackwell/group_types.cuh.
+/// Arrays on the device, one entry a group, of the types of src/blackwell/group_entries.h.
 struct GroupArrays {
   int32_t groups = 0;
   void *shapes = nullptr, *a = nullptr, *a_strides = nullptr, *a_scales = nullptr, *a_scale_layouts = nullptr;

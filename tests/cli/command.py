@@ -78,7 +78,8 @@ def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, st
         "OMP_NUM_THREADS": "2",  # each thread costs address space, of which there is a limit
         "OMP_WAIT_POLICY": "passive",  # threads that wait must not burn the cores of other tests
         "ASAN_OPTIONS": f"exitcode={SANITIZER_EXIT_CODE}:allocator_may_return_null=1"
-        f":detect_leaks={int(looks_for_leaks)}:malloc_context_size={ALLOCATION_FRAMES}",
+        f":detect_leaks={int(looks_for_leaks)}:malloc_context_size={ALLOCATION_FRAMES}"
+        ":handle_sigill=1",  # undefined behaviour: cmake/FourfoldOptions.cmake
         "UBSAN_OPTIONS": f"exitcode={SANITIZER_EXIT_CODE}:print_stacktrace=1",
     }
     for name, value in (changes or {}).items():

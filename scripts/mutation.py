@@ -171,8 +171,8 @@ class Workplace:
         for part in ("include", "src/numeric", "src/base", "src/moe"):
             shutil.copytree(ROOT / part, folder / part)
         (folder / "tests").mkdir()
-        for file in [*TESTS, "generated_cases.h"]:
-            shutil.copy(ROOT / "tests" / file, folder / "tests")
+        for file in [*(ROOT / "tests" / test for test in TESTS), *(ROOT / "tests").glob("*.h")]:
+            shutil.copy(file, folder / "tests")
         for name, included in (("sources", SOURCES), ("tests", TESTS)):
             (folder / f"{name}.cpp").write_text("".join(f'#include "{file}"\n' for file in included))
 

@@ -1,6 +1,6 @@
 # Blackwell code needs nvcc 12.9 or later (sm_103a, sm_120f) and CUTLASS's headers: CUTLASS_DIR, a system's, or the PyPI
 # package of the same, installed into the build folder. Included after FourfoldCuda.
-# Its kernels take about four minutes to compile on two cores.
+# Its kernels take about three minutes of one core to compile.
 set(FOURFOLD_BLACKWELL AUTO CACHE STRING "Backend for Blackwell GPUs: AUTO (where nvcc and CUTLASS are found), ON or OFF")
 set_property(CACHE FOURFOLD_BLACKWELL PROPERTY STRINGS AUTO ON OFF)
 set(FOURFOLD_BLACKWELL_ARCHITECTURES "100a;103a;120f" CACHE STRING "Blackwell architectures to compile kernels for")

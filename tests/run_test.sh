@@ -20,7 +20,7 @@ need_build_packages
 (need_python && configure release -DFOURFOLD_BLACKWELL=AUTO) &
 preparation=$!
 [ ${#presets[@]} = 1 ] || build sanitize
-wait "$preparation" || exit 1
+wait "$preparation" || die "Python's packages or the release build were not prepared; why stands above"
 build release all -DFOURFOLD_BLACKWELL=AUTO
 for preset in "${presets[@]}"; do
   say "testing preset $preset"

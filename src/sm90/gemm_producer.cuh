@@ -221,7 +221,7 @@ class Producer {
   /// share a row, two chunks each. Rows behind the tile's last keep what was there: their sums are not
   /// stored.
   __device__ void gather_tokens(const WorkTile& tile) {
-    constexpr int kChunks = kUnitDepth / 8, kThreadsARow = kChunks / 2;
+    constexpr int kChunks = kUnitDepth / 8, kThreadsARow = kOtherChunk;
     constexpr int kRowsAtOnce = Traits::kGatherThreads / kThreadsARow;
     constexpr int kRowsAThread = (Traits::kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
     const int thread = static_cast<int>(threadIdx.x) % Traits::kGatherThreads;
@@ -234,28 +234,66 @@ class Producer {
     for (int i = 0; i < kRowsAThread; ++i) {
       const int mine = row + i * kRowsAtOnce;
       const int slot = mine < tile.rows ? gathered.slot_of_row[tile.first_row + mine] : 0;
-      from[i] = static_cast<uint32_t>(slot / gathered.top_k) * static_cast<uint32_t>(gathered.stride / 8) +
-                static_cast<uint32_t>(chunk);
+      from[i] = static_cast<uint32_t>(slot / gathered.top_k) * static_cast<uint32_t>(gathered.stride / 8);
     }
     const int unit_bytes = (tile.rows + Traits::kGranule - 1) / Traits::kGranule * Traits::kGranule * 128;
+    const int whole_units = gathered.cols / kUnitDepth;  // K may end within the last unit
+    const auto* chunks = reinterpret_cast<const uint4*>(gathered.rows) + chunk;
     for (int unit = 0; unit < args_.depth_units; unit += Traits::kStageUnits) {
       wait_for_slot();
-      for (int u = 0; u < min(Traits::kStageUnits, args_.depth_units - unit); ++u) {
-        const uint32_t to_unit = shared_ + slot_ * Traits::kTokenStageBytes + u * unit_bytes;
-        const auto* const units = reinterpret_cast<const uint4*>(gathered.rows) + (unit + u) * kChunks;
-        // K may end within the last unit.
-        const int left = gathered.cols - (unit + u) * kUnitDepth - chunk * 8;
-#pragma unroll
-        for (int i = 0; i < kRowsAThread; ++i) {
-          const uint32_t to = to_unit + i * kRowsAtOnce * 128;
-          if (row >= tile.rows - i * kRowsAtOnce) continue;
-          ptx::cp_async_cg_16_or_zero(to + place, units + from[i], left > 0);
-          ptx::cp_async_cg_16_or_zero(to + (place ^ kThreadsARow << 4), units + from[i] + kThreadsARow,
-                                      left > kThreadsARow * 8);
-        }
+      const uint32_t to = shared_ + slot_ * Traits::kTokenStageBytes;
+      if (unit + Traits::kStageUnits <= whole_units) {
+        gather_stage<kRowsAtOnce>(tile.rows - row, to + place, unit_bytes, chunks, from);
+      } else {
+        const int left = gathered.cols - unit * kUnitDepth - chunk * 8;
+        gather_last_stage<kRowsAtOnce>(tile.rows - row, to + place, unit_bytes, chunks, from,
+                                       min(Traits::kStageUnits, args_.depth_units - unit), left);
       }
+      chunks += Traits::kStageUnits * kChunks;
       ptx::cp_async_mbarrier_arrive_noinc(full_barrier());
       next_slot();
+    }
+  }
+
+  /// One of two chunks that a thread copies of every row and unit lies here, the other kOtherPlace from it
+  /// (by exclusive or) in shared memory, kOtherChunk further in the row.
+  static constexpr int kOtherChunk = kUnitDepth / 8 / 2, kOtherPlace = kOtherChunk * 16;
+
+  /// A stage of whole units: this thread's part of every kRowsAtOnce-th row, as long as there are `rows`.
+  /// Two warps copy for a whole CTA, so every instruction counts: one for the address of a row, and one for
+  /// each copy.
+  template <int kRowsAtOnce, int kRowsAThread>
+  static __device__ __forceinline__ void gather_stage(int rows, uint32_t to, int unit_bytes,
+                                                      const uint4* chunks,
+                                                      const uint32_t (&from)[kRowsAThread]) {
+#pragma unroll
+    for (int i = 0; i < kRowsAThread; ++i) {
+      if (i * kRowsAtOnce >= rows) continue;
+      const uint4* const chunk = ptx::offset_16(chunks, from[i]);
+#pragma unroll
+      for (int u = 0; u < Traits::kStageUnits; ++u) {
+        const uint32_t place = to + u * unit_bytes;
+        const int below = i * kRowsAtOnce * 128;
+        ptx::cp_async_cg_16(place + below, chunk + u * kUnitDepth / 8);
+        ptx::cp_async_cg_16((place ^ kOtherPlace) + below, chunk + u * kUnitDepth / 8 + kOtherChunk);
+      }
+    }
+  }
+
+  /// The same where K ends: `units` units, of which this thread's first chunk begins `left` before the end.
+  template <int kRowsAtOnce, int kRowsAThread>
+  static __device__ void gather_last_stage(int rows, uint32_t to, int unit_bytes, const uint4* chunks,
+                                           const uint32_t (&from)[kRowsAThread], int units, int left) {
+#pragma unroll 1
+    for (int u = 0; u < units; ++u, to += unit_bytes, chunks += kUnitDepth / 8, left -= kUnitDepth) {
+#pragma unroll
+      for (int i = 0; i < kRowsAThread; ++i) {
+        if (i * kRowsAtOnce >= rows) continue;
+        const uint4* const chunk = ptx::offset_16(chunks, from[i]);
+        const int below = i * kRowsAtOnce * 128;
+        ptx::cp_async_cg_16_or_zero(to + below, chunk, left > 0);
+        ptx::cp_async_cg_16_or_zero((to ^ kOtherPlace) + below, chunk + kOtherChunk, left > kOtherChunk * 8);
+      }
     }
   }
 

@@ -69,6 +69,14 @@ __device__ __forceinline__ void cp_async_bulk(uint32_t to, const void* from, uin
       : "memory");
 }
 
+/// `base` + `count`, by one instruction or two; the compiler would first add the count to whatever base is a
+/// sum of.
+__device__ __forceinline__ const uint4* offset_16(const uint4* base, uint32_t count) {
+  const uint4* sum;
+  asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(sum) : "r"(count), "l"(base));
+  return sum;
+}
+
 /// 16 bytes through L2, by this thread.
 __device__ __forceinline__ void cp_async_cg_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");

@@ -11,11 +11,6 @@
 namespace fourfold::sm90 {
 namespace {
 
-/// Widest intermediate up to which tokens are staged once and gathered, where staging is more than a copy:
-/// gathering costs the first GEMM a tenth, beside which staging every slot is the cheaper the wider it is.
-/// Between what was measured on an H200 at 768 (5% faster) and 2048 (1 to 3% slower), docs/hopper.md.
-constexpr int64_t kMostGatheredIntermediate = 1408;
-
 /// The same memory with as many rows as the GEMM was planned for; those from M on are not touched.
 MatrixView<Bf16> with_rows(MatrixView<Bf16> matrix, int64_t rows) {
   matrix.rows = rows;
@@ -150,8 +145,7 @@ bool ExpertStages::stages_by_token() const {
 
 bool ExpertStages::gathers_x(const ExpertGemm& gate_up, const cuda::RowSource& source,
                              const ExpertTaps& taps) const {
-  return stages_by_token() && (!restages() || config_.intermediate <= kMostGatheredIntermediate) &&
-         !has_two_terms() && source.slot_of_row != nullptr && source.weights.empty() &&
+  return stages_by_token() && !has_two_terms() && source.slot_of_row != nullptr && source.weights.empty() &&
          taps.staged_x == nullptr && can_gather(gate_up);
 }
 

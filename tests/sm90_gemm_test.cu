@@ -607,13 +607,15 @@ std::vector<Case> all_cases(uint64_t seed) {
     for (size_t i = first_case; i < cases.size(); ++i) cases[i].kernel = kernel;
   }
   const auto groups = ragged(5, 20, seed + 99);
-  for (const auto& [name, f] : {std::pair{"SwiGLU limit 10", function(ActivationKind::kSwiglu, 1, 0, 10)},
-                                {"SwiGLU step", function(ActivationKind::kSwigluStep, 1, 0, 2)},
-                                {"GeGLU", function(ActivationKind::kGeglu)},
-                                {"GeGLU tanh", function(ActivationKind::kGegluTanh)},
-                                {"ReLU squared", function(ActivationKind::kReluSquared)},
-                                {"SiLU", function(ActivationKind::kSilu)},
-                                {"GELU", function(ActivationKind::kGelu)}}) {
+  for (const auto& [name, f] :
+       {std::pair{"SwiGLU limit 10", function(ActivationKind::kSwiglu, 1, 0, 10)},
+        {"SwiGLU limit 1.7, which bf16 does not hold", function(ActivationKind::kSwiglu, 1.702f, 1, 1.7f)},
+        {"SwiGLU step", function(ActivationKind::kSwigluStep, 1, 0, 2)},
+        {"GeGLU", function(ActivationKind::kGeglu)},
+        {"GeGLU tanh", function(ActivationKind::kGegluTanh)},
+        {"ReLU squared", function(ActivationKind::kReluSquared)},
+        {"SiLU", function(ActivationKind::kSilu)},
+        {"GELU", function(ActivationKind::kGelu)}}) {
     cases.push_back({name,
                      groups,
                      210,

@@ -7,6 +7,7 @@
 #include <variant>
 
 #include "base/fail.h"
+#include "fourfold/number_formats.h"
 #include "sm90/expert_gemm_checks.h"
 #include "sm90/gemm_choice.h"
 
@@ -166,7 +167,10 @@ GemmPlan planned_launches(const ExpertGemm& args) {
 }
 
 bool needs_own_activation(const ExpertGemm& args) {
-  return args.activation && args.activation->kind != ActivationKind::kSwiglu;
+  if (!args.activation) return false;
+  // The epilogue compares h with the limit in bf16.
+  const float limit = args.activation->limit;
+  return args.activation->kind != ActivationKind::kSwiglu || static_cast<float>(encode_bf16(limit)) != limit;
 }
 
 bool can_requantize(const ExpertGemm& args) {

@@ -1,11 +1,12 @@
 // What becomes of a tile's sums: partial sums added, alpha and bias, rounding, SwiGLU, and the way to memory.
 //
 // A thread's accumulators are 16-bit columns of tokens; memory wants rows of channels. A few tokens at a time
-// go through shared memory, transposed by stmatrix, and leave in 16-byte pieces ("chunks", 8 packed rows):
-// half a pair when rows are in RowOrder::kGateUpPaired, where chunk 2i is gate and 2i+1 up of 8 channels.
+// go through shared memory, transposed by stmatrix, and leave in 16-byte pieces ("chunks", 8 channels). Gate
+// and up of a channel are in the same thread (RowOrder::kGateUpPaired), which activates them before.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "sm90/block_part.cuh"
 #include "sm90/gemm_kernel_args.cuh"
@@ -78,15 +79,18 @@ class Epilogue {
       collect(sums);
     }
     publish_alphas();
-    float biases[Traits::kRowBlocks][2];
+    Biases biases;
 #pragma unroll
     for (int b = 0; b < Traits::kRowBlocks; ++b) {
       biases[b][0] = bias(b, 0);
       biases[b][1] = bias(b, 1);
     }
-    if (!kPaired && args_.d_is_float32) {
+    if constexpr (kPaired) {
+      if (args_.h != nullptr) write_h(sums, biases);
+      if (args_.d == nullptr) return;
+    } else if (args_.d_is_float32) {
 #pragma unroll
-      for (int round = 0; round < Traits::kTokens / kRound; ++round) {
+      for (int round = 0; round < kRounds; ++round) {
         if (round * kRound >= tile_.rows) break;
         store_float32(sums, biases, round);
       }
@@ -96,23 +100,28 @@ class Epilogue {
     // Two buffers take turns: a round is staged while the one before is written, and one barrier a round is
     // enough. Whoever stages into a buffer has passed the barrier that all others reached after reading it;
     // between tiles, publish_alphas() has it.
-    const Piece piece = my_piece();
-    stage_round(sums, biases, 0);
-#pragma unroll
-    for (int round = 0; round < Traits::kTokens / kRound; ++round) {
+    stage_round<0>(sums, biases);
+    // A loop where there are many rounds, whose writing is then there once.
+#pragma unroll(kRounds > 4 ? 1 : kRounds)
+    for (int round = 0; round < kRounds; ++round) {
       ptx::bar_sync(kFirstStaging + row_part_, 128);
       const bool last = (round + 1) * kRound >= tile_.rows;
-      if (round + 1 < Traits::kTokens / kRound && !last) stage_round(sums, biases, round + 1);
-      write_round(piece, round);
+      if (!last) at_round(round + 1, [&](auto at) { stage_round<decltype(at)::value>(sums, biases); });
+      write_round(round);
       if (last) return;
     }
   }
 
  private:
   static constexpr int kHalves = kPaired ? 2 : 1;
-  static constexpr int kChunks = Traits::kRowBlocks * 8;  ///< 16-byte pieces of a staged token
-  static constexpr int kRound = Traits::kStagingTokens;   ///< tokens staged at a time
-  static constexpr int kSums = Traits::kTokens / 2;       ///< of a row block
+  static constexpr int kRowBlocks = Traits::kRowBlocks;
+  static constexpr int kRound = Traits::kStagingTokens;  ///< tokens staged at a time
+  static constexpr int kRounds = Traits::kTokens / kRound;
+  static constexpr int kEights = kRound / 8;            ///< of tokens
+  static constexpr int kSumChunks = 8 * kRowBlocks;     ///< of a token's sums
+  static constexpr int kChunks = kSumChunks / kHalves;  ///< of a token of the result
+  static constexpr int kSums = Traits::kTokens / 2;     ///< of a row block
+  using Biases = float[kRowBlocks][2];
 
   // Barriers of the CTA: two for partial sums, then one a row part.
   static constexpr int kPartialsFree = 1, kPartialsFull = 2, kFirstStaging = 3;
@@ -181,8 +190,7 @@ class Epilogue {
     return __fadd_rn(__fmul_rn(alpha, sum), bias);
   }
 
-  __device__ __forceinline__ void store_float32(const Sums<Traits>& sums,
-                                                const float (&biases)[Traits::kRowBlocks][2],
+  __device__ __forceinline__ void store_float32(const Sums<Traits>& sums, const Biases& biases,
                                                 int round) const {
     const int lane = thread_ % 32;
     float* d = static_cast<float*>(args_.d);
@@ -206,90 +214,161 @@ class Epilogue {
            round % 2 * (Traits::kStagingBytes / 2);
   }
 
-  /// Where chunk `chunk` of staged token `token` lies; the swizzle spreads a column over all banks.
+  /// Where chunk `chunk` of staged token `token` lies, of kRowChunks. 16 bytes between rows spread the chunks
+  /// of eight neighbouring tokens over all banks.
+  template <int kRowChunks>
   static __device__ __forceinline__ uint32_t staged(uint32_t buffer, int token, int chunk) {
-    return buffer + token * Traits::kStagingRowBytes + (chunk ^ (token % 8)) * 16;
+    return buffer + (token * (kRowChunks + 1) + chunk) * 16;
   }
 
-  __device__ __forceinline__ void stage_round(const Sums<Traits>& sums,
-                                              const float (&biases)[Traits::kRowBlocks][2], int round) const {
-    const uint32_t buffer = staging_buffer(round);
+  /// `action` of an integral constant: sums are registers, so that every round has code of its own.
+  template <int kFirst = 0, class Action>
+  static __device__ __forceinline__ void at_round(int round, const Action& action) {
+    if constexpr (kFirst < kRounds) {
+      if (round == kFirst) {
+        action(std::integral_constant<int, kFirst>{});
+      } else {
+        at_round<kFirst + 1>(round, action);
+      }
+    }
+  }
+
+  /// Two tokens' alphas: of eight tokens `eight`, the two whose sums this thread has.
+  __device__ __forceinline__ float2 two_alphas(int half, int eight) const {
+    return ptx::ld_shared_v2_f32(alphas() + (half * Traits::kTokens + eight * 8 + thread_ % 4 * 2) * 4);
+  }
+
+  /// The lower (0) or upper (1) row's results for those two tokens, rounded.
+  static __device__ __forceinline__ uint32_t rounded(const Sums<Traits>& sums, const Biases& biases,
+                                                     float2 alpha, int block, int upper, int eight) {
+    const float* const two = &sums.of[block][eight * 4 + upper * 2];
+    return ptx::cvt_rn_bf16x2(scaled(alpha.y, two[1], biases[block][upper]),
+                              scaled(alpha.x, two[0], biases[block][upper]));
+  }
+
+  template <int kThis>
+  __device__ __forceinline__ void stage_round(const Sums<Traits>& sums, const Biases& biases) const {
+    if constexpr (kPaired) {
+      stage_activated<kThis>(sums, biases);
+    } else {
+      stage_sums<kThis>(sums, biases, staging_buffer(kThis));
+    }
+  }
+
+  /// Both rows of every slab, chunks 2i and 2i + 1.
+  template <int kThis>
+  __device__ __forceinline__ void stage_sums(const Sums<Traits>& sums, const Biases& biases,
+                                             uint32_t buffer) const {
+    constexpr int kTogether = kEights == 1 ? 1 : 2;  // eights of tokens that a store takes
     const int lane = thread_ % 32;
 #pragma unroll
-    for (int b = 0; b < Traits::kRowBlocks; ++b) {
-      uint32_t pairs[kRound / 8][2];
+    for (int c = 0; c < kEights; c += kTogether) {
+      float2 alpha[kTogether][kHalves];
 #pragma unroll
-      for (int c = 0; c < kRound / 8; ++c) {
-        const int first = (round * kRound + c * 8) / 2;  // of the eight tokens' sums
+      for (int i = 0; i < kTogether; ++i) {
 #pragma unroll
-        for (int upper = 0; upper < 2; ++upper) {
-          const int half = kPaired ? upper : 0;
-          const float2 alpha = ptx::ld_shared_v2_f32(
-              alphas() + (half * Traits::kTokens + round * kRound + c * 8 + lane % 4 * 2) * 4);
-          pairs[c][upper] =
-              ptx::cvt_rn_bf16x2(scaled(alpha.y, sums.of[b][first + upper * 2 + 1], biases[b][upper]),
-                                 scaled(alpha.x, sums.of[b][first + upper * 2], biases[b][upper]));
-        }
+        for (int half = 0; half < kHalves; ++half) alpha[i][half] = two_alphas(half, kThis * kEights + c + i);
       }
-      // Lane i of matrix m = lane / 8 names the chunk of token i; matrices are lower, upper (, then 8 tokens
-      // on).
-      const int chunk = b * 8 + thread_ / 32 * 2 + lane / 8 % 2, token = lane / 16 * 8 % kRound + lane % 8;
-      if constexpr (kRound == 8) {
-        ptx::stmatrix_x2_trans(staged(buffer, token, chunk), pairs[0][0], pairs[0][1]);
-      } else {
 #pragma unroll
-        for (int c = 0; c < kRound / 8; c += 2) {
-          ptx::stmatrix_x4_trans(staged(buffer, c * 8 + token, chunk), pairs[c][0], pairs[c][1],
-                                 pairs[c + 1][0], pairs[c + 1][1]);
+      for (int b = 0; b < kRowBlocks; ++b) {
+        uint32_t m[kTogether][2];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+          for (int upper = 0; upper < 2; ++upper) {
+            m[i][upper] =
+                rounded(sums, biases, alpha[i][kPaired ? upper : 0], b, upper, kThis * kEights + c + i);
+          }
+        }
+        // Lane i of matrix lane / 8 names the chunk of token i; matrices are lower, upper (, then 8 tokens
+        // on).
+        const int chunk = b * 8 + thread_ / 32 * 2 + lane / 8 % 2;
+        if constexpr (kTogether == 1) {
+          ptx::stmatrix_x2_trans(staged<kSumChunks>(buffer, lane % 8, chunk), m[0][0], m[0][1]);
+        } else {
+          const int token = c * 8 + lane / 16 * 8 + lane % 8;
+          ptx::stmatrix_x4_trans(staged<kSumChunks>(buffer, token, chunk), m[0][0], m[0][1], m[1][0],
+                                 m[1][1]);
         }
       }
     }
   }
 
-  /// What one thread writes of every round: 8 channels of every kStride-th token.
-  struct Piece {
-    int token;    ///< of the round: the first
-    int channel;  ///< the first
-    bool there;   ///< has channels and tokens at all
-    int64_t row;  ///< of the output, for round 0
-  };
-  static constexpr int kPieces = kChunks / kHalves;  ///< of a token
-  static constexpr int kStride = 128 / kPieces;
-
-  __device__ __forceinline__ Piece my_piece() const {
-    const int token = thread_ / kPieces;
-    const int channel = first_block() * (kUnitRows / kHalves) + thread_ % kPieces * 8;
-    return {token, channel, token < kRound && channel < args_.channels, int64_t{tile_.first_row} + token};
+  /// SwiGLU of both rows of every slab, a chunk.
+  template <int kThis>
+  __device__ __forceinline__ void stage_activated(const Sums<Traits>& sums, const Biases& biases) const {
+    static_assert(kEights == 1 || kEights == 4);
+    uint32_t m[kRowBlocks][kEights];
+#pragma unroll
+    for (int c = 0; c < kEights; ++c) {
+      const int eight = kThis * kEights + c;
+      const float2 gate = two_alphas(0, eight), up = two_alphas(1, eight);
+#pragma unroll
+      for (int b = 0; b < kRowBlocks; ++b) {
+        m[b][c] = swiglu_pair(args_.swiglu, rounded(sums, biases, gate, b, 0, eight),
+                              rounded(sums, biases, up, b, 1, eight));
+      }
+    }
+    // Lane i of matrix lane / 8 names the chunk of token i; matrices are eights of tokens.
+    const int token = thread_ % (kEights * 8);
+#pragma unroll
+    for (int b = 0; b < kRowBlocks; ++b) {
+      const uint32_t to = staged<kChunks>(staging_buffer(kThis), token, b * 4 + thread_ / 32);
+      if constexpr (kEights == 1) {
+        ptx::stmatrix_x1_trans(to, m[b][0]);
+      } else {
+        ptx::stmatrix_x4_trans(to, m[b][0], m[b][1], m[b][2], m[b][3]);
+      }
+    }
   }
 
-  __device__ __forceinline__ void write_round(const Piece& piece, int round) const {
-    const uint32_t buffer = staging_buffer(round);
+  /// Every thread writes one chunk of each kStride-th token of a round.
+  static constexpr int kStride = 128 / kChunks, kWrites = (kRound + kStride - 1) / kStride;
+
+  __device__ __forceinline__ void write_round(int round) const {
+    const int chunk = thread_ % kChunks, first = thread_ / kChunks;
+    const int channel = first_block() * (kUnitRows / kHalves) + chunk * 8;
+    const int left =
+        min(tile_.rows - round * kRound, kRound) - first;  // tokens, this thread's first among them
+    if (left <= 0 || channel >= args_.channels) return;
+    const int64_t row = int64_t{tile_.first_row} + round * kRound + first;
+    auto* d = static_cast<uint16_t*>(args_.d) + row * args_.d_stride + channel;
+    const uint32_t from = staged<kChunks>(staging_buffer(round), first, chunk);
+    constexpr int kStep = kStride * (kChunks + 1) * 16;
+    if (kPaired && args_.requantize_scales != nullptr) {
+#pragma unroll 1
+      for (int i = 0; i * kStride < left; ++i)
+        write_quantized(ptx::ld_shared_v4(from + i * kStep), d + i * kStride * args_.d_stride,
+                        row + i * kStride, channel);
+      return;
+    }
+    uint4 values[kWrites];
 #pragma unroll
-    for (int token = 0; token < kRound; token += kStride) {
-      if (!piece.there || round * kRound + token + piece.token >= tile_.rows) continue;
-      const int64_t row = piece.row + (round * kRound + token);
-      const int chunk = thread_ % kPieces * kHalves;
-      const uint4 first = ptx::ld_shared_v4(staged(buffer, token + piece.token, chunk));
-      auto* d = static_cast<uint16_t*>(args_.d) + row * args_.d_stride + piece.channel;
-      if constexpr (kPaired) {
-        const uint4 up = ptx::ld_shared_v4(staged(buffer, token + piece.token, chunk + 1));
-        if (args_.d != nullptr) {
-          const uint4 activated = {activate(first.x, up.x), activate(first.y, up.y), activate(first.z, up.z),
-                                   activate(first.w, up.w)};
-          if (args_.requantize_scales != nullptr) {
-            write_quantized(activated, d, row, piece.channel);
-          } else {
-            *reinterpret_cast<uint4*>(d) = activated;
-          }
-        }
-        if (args_.h != nullptr) {
-          Bf16* h = args_.h + row * args_.h_stride + piece.channel;
-          *reinterpret_cast<uint4*>(h) = first;
-          *reinterpret_cast<uint4*>(h + args_.channels) = up;
-        }
-      } else {
-        *reinterpret_cast<uint4*>(d) = first;
+    for (int i = 0; i < kWrites; ++i) {
+      values[i] = ptx::ld_shared_v4(from + i * kStep);
+    }
+#pragma unroll
+    for (int i = 0; i < kWrites; ++i) {
+      if (i * kStride < left) *reinterpret_cast<uint4*>(d + i * kStride * args_.d_stride) = values[i];
+    }
+  }
+
+  /// The tap of h, gate's columns first.
+  __device__ __forceinline__ void write_h(const Sums<Traits>& sums, const Biases& biases) const {
+    const int chunk = thread_ % kSumChunks;
+    const int channel = first_block() * (kUnitRows / 2) + chunk / 2 * 8;
+    Bf16* h = args_.h + int64_t{tile_.first_row} * args_.h_stride + chunk % 2 * args_.channels + channel;
+#pragma unroll 1
+    for (int round = 0; round * kRound < tile_.rows; ++round) {
+      const uint32_t buffer = staging_buffer(0);
+      at_round(round, [&](auto at) { stage_sums<decltype(at)::value>(sums, biases, buffer); });
+      ptx::bar_sync(kFirstStaging + row_part_, 128);
+      const int tokens = channel < args_.channels ? min(tile_.rows - round * kRound, kRound) : 0;
+      for (int token = thread_ / kSumChunks; token < tokens; token += 128 / kSumChunks) {
+        *reinterpret_cast<uint4*>(h + (round * kRound + token) * args_.h_stride) =
+            ptx::ld_shared_v4(staged<kSumChunks>(buffer, token, chunk));
       }
+      ptx::bar_sync(kFirstStaging + row_part_, 128);
     }
   }
 
@@ -310,11 +389,6 @@ class Epilogue {
     uint32_t words[4];
     values.pack(words);
     *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-  }
-
-  __device__ __forceinline__ uint32_t activate(uint32_t gates, uint32_t ups) const {
-    return ptx::cvt_rn_bf16x2(swiglu(args_.swiglu, high_bf16(gates), high_bf16(ups)),
-                              swiglu(args_.swiglu, low_bf16(gates), low_bf16(ups)));
   }
 
   const GemmKernelArgs& args_;

@@ -103,8 +103,8 @@ struct GemmTraits {
   static constexpr int kWeightStageBytes = kTileBlocks * kStageUnits * kUnitBytes;
   /// Tokens that go through shared memory at a time: enough for every thread to have something to write,
   /// where tiles are wide.
-  static constexpr int kStagingTokens = kGranule < 16 ? kGranule : kRowBlocks == 1 ? 32 : 16;
-  static constexpr int kStagingRowBytes = kRowBlocks * kUnitRows * 2;
+  static constexpr int kStagingTokens = kGranule < 16 ? kGranule : 32;
+  static constexpr int kStagingRowBytes = kRowBlocks * kUnitRows * 2 + 16;  ///< at most (gemm_epilogue.cuh)
   static constexpr int kStagingBytes = 2 * kStagingTokens * kStagingRowBytes;  ///< of a row part; two buffers
   static constexpr int kAlphaBytes = 2 * kTokens * 4;                          ///< of a row part
   static constexpr int kPartialBytes = kRowBlocks * kUnitRows * kTokens * 4;   ///< of a warpgroup
@@ -135,7 +135,7 @@ struct GemmTraits {
   static_assert(kTokens % kGranule == 0 && kTokens / kGranule <= kMostTokenMaps &&
                 kTokenBoxBytes % 1024 == 0);
   static_assert(kStages >= 3 && kStages < kQueuedTiles && kSharedBytes <= kMaxSharedBytes);
-  static_assert(kStagingRowBytes % 128 == 0 && kWeightOffset % 128 == 0 && kUnitBytes % 128 == 0);
+  static_assert(kStagingBytes % 32 == 0 && kWeightOffset % 128 == 0 && kUnitBytes % 128 == 0);
 };
 
 }  // namespace fourfold::sm90

@@ -1,28 +1,47 @@
-// SwiGLU and its variants on one channel.
+// SwiGLU and its variants:
+//
+//   min(g, limit) * sigmoid(alpha * that) * (clamp(u) + beta), in float32.
+//
+// NaN goes through the clamps. A gate for which the sigmoid is below 2^-126 gives zero.
 #pragma once
 
 #include "fourfold/moe_layer.h"
+#include "fourfold/number_formats.h"
+#include "sm90/block_part.cuh"
 #include "sm90/ptx.cuh"
 
 namespace fourfold::sm90 {
 
 struct SwigluArgs {
-  float alpha, beta, limit;
+  float exponent;  ///< of 2, for a gate of 1: -alpha log2(e)
+  float beta, limit;
+  uint32_t limits;  ///< twice, in bf16: swiglu_pair() needs a limit that bf16 holds
 };
 
 /// A beta of zero becomes -0, which changes no sum.
 inline SwigluArgs swiglu_args(const ActivationFunction& activation) {
-  return {activation.alpha, activation.beta == 0.0f ? -0.0f : activation.beta, activation.limit};
+  constexpr float kLog2E = 1.44269504f;
+  return {-kLog2E * activation.alpha, activation.beta == 0.0f ? -0.0f : activation.beta, activation.limit,
+          encode_bf16(activation.limit).bits * 0x10001u};
 }
 
-/// min(g, limit) * sigmoid(alpha * that) * (clamp(u) + beta), in float32. NaN goes through the clamps.
+__device__ __forceinline__ float swiglu_of_clamped(const SwigluArgs& args, float gate, float up) {
+  const float sigmoid = ptx::rcp_approx_ftz(1.0f + ptx::ex2_approx_ftz(args.exponent * gate));
+  return gate * sigmoid * __fadd_rn(up, args.beta);
+}
+
+/// Of one channel.
 __device__ __forceinline__ float swiglu(const SwigluArgs& args, float gate, float up) {
-  constexpr float kLog2E = 1.44269504f;
-  const float g = ptx::min_nan(gate, args.limit);
-  const float u = ptx::max_nan(ptx::min_nan(up, args.limit), -args.limit);
-  const float z = args.alpha * g;
-  const float sigmoid = ptx::rcp_approx(1.0f + ptx::ex2_approx(-kLog2E * z));
-  return g * sigmoid * __fadd_rn(u, args.beta);
+  return swiglu_of_clamped(args, ptx::min_nan(gate, args.limit),
+                           ptx::max_nan(ptx::min_nan(up, args.limit), -args.limit));
+}
+
+/// Of two pairs of bf16, rounded to bf16: the same values.
+__device__ __forceinline__ uint32_t swiglu_pair(const SwigluArgs& args, uint32_t gates, uint32_t ups) {
+  gates = ptx::min_nan_bf16x2(gates, args.limits);
+  ups = ptx::max_nan_bf16x2(ptx::min_nan_bf16x2(ups, args.limits), args.limits ^ 0x80008000u);
+  return ptx::cvt_rn_bf16x2(swiglu_of_clamped(args, high_bf16(gates), high_bf16(ups)),
+                            swiglu_of_clamped(args, low_bf16(gates), low_bf16(ups)));
 }
 
 }  // namespace fourfold::sm90

@@ -222,8 +222,8 @@ TEST(GemmChoice, FollowsRowsAnExpertWhereTilesFillTheGpu) {
   expect(7168, 2048, 256, 8,
          {{1, kNarrow, kNarrow},
           {256, kNarrow, kNarrow},
-          {768, kNarrow, kNarrow},
-          {800, kMedium, kMedium},
+          {640, kNarrow, kNarrow},
+          {672, kMedium, kMedium},
           {1024, kMedium, kMedium},
           {2048, kBroad, kBroad},
           {4096, kWide, kWide}});

@@ -44,7 +44,7 @@ inline constexpr GemmKernelShape kGemmKernels[] = {
     {GemmKernel::kFew, "few: 64 rows x 8 tokens, k split over 4 warpgroups", 1, 1, 4, 8, 8, 8, 0.0, true,
      false},
     {GemmKernel::kNarrow, "narrow: 256 rows x 32 tokens, 4 warpgroups", 4, 1, 1, 4, 32, 8, 12.0, true, true},
-    {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 2, 64, 16, 52.0, true, true},
+    {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 4, 64, 8, 52.0, true, true},
     {GemmKernel::kBroad, "broad: 256 rows x 96 tokens, 4 warpgroups", 4, 1, 1, 2, 96, 16, 84.0, true, true},
     {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 2, 160, 16, 1e30, false, true},
 };
@@ -76,7 +76,7 @@ constexpr int64_t gemm_waves(const GemmKernelShape& shape, int64_t max_rows, int
 }
 
 /// Of kNarrow, where a launch of tiles with room for more is worth it for the experts that have more.
-inline constexpr double kMostRowsOfManyNarrow = 24.0;
+inline constexpr double kMostRowsOfManyNarrow = 20.0;
 
 /// Whether a GEMM has so many tiles of a kernel that other tiles may be a launch of their own: beginning and
 /// ending one costs about a tile's time. Measured on an H200, docs/hopper.md: at 6 waves of kWide it is worth

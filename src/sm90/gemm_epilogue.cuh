@@ -297,7 +297,7 @@ class Epilogue {
   /// SwiGLU of both rows of every slab, a chunk.
   template <int kThis>
   __device__ __forceinline__ void stage_activated(const Sums<Traits>& sums, const Biases& biases) const {
-    static_assert(kEights == 1 || kEights == 4);
+    static_assert(kEights == 1 || kEights == 2 || kEights == 4);
     uint32_t m[kRowBlocks][kEights];
 #pragma unroll
     for (int c = 0; c < kEights; ++c) {
@@ -316,6 +316,8 @@ class Epilogue {
       const uint32_t to = staged<kChunks>(staging_buffer(kThis), token, b * 4 + thread_ / 32);
       if constexpr (kEights == 1) {
         ptx::stmatrix_x1_trans(to, m[b][0]);
+      } else if constexpr (kEights == 2) {
+        ptx::stmatrix_x2_trans(to, m[b][0], m[b][1]);
       } else {
         ptx::stmatrix_x4_trans(to, m[b][0], m[b][1], m[b][2], m[b][3]);
       }

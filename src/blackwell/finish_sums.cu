@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kMostRowThreads) activate_kernel(const __grid_
          block += static_cast<int32_t>(blockDim.x)) {
       float x[kNvfp4Block];
       load_activation(p, place, row, block, true, x);
-      cuda::quantize_block<kTwoTerms, true>(x, global, row, block, place, p.out);
+      cuda::quantize_block<kTwoTerms, true>(x, cuda::sixth_of_largest(x), global, row, block, place, p.out);
     }
   }
 }

@@ -16,17 +16,12 @@ struct QuantizedRows {
   StackedRows stacked;
 };
 
-/// As quantize_nvfp4_block, but codes become the values that they stand for.
-__device__ inline uint8_t round_block(const float (&x)[kNvfp4Block], float global,
-                                      float (&rounded)[kNvfp4Block]) {
+/// A sixth of the largest magnitude: what a block's scale is made of, whatever the global scale.
+__device__ inline float sixth_of_largest(const float (&x)[kNvfp4Block]) {
   float amax = 0.0f;
 #pragma unroll
-  for (const float value : x) amax = max_magnitude(amax, value);
-  const uint8_t scale = nvfp4_block_scale(amax, global, false);
-  const float reciprocal = nvfp4_reciprocal(scale, global);
-#pragma unroll
-  for (int i = 0; i < kNvfp4Block; ++i) rounded[i] = round_to_e2m1(__fmul_rn(x[i], reciprocal));
-  return scale;
+  for (const float value : x) amax = max_magnitude_nan(amax, value);
+  return amax / 6.0f;
 }
 
 /// Codes of two rounded values of a block with this scale. A NaN makes its scale NaN, and then so is every
@@ -73,32 +68,34 @@ __device__ inline void store_decoded(const float (&x)[kNvfp4Block], int32_t row,
   if (to.data != nullptr) store_exact_block(x, to.row(row) + int64_t{index} * kNvfp4Block, to.aligned);
 }
 
-/// One term of sixteen values: what it holds -> `decoded` (without the global scale).
+/// One term of sixteen values, of which `sixth` is sixth_of_largest(): what it holds -> `decoded` (without
+/// the global scale). As quantize_nvfp4_block.
 template <bool kStacked>
-__device__ void quantize_term(const float (&x)[kNvfp4Block], float global, int32_t row, int32_t index,
-                              int term, const RowPlace& place, const QuantizedRows& to,
+__device__ void quantize_term(const float (&x)[kNvfp4Block], float sixth, float global, int32_t row,
+                              int32_t index, int term, const RowPlace& place, const QuantizedRows& to,
                               float (&decoded)[kNvfp4Block]) {
-  const uint8_t scale_code = round_block(x, global, decoded);
-  store_codes(decoded, scale_code, row, index, term == 0 ? to.codes : to.residual_codes,
-              term == 0 ? to.scales : to.residual_scales);
-  if constexpr (kStacked) store_stacked(decoded, scale_code, place, term, index, to.stacked);
-  const float scale = decode_e4m3(scale_code);
+  const BlockScale scale = block_scale(sixth, global);
 #pragma unroll
-  for (float& value : decoded) value = __fmul_rn(value, scale);
+  for (int i = 0; i < kNvfp4Block; ++i) decoded[i] = round_to_e2m1(__fmul_rn(x[i], scale.reciprocal));
+  store_codes(decoded, scale.code, row, index, term == 0 ? to.codes : to.residual_codes,
+              term == 0 ? to.scales : to.residual_scales);
+  if constexpr (kStacked) store_stacked(decoded, scale.code, place, term, index, to.stacked);
+#pragma unroll
+  for (float& value : decoded) value = __fmul_rn(value, scale.value);
 }
 
 /// All terms of sixteen values; `x` becomes what the first one left. `place` is not looked at unless
 /// kStacked.
 template <bool kTwoTerms, bool kStacked>
-__device__ void quantize_block(float (&x)[kNvfp4Block], float global, int32_t row, int32_t index,
+__device__ void quantize_block(float (&x)[kNvfp4Block], float sixth, float global, int32_t row, int32_t index,
                                const RowPlace& place, const QuantizedRows& to) {
   float decoded[kNvfp4Block];
-  quantize_term<kStacked>(x, global, row, index, 0, place, to, decoded);
+  quantize_term<kStacked>(x, sixth, global, row, index, 0, place, to, decoded);
   store_decoded(decoded, row, index, to.first);
   if constexpr (kTwoTerms) {
 #pragma unroll
     for (int i = 0; i < kNvfp4Block; ++i) x[i] = __fsub_rn(x[i], __fmul_rn(decoded[i], global));
-    quantize_term<kStacked>(x, global, row, index, 1, place, to, decoded);
+    quantize_term<kStacked>(x, sixth_of_largest(x), global, row, index, 1, place, to, decoded);
     store_decoded(decoded, row, index, to.second);
   }
 }

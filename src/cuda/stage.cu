@@ -100,9 +100,13 @@ __device__ float global_scale_of(const StageParams& p, const SourceRow& source, 
   return 1.0f;
 }
 
+template <ActivationFormat kFormat>
+constexpr bool kIsNvfp4 = is_nvfp4(kFormat);
+
+/// `sixth`: for NVFP4, sixth_of_largest(x).
 template <ActivationFormat kFormat, bool kStacked>
-__device__ void stage_block(const StageParams& p, float (&x)[kNvfp4Block], float global, int32_t row,
-                            int32_t index) {
+__device__ void stage_block(const StageParams& p, float (&x)[kNvfp4Block], float sixth, float global,
+                            int32_t row, int32_t index) {
   if constexpr (kFormat == ActivationFormat::kBf16) {
 #pragma unroll
     for (float& value : x) value = static_cast<float>(encode_bf16(value));  // quiets a NaN
@@ -119,13 +123,14 @@ __device__ void stage_block(const StageParams& p, float (&x)[kNvfp4Block], float
     store_decoded(x, row, index, p.out.first);
   } else {
     const RowPlace place = kStacked ? p.out.stacked.places[row] : RowPlace{};
-    quantize_block<kFormat == ActivationFormat::kNvfp4x2, kStacked>(x, global, row, index, place, p.out);
+    quantize_block<kFormat == ActivationFormat::kNvfp4x2, kStacked>(x, sixth, global, row, index, place,
+                                                                    p.out);
   }
 }
 
 /// Blocks of threads that a multiprocessor should hold: as many as registers allow without spilling.
 template <ActivationFormat kFormat, bool kStacked>
-constexpr int kResidentBlocks = kFormat == ActivationFormat::kNvfp4x2 || kStacked ? 2 : 3;
+constexpr int kResidentBlocks = kIsNvfp4<kFormat> || kStacked ? 2 : 3;
 
 template <ActivationFormat kFormat, bool kStacked>
 __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat, kStacked>)
@@ -146,7 +151,8 @@ __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat, kSta
          block += static_cast<int32_t>(blockDim.x)) {
       float x[kNvfp4Block];
       source.load(block, x);
-      stage_block<kFormat, kStacked>(p, x, global, row, block);
+      const float sixth = kIsNvfp4<kFormat> ? sixth_of_largest(x) : 0.0f;
+      stage_block<kFormat, kStacked>(p, x, sixth, global, row, block);
     }
   }
 }
@@ -216,12 +222,13 @@ __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat, kSta
       }
       for (int32_t block = thread; block < p.blocks; block += static_cast<int32_t>(blockDim.x)) {
         if (block != thread) source.load(block, x);
+        const float sixth = kIsNvfp4<kFormat> ? sixth_of_largest(x) : 0.0f;
         for (int32_t slot = 0; slot < count; ++slot) {
           if (slots.row[slot] < 0) continue;
           float values[kNvfp4Block];
 #pragma unroll
           for (int i = 0; i < kNvfp4Block; ++i) values[i] = x[i];
-          stage_block<kFormat, kStacked>(p, values, scale_of(slot), slots.row[slot], block);
+          stage_block<kFormat, kStacked>(p, values, sixth, scale_of(slot), slots.row[slot], block);
         }
       }
     }

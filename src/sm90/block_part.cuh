@@ -37,17 +37,16 @@ struct BlockPart {
   __device__ __forceinline__ BlockPart rounded(float global) const {
     float amax = 0.0f;
 #pragma unroll
-    for (const float value : of) amax = max_magnitude(amax, value);
+    for (const float value : of) amax = cuda::max_magnitude_nan(amax, value);
 #pragma unroll
     for (int distance = kStride; distance < kLanes * kStride; distance *= 2) {
-      amax = max_magnitude(amax, __shfl_xor_sync(lanes(), amax, distance));
+      amax = cuda::max_magnitude_nan(amax, __shfl_xor_sync(lanes(), amax, distance));
     }
-    const uint8_t code = nvfp4_block_scale(amax, global, false);
-    const float reciprocal = nvfp4_reciprocal(code, global), scale = decode_e4m3(code);
+    const cuda::BlockScale scale = cuda::block_scale(amax / 6.0f, global);
     BlockPart result = *this;
 #pragma unroll
     for (float& value : result.of) {
-      value = __fmul_rn(cuda::round_to_e2m1(__fmul_rn(value, reciprocal)), scale);
+      value = __fmul_rn(cuda::round_to_e2m1(__fmul_rn(value, scale.reciprocal)), scale.value);
     }
     return result;
   }

@@ -1,5 +1,6 @@
-// Times the two GEMMs of an expert layer on Hopper, for tuning: uniform random routings in rotation, weights
-// of random bits, larger than L2 together; every figure is of a captured graph of calls.
+// Times the two GEMMs of an expert layer on Hopper, the first from sorted and from gathered rows, for tuning:
+// uniform random routings in rotation, weights of random bits, larger than L2 together; every figure is of a
+// captured graph of calls.
 //
 // usage: sm90_gemm_bench [SHAPES] [TOKENS] [even], e.g. `sm90_gemm_bench AC 1,16,256`; even: all groups
 // alike. No figure without a check: the results of every case are sampled against float64 sums over the
@@ -80,6 +81,7 @@ constexpr Shape kShapes[] = {{'A', 7168, 2048, 256, 8}, {'B', 2048, 768, 128, 8}
 
 struct Routing {
   std::vector<int32_t> offsets;
+  std::vector<int32_t> slots;  ///< of rows, expert after expert
   int touched = 0;
 };
 
@@ -87,19 +89,24 @@ struct Routing {
 Routing draw_routing(const Shape& shape, int64_t tokens, uint64_t seed, bool even) {
   std::mt19937_64 random(seed);
   const auto experts = static_cast<size_t>(shape.experts);
-  std::vector<int32_t> rows(experts, even ? static_cast<int32_t>(tokens * shape.top_k / shape.experts) : 0);
+  std::vector<std::vector<int32_t>> slots(experts);
+  for (int32_t slot = 0; even && slot < tokens * shape.top_k; ++slot) {
+    slots[static_cast<size_t>(slot) % experts].push_back(slot);
+  }
   for (int64_t t = 0; t < tokens && !even; ++t) {
     std::set<int> chosen;
     while (static_cast<int>(chosen.size()) < shape.top_k) {
       chosen.insert(static_cast<int>(random() % static_cast<uint64_t>(shape.experts)));
     }
-    for (const int e : chosen) ++rows[static_cast<size_t>(e)];
+    auto slot = static_cast<int32_t>(t * shape.top_k);
+    for (const int e : chosen) slots[static_cast<size_t>(e)].push_back(slot++);
   }
   Routing routing;
   routing.offsets.push_back(0);
-  for (const int32_t count : rows) {
-    routing.offsets.push_back(routing.offsets.back() + count);
-    routing.touched += count > 0;
+  for (const std::vector<int32_t>& mine : slots) {
+    routing.slots.insert(routing.slots.end(), mine.begin(), mine.end());
+    routing.offsets.push_back(static_cast<int32_t>(routing.slots.size()));
+    routing.touched += !mine.empty();
   }
   return routing;
 }
@@ -111,7 +118,7 @@ struct Operands {
   uint8_t* packed_down;
   float* globals;
   Bf16 *x, *activation, *z;
-  std::vector<int32_t*> offsets;
+  std::vector<int32_t*> offsets, slots;
 };
 
 ExpertGemm gate_up(const Operands& o, int64_t rows, size_t routing, bool overlap) {
@@ -126,6 +133,15 @@ ExpertGemm gate_up(const Operands& o, int64_t rows, size_t routing, bool overlap
   args.d = MatrixView<Bf16>{o.activation, rows, o.shape.intermediate};
   args.activation = ActivationFunction{};
   args.overlap_previous = overlap;
+  return args;
+}
+
+/// gate_up() from x itself: a row of it a token.
+ExpertGemm gathered_gate_up(const Operands& o, int64_t rows, size_t routing) {
+  ExpertGemm args = gate_up(o, rows, routing, false);
+  args.tokens[0] = {o.x, rows / o.shape.top_k, o.shape.hidden};
+  args.slot_of_row = o.slots[routing];
+  args.top_k = o.shape.top_k;
   return args;
 }
 
@@ -237,6 +253,9 @@ void run_case(const Shape& shape, Operands& o, int64_t tokens, bool even) {
     check(cudaMemcpy(o.offsets[r], routings[r].offsets.data(), routings[r].offsets.size() * 4,
                      cudaMemcpyHostToDevice),
           "offsets");
+    check(cudaMemcpy(o.slots[r], routings[r].slots.data(), routings[r].slots.size() * 4,
+                     cudaMemcpyHostToDevice),
+          "slots");
   }
   const int replays = tokens >= 1024 ? 3 : 7;
   const double first = time_calls(kRoutings, replays, [&](size_t call, cudaStream_t stream) {
@@ -245,6 +264,11 @@ void run_case(const Shape& shape, Operands& o, int64_t tokens, bool even) {
   const double second = time_calls(kRoutings, replays, [&](size_t call, cudaStream_t stream) {
     launch_expert_gemm(down(o, rows, call, false), stream);
   });
+  const auto gather = [&](size_t call, cudaStream_t stream) {
+    launch_expert_gemm(gathered_gate_up(o, rows, call), stream);
+  };
+  const bool gathers = can_gather(gathered_gate_up(o, rows, 0));
+  const double gathering = gathers ? time_calls(kRoutings, replays, gather) : 0.0;
   const double pair = time_calls(kRoutings, replays, [&](size_t call, cudaStream_t stream) {
     launch_expert_gemm(gate_up(o, rows, call, true), stream);
     launch_expert_gemm(down(o, rows, call, true), stream);
@@ -258,6 +282,7 @@ void run_case(const Shape& shape, Operands& o, int64_t tokens, bool even) {
   const Figure both{pair, gemm1.bytes + gemm2.bytes, gemm1.flops + gemm2.flops};
   std::printf("%c T %5lld hit %3.0f", shape.name, static_cast<long long>(tokens), touched);
   gemm1.print("gemm1");
+  if (gathers) std::printf("  gathered %9.1f us", gathering);
   gemm2.print("gemm2");
   both.print("pair, overlapped");
   std::printf("  err %.1e %s\n", sampled_error(o, routings.back()),
@@ -278,8 +303,10 @@ void run_shape(const Shape& shape, const std::vector<int64_t>& tokens, bool even
   o.x = device_array<Bf16>(static_cast<size_t>(most * shape.hidden));
   o.activation = device_array<Bf16>(static_cast<size_t>(most * shape.intermediate));
   o.z = device_array<Bf16>(static_cast<size_t>(most * shape.hidden));
-  for (int r = 0; r < 8; ++r)
+  for (int r = 0; r < 8; ++r) {
     o.offsets.push_back(device_array<int32_t>(static_cast<size_t>(shape.experts) + 1));
+    o.slots.push_back(device_array<int32_t>(static_cast<size_t>(most)));
+  }
   fill_packed<<<1056, 256>>>(reinterpret_cast<uint32_t*>(o.packed_gate_up), gate_up_bytes / 4);
   fill_packed<<<1056, 256>>>(reinterpret_cast<uint32_t*>(o.packed_down), down_bytes / 4);
   fill_floats<<<64, 256>>>(o.globals, shape.experts * 2, 0.01f);
@@ -291,7 +318,9 @@ void run_shape(const Shape& shape, const std::vector<int64_t>& tokens, bool even
                      static_cast<void*>(o.z)}) {
     cudaFree(data);
   }
-  for (int32_t* offsets : o.offsets) cudaFree(offsets);
+  for (const auto& arrays : {o.offsets, o.slots}) {
+    for (int32_t* array : arrays) cudaFree(array);
+  }
 }
 
 std::vector<int64_t> parse_numbers(const std::string& text) {

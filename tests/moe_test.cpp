@@ -486,6 +486,25 @@ TEST(Activation, HasEveryVariantOfTheModels) {
   }
 }
 
+TEST(Activation, RefusesParametersThatAreNoNumbers) {
+  TestLayer layer;
+  const auto refusal_of = [&](const ActivationFunction& function) {
+    layer.config.activation = function;
+    return message_of([&] { layer.make(); });
+  };
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN(), kInfinity = INFINITY;
+  for (const float value : {kNan, kInfinity, -kInfinity}) {
+    EXPECT_NE(refusal_of({ActivationKind::kSwiglu, value}).find("activation alpha: expected a finite number"),
+              std::string::npos);
+    EXPECT_NE(refusal_of({ActivationKind::kSwiglu, 1.0f, value}).find("activation beta"), std::string::npos);
+  }
+  for (const float value : {kNan, 0.0f, -1.0f}) {
+    EXPECT_NE(refusal_of({ActivationKind::kSwiglu, 1.0f, 0.0f, value}).find("activation limit"),
+              std::string::npos);
+  }
+  EXPECT_EQ(refusal_of({ActivationKind::kSwiglu, 1.702f, 1.0f, 7.0f}), "no error");
+}
+
 TEST(Layer, RunsExpertsWithoutAGate) {
   TestLayer layer;
   LayerOptions options;

@@ -45,7 +45,8 @@ constexpr bool is_gated(ActivationKind kind) {
   return kind < ActivationKind::kReluSquared;
 }
 
-/// Parameters are in real units: the values that the formulas above name.
+/// Parameters are in real units: the values that the formulas above name. Finite, but for `limit`, which is
+/// positive.
 struct ActivationFunction {
   ActivationKind kind = ActivationKind::kSwiglu;
   float alpha = 1.0f;                                    ///< kSwiglu

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdlib>
 #include <functional>
 #include <limits>
@@ -141,6 +142,8 @@ void require_workspace(const LayerPlan& plan, std::span<std::byte> workspace) {
 
 void validate_activation(const Expert& expert, const ActivationFunction& function) {
   if (!(function.limit > 0.0f)) reject("activation limit", "a positive number", function.limit);
+  if (!std::isfinite(function.alpha)) reject("activation alpha", "a finite number", function.alpha);
+  if (!std::isfinite(function.beta)) reject("activation beta", "a finite number", function.beta);
   if (expert.has_gate() != is_gated(function.kind)) {
     reject(fmt::format("{} gate, for {}", expert.name, describe(function)),
            expert.has_gate() ? "none" : "one", expert.has_gate() ? "one" : "none");

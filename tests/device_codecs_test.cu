@@ -1,5 +1,5 @@
-// Codecs and the block quantizer give the same bits on the device as on the host. Exit code 77: no device
-// here.
+// Codecs and the block quantizer give the same bits on the device as on the host, by the GPU's conversions,
+// too. Exit code 77: no device here.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/quantize_rows.cuh"
 #include "fourfold/number_formats.h"
 #include "numeric/block_quantizer.h"
 
@@ -19,10 +20,13 @@ constexpr int kBlocks = 1 << 16;
 struct Encoded {
   uint16_t bf16;
   uint8_t e2m1, e4m3;
+  uint8_t converted_e4m3;  ///< by the GPU's instruction
+  float rounded;           ///< to e2m1
 };
 
 struct Decoded {
   float e2m1, e4m3, e8m0, f16;
+  float converted_e4m3;  ///< by the GPU's instruction
 };
 
 struct QuantizedBlock {
@@ -31,27 +35,37 @@ struct QuantizedBlock {
 };
 
 FOURFOLD_HOST_DEVICE Encoded encode(float value) {
-  return {encode_bf16(value).bits, encode_e2m1(value), encode_e4m3(value)};
+  const uint8_t e2m1 = encode_e2m1(value), e4m3 = encode_e4m3(value);
+  return {encode_bf16(value).bits, e2m1, e4m3, e4m3, decode_e2m1(e2m1)};
 }
 
 FOURFOLD_HOST_DEVICE Decoded decode(uint32_t code) {
   const auto byte = static_cast<uint8_t>(code);
-  return {decode_e2m1(byte), decode_e4m3(byte), decode_e8m0(byte), decode_f16(static_cast<uint16_t>(code))};
+  const float e4m3 = decode_e4m3(byte);
+  return {decode_e2m1(byte), e4m3, decode_e8m0(byte), decode_f16(static_cast<uint16_t>(code)), e4m3};
 }
 
-/// Sixteen floats that cover all exponents: bits of a multiplicative hash, magnitudes near each other in a
-/// block.
-FOURFOLD_HOST_DEVICE QuantizedBlock quantize(uint32_t block) {
-  float x[16];
-  for (uint32_t i = 0; i < 16; ++i) {
-    const uint32_t hash = (block * 16 + i) * 2654435761u;
-    const uint32_t exponent = (block % 250) + (hash & 3);
-    x[i] = float_from_bits((hash & 0x807FFFFFu) | (exponent << 23));
+struct Block {
+  float x[kNvfp4Block];
+  float global;
+};
+
+/// Sixteen floats and a global scale that cover all exponents: bits of a multiplicative hash, magnitudes near
+/// each other in a block. Some have zeros, infinities or NaN, some such a global scale.
+FOURFOLD_HOST_DEVICE Block block_of(uint32_t index) {
+  Block block{};
+  for (uint32_t i = 0; i < kNvfp4Block; ++i) {
+    const uint32_t hash = (index * 16 + i) * 2654435761u;
+    const uint32_t exponent = (index % 250) + (hash & 3);
+    block.x[i] = float_from_bits((hash & 0x807FFFFFu) | (exponent << 23));
+    if (index % 41 == 7) block.x[i] = i % 2 == 0 ? 0.0f : -0.0f;
   }
-  const float global = float_from_bits(((block >> 8) % 250) << 23 | (block * 40503u & 0x7FFFFFu));
-  QuantizedBlock result{};
-  result.scale = quantize_nvfp4_block(x, global, block % 2 == 0, result.codes);
-  return result;
+  constexpr uint32_t kSpecial[7] = {0,           0x80000000u, 0x7F800000u, 0xFF800000u,
+                                    0x7FC00000u, 0x00000123u, 0xBFC00000u};
+  if (index % 43 == 11) block.x[index % 16] = float_from_bits(kSpecial[index % 7]);
+  block.global = float_from_bits(((index >> 8) % 250) << 23 | (index * 40503u & 0x7FFFFFu));
+  if (index % 37 == 5) block.global = float_from_bits(kSpecial[index / 37 % 7]);
+  return block;
 }
 
 /// Every float whose low 12 bits are 0, 1, 0x7FF, 0x800, 0x801 or 0xFFF: all exponents, all ties and their
@@ -64,18 +78,30 @@ constexpr uint32_t kProbes = 6u << 20;
 
 __global__ void encode_all(Encoded* out) {
   for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < kProbes; i += gridDim.x * blockDim.x) {
-    out[i] = encode(probe(i));
+    const float value = probe(i);
+    out[i] = encode(value);
+    out[i].converted_e4m3 = cuda::convert_to_e4m3(value);
+    if (value == value) out[i].rounded = cuda::round_to_e2m1(value);  // what becomes of NaN: quantize_all
   }
 }
 
 __global__ void decode_all(Decoded* out) {
-  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < 65536; i += gridDim.x * blockDim.x)
+  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < 65536; i += gridDim.x * blockDim.x) {
     out[i] = decode(i);
+    out[i].converted_e4m3 = cuda::convert_from_e4m3(static_cast<uint8_t>(i));
+  }
 }
 
 __global__ void quantize_all(QuantizedBlock* out) {
   for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < kBlocks; i += gridDim.x * blockDim.x) {
-    out[i] = quantize(i);
+    const Block block = block_of(i);
+    const cuda::BlockScale scale = cuda::block_scale(cuda::sixth_of_largest(block.x), block.global);
+    out[i].scale = scale.code;
+    float rounded[kNvfp4Block];
+    for (int j = 0; j < kNvfp4Block; ++j)
+      rounded[j] = cuda::round_to_e2m1(__fmul_rn(block.x[j], scale.reciprocal));
+    for (int j = 0; j < kNvfp4Block; j += 2)
+      out[i].codes[j / 2] = cuda::code_pair(rounded[j], rounded[j + 1], scale.code);
   }
 }
 
@@ -115,17 +141,22 @@ int run() {
   const bool encoded =
       same_on_device<Encoded>("encode", encode_all, kProbes, [](uint32_t i, const Encoded& found) {
         const Encoded expected = encode(probe(i));
-        return expected.bf16 == found.bf16 && expected.e2m1 == found.e2m1 && expected.e4m3 == found.e4m3;
+        return expected.bf16 == found.bf16 && expected.e2m1 == found.e2m1 && expected.e4m3 == found.e4m3 &&
+               expected.converted_e4m3 == found.converted_e4m3 &&
+               float_bits(expected.rounded) == float_bits(found.rounded);
       });
   const bool decoded =
       same_on_device<Decoded>("decode", decode_all, 65536, [](uint32_t i, const Decoded& found) {
         const Decoded expected = decode(i);
         return same_bits(expected.e2m1, found.e2m1) && same_bits(expected.e4m3, found.e4m3) &&
-               same_bits(expected.e8m0, found.e8m0) && same_bits(expected.f16, found.f16);
+               same_bits(expected.e8m0, found.e8m0) && same_bits(expected.f16, found.f16) &&
+               same_bits(expected.converted_e4m3, found.converted_e4m3);
       });
   const bool quantized = same_on_device<QuantizedBlock>(
       "quantize", quantize_all, kBlocks, [](uint32_t i, const QuantizedBlock& found) {
-        const QuantizedBlock expected = quantize(i);
+        const Block block = block_of(i);
+        QuantizedBlock expected{};
+        expected.scale = quantize_nvfp4_block(block.x, block.global, false, expected.codes);
         return expected.scale == found.scale && std::memcmp(expected.codes, found.codes, 8) == 0;
       });
   return encoded && decoded && quantized ? 0 : 1;

@@ -666,12 +666,16 @@ std::vector<Case> all_cases(uint64_t seed) {
   return cases;
 }
 
-/// A NaN scale must show in its channel, and nowhere else.
-bool nan_scale_shows(uint64_t seed) {
-  Case c{"", {3, 2}, 16, {RowOrder::kPlain, 64, 128}};
+/// A NaN scale of expert 1, in gate (0) or up (1) or the only matrix (0), must show in its channel, and
+/// nowhere else: clamps keep it.
+bool nan_scale_shows(GemmKernel kernel, RowOrder order, int half, float limit, uint64_t seed) {
+  Case c{"", {3, 2}, 16, {order, 64, 128}};
+  c.kernel = kernel;
+  if (order == RowOrder::kGateUpPaired) c.activation = function(ActivationKind::kSwiglu, 1, 0, limit);
   Bench bench(c, seed);
-  constexpr int kChannel = 37;
-  check(cudaMemset(bench.scales() + 64 * 8 + kChannel * 8 + 5, 0x7F, 1), "NaN");  // of expert 1
+  constexpr int kChannel = 37, kBlocks = 128 / 16;
+  const int matrix = c.shape.halves() + half;
+  check(cudaMemset(bench.scales() + (matrix * 64 + kChannel) * kBlocks + 5, 0x7F, 1), "NaN");
   bench.pack();
   bench.poison();
   launch_expert_gemm(bench.gemm(false), nullptr);
@@ -680,6 +684,19 @@ bool nan_scale_shows(uint64_t seed) {
   for (size_t row = 0; row < 5; ++row) {
     for (size_t channel = 0; channel < 64; ++channel) {
       right &= std::isnan(static_cast<float>(d[row * 64 + channel])) == (row >= 3 && channel == kChannel);
+    }
+  }
+  return right;
+}
+
+bool nan_scales_show(uint64_t seed) {
+  bool right = true;
+  for (const GemmKernel kernel :
+       {GemmKernel::kFew, GemmKernel::kNarrow, GemmKernel::kMedium, GemmKernel::kBroad, GemmKernel::kWide}) {
+    right &= nan_scale_shows(kernel, RowOrder::kPlain, 0, INFINITY, seed);
+    for (const int half : {0, 1}) {
+      for (const float limit : {INFINITY, 7.0f})
+        right &= nan_scale_shows(kernel, RowOrder::kGateUpPaired, half, limit, seed);
     }
   }
   std::printf("%-4s a NaN scale shows in its channel alone\n", right ? "ok" : "FAIL");
@@ -747,7 +764,7 @@ int run(int argc, char** argv) {
       argc > 1 ? std::strtoull(argv[1], nullptr, 10)
                : static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count());
   std::printf("%s, seed %llu\n", device.name, static_cast<unsigned long long>(seed));
-  bool right = nan_scale_shows(seed);
+  bool right = nan_scales_show(seed);
   const std::string which = argc > 2 ? argv[2] : "";
   const bool forced = which == "forced", small = forced || which == "small";
   for (const Case& c : all_cases(seed)) {

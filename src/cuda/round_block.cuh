@@ -2,6 +2,8 @@
 // instructions. The same bits as numeric/block_quantizer.h.
 #pragma once
 
+#include <cstdint>
+
 #include "fourfold/number_formats.h"
 #include "numeric/block_quantizer.h"
 
@@ -51,8 +53,8 @@ __device__ __forceinline__ BlockScale block_scale(float sixth, float global) {
 }
 
 /// decode_e2m1(encode_e2m1(value)). Adding 1.5 x 2^23 steps makes the step the unit in the last place, so
-/// that the addition rounds, ties to even; two steps are the power of two below the magnitude, or 1. NaN
-/// gives 6, as kE2m1NanCode has it.
+/// that the addition rounds, ties to even; two steps are the power of two below the magnitude, or 1. The
+/// NaN that an instruction gives, which has no sign, gives 6, as kE2m1NanCode has it.
 __device__ __forceinline__ float round_to_e2m1(float value) {
   const float magnitude = fminf(fabsf(value), kE2m1Max);
   const float steps = float_from_bits(float_bits(fmaxf(magnitude, 1.0f)) & 0x7F800000u);

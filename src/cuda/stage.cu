@@ -129,11 +129,11 @@ __device__ void stage_block(const StageParams& p, float (&x)[kNvfp4Block], float
 }
 
 /// Blocks of threads that a multiprocessor should hold: as many as registers allow without spilling.
-template <ActivationFormat kFormat, bool kStacked>
-constexpr int kResidentBlocks = kIsNvfp4<kFormat> || kStacked ? 2 : 3;
+template <ActivationFormat kFormat>
+constexpr int kResidentBlocks = kIsNvfp4<kFormat> ? 2 : 3;
 
 template <ActivationFormat kFormat, bool kStacked>
-__global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat, kStacked>)
+__global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
     stage_rows(const __grid_constant__ StageParams p) {
   start_after_previous();
   const int32_t rows = p.group_offsets != nullptr ? p.group_offsets[p.groups] : p.rows;
@@ -194,15 +194,14 @@ __device__ void find_slot_rows(const StageParams& p, int64_t first_slot, int32_t
 
 /// blockIdx.x: tokens, in turn; blockIdx.y: which slots_each of a token's slots.
 template <ActivationFormat kFormat, bool kStacked>
-__global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat, kStacked>)
+__global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
     stage_tokens(const __grid_constant__ StageParams p, int32_t tokens, int32_t slots_each) {
   __shared__ SlotRows slots;
   start_after_previous();
   const int32_t top_k = p.source.top_k, begin = static_cast<int32_t>(blockIdx.y) * slots_each;
   const int32_t end = min(begin + slots_each, top_k);
   const bool scaled_by_expert =
-      kFormat != ActivationFormat::kBf16 && kFormat != ActivationFormat::kFp8 &&
-      (p.policy == ScalePolicy::kStatic || p.policy == ScalePolicy::kMaxOverExperts);
+      kIsNvfp4<kFormat> && (p.policy == ScalePolicy::kStatic || p.policy == ScalePolicy::kMaxOverExperts);
   for (auto token = static_cast<int32_t>(blockIdx.x); token < tokens;
        token += static_cast<int32_t>(gridDim.x)) {
     const SourceRow source{p.source.rows.row(token), 1.0f, p.source.rows.aligned, false};

@@ -1,5 +1,5 @@
-// The quantizer of one NVFP4 block, for host and device: the arithmetic of fourfold/quantize.h and nothing
-// else.
+// The quantizer of one NVFP4 block: the arithmetic of fourfold/quantize.h and nothing else. GPUs have their
+// own instructions for it, cuda/round_block.cuh, which give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace fourfold {
 inline constexpr int kNvfp4Block = 16;
 
 /// max(|a|, |b|) that keeps NaN.
-FOURFOLD_HOST_DEVICE constexpr float max_magnitude(float a, float b) {
+constexpr float max_magnitude(float a, float b) {
   const float magnitude = float_from_bits(float_bits(b) & 0x7FFFFFFFu);
   return (magnitude > a || magnitude != magnitude) ? magnitude : a;
 }
@@ -21,7 +21,7 @@ FOURFOLD_HOST_DEVICE constexpr bool is_finite(float value) {
 }
 
 /// e4m3 scale of a block with this amax. `modelopt_floor`: at least 2^-9, and 1.0 for a block of zeros.
-FOURFOLD_HOST_DEVICE constexpr uint8_t nvfp4_block_scale(float amax, float global, bool modelopt_floor) {
+constexpr uint8_t nvfp4_block_scale(float amax, float global, bool modelopt_floor) {
   if (!is_finite(amax)) return kE4m3NanCode;
   if (modelopt_floor && amax == 0.0f) return kE4m3One;
   const uint8_t scale = encode_e4m3(amax / 6.0f / global);
@@ -29,14 +29,13 @@ FOURFOLD_HOST_DEVICE constexpr uint8_t nvfp4_block_scale(float amax, float globa
 }
 
 /// What values are multiplied by before rounding to e2m1.
-FOURFOLD_HOST_DEVICE constexpr float nvfp4_reciprocal(uint8_t scale, float global) {
+constexpr float nvfp4_reciprocal(uint8_t scale, float global) {
   const float decoded = decode_e4m3(scale);
   return decoded == 0.0f ? 0.0f : 1.0f / (decoded * global);
 }
 
 /// Quantizes 16 values: writes 8 bytes of codes, returns the scale.
-FOURFOLD_HOST_DEVICE constexpr uint8_t quantize_nvfp4_block(const float* x, float global, bool modelopt_floor,
-                                                            uint8_t* codes) {
+constexpr uint8_t quantize_nvfp4_block(const float* x, float global, bool modelopt_floor, uint8_t* codes) {
   float amax = 0.0f;
   for (int i = 0; i < kNvfp4Block; ++i) amax = max_magnitude(amax, x[i]);
   const uint8_t scale = nvfp4_block_scale(amax, global, modelopt_floor);

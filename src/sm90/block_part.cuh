@@ -5,15 +5,9 @@
 
 #include "cuda/round_block.cuh"
 #include "numeric/block_quantizer.h"
+#include "sm90/ptx.cuh"
 
 namespace fourfold::sm90 {
-
-__device__ __forceinline__ float low_bf16(uint32_t pair) {
-  return __uint_as_float(pair << 16);
-}
-__device__ __forceinline__ float high_bf16(uint32_t pair) {
-  return __uint_as_float(pair & 0xFFFF0000u);
-}
 
 /// This lane's 16 / kLanes values of a block, in any order. The other lanes of the block are at multiples of
 /// kStride from it; all of them take part in every call.
@@ -27,8 +21,8 @@ struct BlockPart {
     BlockPart result;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      result.of[2 * i] = low_bf16(words[i]);
-      result.of[2 * i + 1] = high_bf16(words[i]);
+      result.of[2 * i] = ptx::low_bf16(words[i]);
+      result.of[2 * i + 1] = ptx::high_bf16(words[i]);
     }
     return result;
   }

@@ -80,7 +80,7 @@ void require_requantization(const ExpertGemm& args) {
   const Requantize& requantize = args.requantize;
   if (requantize.expert_scales == nullptr) return;
   if (!can_requantize(args)) {
-    reject("expert gemm: an epilogue that quantizes", "SwiGLU",
+    reject("expert gemm: an epilogue that quantizes", "SwiGLU with a limit that bf16 holds",
            args.activation ? describe(*args.activation) : "none");
   }
   require_aligned("expert gemm: requantize.row_scales", requantize.row_scales, 4);

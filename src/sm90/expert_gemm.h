@@ -104,11 +104,12 @@ struct ExpertGemm {
 };
 
 /// Bytes that launch_expert_gemm needs in `workspace`, by shapes, bounds and activation alone (pointers may
-/// be null): activations outside kSwiglu go through h in memory, where no tap holds it. Never decreases as
-/// max_rows grows.
+/// be null): activations that the epilogue does not compute go through h in memory, where no tap holds it.
+/// Never decreases as max_rows grows.
 size_t workspace_bytes(const ExpertGemm& args);
 
-/// Whether the epilogue computes this activation, and so can quantize what it gives.
+/// Whether the epilogue computes this activation, and so can quantize what it gives: kSwiglu with a limit
+/// that bf16 holds, or none.
 bool can_requantize(const ExpertGemm& args);
 /// Whether that is faster than a kernel of its own, too.
 bool should_requantize(const ExpertGemm& args);

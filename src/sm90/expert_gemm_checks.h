@@ -12,7 +12,8 @@ void validate(const PackWeights& args);
 /// The kernel that args name, alone, or else plan_gemm's plan.
 GemmPlan planned_launches(const ExpertGemm& args);
 
-/// The GEMM's epilogue computes kSwiglu; other activations are a kernel of their own over h.
+/// The GEMM's epilogue computes kSwiglu with a limit that bf16 holds; other activations are a kernel of their
+/// own over h.
 bool needs_own_activation(const ExpertGemm& args);
 
 }  // namespace fourfold::sm90

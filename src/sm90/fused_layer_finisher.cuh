@@ -117,8 +117,8 @@ class FusedFinisher {
         const float up =
             scaled(up_alpha, sums.of[slab][2 + i], bias(matrix, first_bias + matrix.channels + slab * 8));
         pairs[slab] = ptx::cvt_rn_bf16x2(up, gate);
-        const float activated = swiglu(args_.swiglu, low_bf16(pairs[slab]), high_bf16(pairs[slab]));
-        blocks[slab / 2].of[slab % 2] = low_bf16(ptx::cvt_rn_bf16x2(0.0f, activated));
+        const float activated = swiglu(args_.swiglu, ptx::low_bf16(pairs[slab]), ptx::high_bf16(pairs[slab]));
+        blocks[slab / 2].of[slab % 2] = ptx::low_bf16(ptx::cvt_rn_bf16x2(0.0f, activated));
       }
       if (args_.h != nullptr) {
         Bf16* h = args_.h + row * args_.h_stride + first_channel;

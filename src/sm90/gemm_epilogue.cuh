@@ -81,7 +81,7 @@ class Epilogue {
     publish_alphas();
     Biases biases;
 #pragma unroll
-    for (int b = 0; b < Traits::kRowBlocks; ++b) {
+    for (int b = 0; b < kRowBlocks; ++b) {
       biases[b][0] = bias(b, 0);
       biases[b][1] = bias(b, 1);
     }
@@ -122,6 +122,7 @@ class Epilogue {
   static constexpr int kChunks = kSumChunks / kHalves;  ///< of a token of the result
   static constexpr int kSums = Traits::kTokens / 2;     ///< of a row block
   using Biases = float[kRowBlocks][2];
+  static_assert(kRound * (kSumChunks + 1) * 16 <= Traits::kStagingBytes / 2);
 
   // Barriers of the CTA: two for partial sums, then one a row part.
   static constexpr int kPartialsFree = 1, kPartialsFull = 2, kFirstStaging = 3;
@@ -134,7 +135,7 @@ class Epilogue {
 
   __device__ __forceinline__ void hand_over(const Sums<Traits>& sums) const {
 #pragma unroll
-    for (int i = 0; i < Traits::kRowBlocks * kSums; ++i) {
+    for (int i = 0; i < kRowBlocks * kSums; ++i) {
       ptx::st_shared_f32(partials(depth_part_) + i * 512, sums.of[i / kSums][i % kSums]);
     }
   }
@@ -144,7 +145,7 @@ class Epilogue {
 #pragma unroll
     for (int part = 1; part < Traits::kDepthParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < Traits::kRowBlocks * kSums; ++i) {
+      for (int i = 0; i < kRowBlocks * kSums; ++i) {
         sums.of[i / kSums][i % kSums] += ptx::ld_shared_f32(partials(part) + i * 512);
       }
     }
@@ -172,7 +173,7 @@ class Epilogue {
   }
 
   __device__ __forceinline__ int first_block() const {
-    return tile_.row_tile * Traits::kTileBlocks + row_part_ * Traits::kRowBlocks;
+    return tile_.row_tile * Traits::kTileBlocks + row_part_ * kRowBlocks;
   }
 
   /// Bias of the lower (0) or upper (1) row of this thread in a row block. Absent: -0, which changes no sum.
@@ -199,7 +200,7 @@ class Epilogue {
       const int token = round * kRound + i / 4 * 8 + lane % 4 * 2 + i % 2, upper = i / 2 % 2;
       const float alpha = ptx::ld_shared_f32(alphas() + token * 4);
 #pragma unroll
-      for (int b = 0; b < Traits::kRowBlocks; ++b) {
+      for (int b = 0; b < kRowBlocks; ++b) {
         const int channel = (first_block() + b) * kUnitRows + thread_ / 32 * 16 + upper * 8 + lane / 4;
         if (token < tile_.rows && channel < args_.channels) {
           d[(int64_t{tile_.first_row} + token) * args_.d_stride + channel] =
@@ -337,12 +338,14 @@ class Epilogue {
     auto* d = static_cast<uint16_t*>(args_.d) + row * args_.d_stride + channel;
     const uint32_t from = staged<kChunks>(staging_buffer(round), first, chunk);
     constexpr int kStep = kStride * (kChunks + 1) * 16;
-    if (kPaired && args_.requantize_scales != nullptr) {
+    if constexpr (kPaired) {
+      if (args_.requantize_scales != nullptr) {
 #pragma unroll 1
-      for (int i = 0; i * kStride < left; ++i)
-        write_quantized(ptx::ld_shared_v4(from + i * kStep), d + i * kStride * args_.d_stride,
-                        row + i * kStride, channel);
-      return;
+        for (int i = 0; i * kStride < left; ++i)
+          write_quantized(ptx::ld_shared_v4(from + i * kStep), d + i * kStride * args_.d_stride,
+                          row + i * kStride, channel);
+        return;
+      }
     }
     uint4 values[kWrites];
 #pragma unroll

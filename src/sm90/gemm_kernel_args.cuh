@@ -101,8 +101,8 @@ struct GemmTraits {
   static constexpr int kTokenBoxBytes = kTokens * kUnitDepth * 2;  ///< one term of one k unit
   static constexpr int kTokenStageBytes = kTerms * kStageUnits * kTokenBoxBytes;
   static constexpr int kWeightStageBytes = kTileBlocks * kStageUnits * kUnitBytes;
-  /// Tokens that go through shared memory at a time: enough for every thread to have something to write, where
-  /// tiles are wide; fewer where large stages want the room.
+  /// Tokens that go through shared memory at a time: enough for every thread to have something to write,
+  /// where tiles are wide; fewer where large stages want the room.
   static constexpr int kStagingTokens = kTokens <= 32 ? 8 : kTokens <= 64 ? 16 : 32;
   static constexpr int kStagingRowBytes = kRowBlocks * kUnitRows * 2 + 16;  ///< at most (gemm_epilogue.cuh)
   static constexpr int kStagingBytes = 2 * kStagingTokens * kStagingRowBytes;  ///< of a row part; two buffers

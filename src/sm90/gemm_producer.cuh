@@ -221,7 +221,8 @@ class Producer {
   /// share a row, two chunks each. Rows behind the tile's last keep what was there: their sums are not
   /// stored.
   __device__ void gather_tokens(const WorkTile& tile) {
-    constexpr int kChunks = kUnitDepth / 8, kThreadsARow = kOtherChunk;
+    constexpr int kChunks = kUnitDepth / 8, kThreadsARow = kChunks / 2;
+    static_assert(kThreadsARow == kOtherChunk);
     constexpr int kRowsAtOnce = Traits::kGatherThreads / kThreadsARow;
     constexpr int kRowsAThread = (Traits::kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
     const int thread = static_cast<int>(threadIdx.x) % Traits::kGatherThreads;
@@ -282,8 +283,10 @@ class Producer {
 
   /// The same where K ends: `units` units, of which this thread's first chunk begins `left` before the end.
   template <int kRowsAtOnce, int kRowsAThread>
-  static __device__ void gather_last_stage(int rows, uint32_t to, int unit_bytes, const uint4* chunks,
-                                           const uint32_t (&from)[kRowsAThread], int units, int left) {
+  static __device__ __forceinline__ void gather_last_stage(int rows, uint32_t to, int unit_bytes,
+                                                           const uint4* chunks,
+                                                           const uint32_t (&from)[kRowsAThread], int units,
+                                                           int left) {
 #pragma unroll 1
     for (int u = 0; u < units; ++u, to += unit_bytes, chunks += kUnitDepth / 8, left -= kUnitDepth) {
 #pragma unroll

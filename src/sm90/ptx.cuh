@@ -210,6 +210,14 @@ __device__ __forceinline__ void stmatrix_x1_trans(uint32_t address, uint32_t a) 
                : "memory");
 }
 
+/// The halves of a pair of bf16.
+__device__ __forceinline__ float low_bf16(uint32_t pair) {
+  return __uint_as_float(pair << 16);
+}
+__device__ __forceinline__ float high_bf16(uint32_t pair) {
+  return __uint_as_float(pair & 0xFFFF0000u);
+}
+
 /// Two floats to bf16, nearest even; `low` becomes the low half.
 __device__ __forceinline__ uint32_t cvt_rn_bf16x2(float high, float low) {
   uint32_t pair;

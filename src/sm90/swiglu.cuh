@@ -2,12 +2,14 @@
 //
 //   min(g, limit) * sigmoid(alpha * that) * (clamp(u) + beta), in float32.
 //
-// NaN goes through the clamps. A gate for which the sigmoid is below 2^-126 gives zero.
+// NaN goes through the clamps. Where the sigmoid is below 2^-126 (gates below -87.3, for alpha 1) it is taken
+// for zero, which an infinite u then makes NaN.
 #pragma once
+
+#include <cstdint>
 
 #include "fourfold/moe_layer.h"
 #include "fourfold/number_formats.h"
-#include "sm90/block_part.cuh"
 #include "sm90/ptx.cuh"
 
 namespace fourfold::sm90 {
@@ -40,8 +42,8 @@ __device__ __forceinline__ float swiglu(const SwigluArgs& args, float gate, floa
 __device__ __forceinline__ uint32_t swiglu_pair(const SwigluArgs& args, uint32_t gates, uint32_t ups) {
   gates = ptx::min_nan_bf16x2(gates, args.limits);
   ups = ptx::max_nan_bf16x2(ptx::min_nan_bf16x2(ups, args.limits), args.limits ^ 0x80008000u);
-  return ptx::cvt_rn_bf16x2(swiglu_of_clamped(args, high_bf16(gates), high_bf16(ups)),
-                            swiglu_of_clamped(args, low_bf16(gates), low_bf16(ups)));
+  return ptx::cvt_rn_bf16x2(swiglu_of_clamped(args, ptx::high_bf16(gates), ptx::high_bf16(ups)),
+                            swiglu_of_clamped(args, ptx::low_bf16(gates), ptx::low_bf16(ups)));
 }
 
 }  // namespace fourfold::sm90

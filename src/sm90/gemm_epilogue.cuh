@@ -358,7 +358,7 @@ class Epilogue {
     }
   }
 
-  /// The tap of h, gate's columns first.
+  /// h, for its tap or for an activation that is a kernel of its own; gate's columns first.
   __device__ __forceinline__ void write_h(const Sums<Traits>& sums, const Biases& biases) const {
     const int chunk = thread_ % kSumChunks;
     const int channel = first_block() * (kUnitRows / 2) + chunk / 2 * 8;

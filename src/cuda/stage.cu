@@ -128,7 +128,8 @@ __device__ void stage_block(const StageParams& p, float (&x)[kNvfp4Block], float
   }
 }
 
-/// Blocks of threads that a multiprocessor should hold: as many as registers allow without spilling.
+/// Blocks of threads that a multiprocessor should hold. With three, NVFP4 spills registers in the loop over a
+/// token's slots; so do the others, less, which were not tried with two.
 template <ActivationFormat kFormat>
 constexpr int kResidentBlocks = kIsNvfp4<kFormat> ? 2 : 3;
 

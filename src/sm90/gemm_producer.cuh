@@ -261,8 +261,8 @@ class Producer {
   static constexpr int kOtherChunk = kUnitDepth / 8 / 2, kOtherPlace = kOtherChunk * 16;
 
   /// A stage of whole units: this thread's part of every kRowsAtOnce-th row, as long as there are `rows`.
-  /// Two warps copy for a whole CTA, so every instruction counts: one for the address of a row, and one for
-  /// each copy.
+  /// Two warps copy for a whole CTA, so every instruction counts: of a row two are its address, and little
+  /// more than one each copy.
   template <int kRowsAtOnce, int kRowsAThread>
   static __device__ __forceinline__ void gather_stage(int rows, uint32_t to, int unit_bytes,
                                                       const uint4* chunks,

@@ -238,7 +238,7 @@ class ExpertLayer final : public MoeLayer {
     bool fused = false;
     if constexpr (Stages::kCanFuse) {
       fused = !space.routed.fused_counters.empty();
-      counters = fused ? space.routed.fused_counters : space.routed.tickets;
+      counters = fused ? space.routed.fused_counters : space.routed.counters;
     }
     permute({args.routing, permutation, args.status, space.permute_scratch, counters}, step.stream);
     step.finish("permute");

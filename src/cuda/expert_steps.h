@@ -28,9 +28,8 @@ struct Step {
 struct ExpertRows {
   std::span<const int32_t> group_offsets;  ///< [E+1], in device memory
   int64_t rows = 0;                        ///< at most
-  /// A word for each launch that a GEMM may have, first of the first, zero: for kernels that take their tiles
-  /// by ticket. Empty: there are none.
-  std::span<int32_t> tickets = {};
+  /// The space's counters, set to zero by the permutation. Empty: there are none.
+  std::span<int32_t> counters = {};
 };
 
 /// Optional outputs; those of h and z must be 16-byte aligned.

@@ -116,6 +116,24 @@ void require_tokens(const ExpertGemm& args) {
   }
 }
 
+void require_progress(const ExpertGemm& args) {
+  if (args.progress != nullptr) {
+    require_aligned("expert gemm: progress", args.progress, 4);
+    if (needs_own_activation(args)) {
+      reject("expert gemm: progress with an activation", "SwiGLU with a limit that bf16 holds",
+             describe(*args.activation));
+    }
+  }
+  if (args.awaited.of_expert == nullptr) return;
+  require_aligned("expert gemm: awaited", args.awaited.of_expert, 4);
+  if (args.slot_of_row != nullptr || !args.overlap_previous) {
+    reject("expert gemm: rows that are awaited", "sorted ones, with overlap_previous",
+           args.slot_of_row != nullptr ? "gathered ones" : "without");
+  }
+  if (args.awaited.row_blocks < 1)
+    reject("expert gemm: awaited.row_blocks", "1 or more", args.awaited.row_blocks);
+}
+
 /// The kernel counts tiles in 32 bits.
 void require_countable_tiles(const ExpertGemm& args) {
   const int64_t token_tiles = args.max_rows / 8 + args.experts;
@@ -155,6 +173,7 @@ void validate(const ExpertGemm& args) {
       args.d);
   require_activation(args);
   require_requantization(args);
+  require_progress(args);
   if (const size_t needed = workspace_bytes(args); needed > 0) {
     require_aligned("expert gemm: workspace", args.workspace.data(), kWorkspaceAlignment);
     if (args.workspace.size() < needed) reject("expert gemm: workspace bytes", needed, args.workspace.size());

@@ -47,6 +47,12 @@ struct Requantize {
   float* row_scales = nullptr;           ///< [max_rows], receives each row's global scale
 };
 
+/// How far a GEMM is, for one that reads its result before it ends.
+struct GemmProgress {
+  int32_t* of_expert = nullptr;  ///< [E]: zero at first, rows of the expert x row blocks when all are written
+  int64_t row_blocks = 0;        ///< PackedShape::row_blocks() of the GEMM that counts
+};
+
 /// Words of ExpertGemm::tickets: one for every launch of a plan.
 inline constexpr int64_t kGemmTickets = std::tuple_size_v<decltype(GemmPlan::parts)>;
 
@@ -69,6 +75,13 @@ struct ExpertGemm {
   /// Tiles are then taken as SMs get free, instead of dealt out in turn: experts with few and with many rows
   /// take differently long. Null: in turn. Changes no bit of the result.
   int32_t* tickets = nullptr;
+  /// Counted here as rows of d are written; zero before, as tickets are. Null: not. Needs an epilogue that
+  /// computes the activation, where there is one.
+  int32_t* progress = nullptr;
+  /// Tokens (and row_scales) are the d (and requantize.row_scales) of the GEMM that was launched last, which
+  /// counts here: every tile waits for its own expert's rows, so that the first begin before that GEMM ends.
+  /// Needs overlap_previous and sorted rows. of_expert null: all tiles wait for the previous kernel.
+  GemmProgress awaited;
   std::optional<GemmKernel> kernel;  ///< for tests and measurements; none: plan_gemm's plan
 
   // Weights.
@@ -98,8 +111,8 @@ struct ExpertGemm {
   /// group_offsets and the weights are complete when the previous kernel calls
   /// griddepcontrol.launch_dependents (or ends, where it has no such call). That holds when the previous
   /// kernel did not write them and itself waits before that call, or was started by one that had waited, as
-  /// the kernels launched here do: a plan's second launch reads and writes at once what its GEMM may, and
-  /// waits at its end, so that what comes after it comes after both.
+  /// the kernels launched here do: a plan's second launch, and one with `awaited`, reads and writes at once
+  /// what its GEMM may, and waits at its end, so that what comes after it comes after both.
   bool overlap_previous = false;
 };
 

@@ -71,6 +71,10 @@ GemmKernelArgs kernel_args(const ExpertGemm& args) {
   kernel.row_scales = args.row_scales;
   kernel.weight_globals = args.weight_globals;
   kernel.bias = args.bias;
+  kernel.progress = args.progress;
+  kernel.awaited = args.awaited.of_expert;
+  kernel.awaited_row_blocks = static_cast<int32_t>(args.awaited.row_blocks);
+  kernel.waits_at_end = kernel.awaited != nullptr;
   return kernel;
 }
 

@@ -66,6 +66,9 @@ ExpertSpace ExpertStages::carve(WorkspaceCarver& carver, int64_t rows) const {
   space.x[0] = carver.take<Bf16>(rows, config_.hidden);
   if (has_two_terms()) space.x[1] = carver.take<Bf16>(rows, config_.hidden);
   space.z = space.x[0];
+  if (is_nvfp4(options_.activations) && !has_two_terms() && stages_by_token()) {
+    space.token_x = carver.take<Bf16>(rows / config_.top_k, config_.hidden);
+  }
   space.x_row_scales = carver.take<float>(rows);
   space.activation = carver.take<Bf16>(rows, config_.intermediate);
   if (restages()) {
@@ -74,7 +77,7 @@ ExpertSpace ExpertStages::carve(WorkspaceCarver& carver, int64_t rows) const {
   }
   if (has_two_terms()) space.intermediate[1] = carver.take<Bf16>(rows, config_.intermediate);
   space.amaxes = carver.take<float>(2);
-  space.tickets = carver.take<int32_t>(2 * kGemmTickets);
+  space.counters = carver.take<int32_t>(2 * kGemmTickets + config_.experts);
   space.gemm = carver.take<std::byte>(
       static_cast<int64_t>(std::max(workspace_bytes(gate_up_gemm(rows)), workspace_bytes(down_gemm(rows)))));
   return space;
@@ -157,10 +160,11 @@ void ExpertStages::gather_x(const ExpertSpace& space, const cuda::RowSource& sou
   if (!restages() && can_read_in_place(source.rows)) return;
   const int64_t tokens = source.rows.rows;
   cuda::StageArgs stage = stage_x({source.rows}, {{}, tokens, {}}, space);
-  stage.decoded = {space.x[0], {}, space.x_row_scales.data()};
+  const MatrixView<Bf16> x = (space.token_x.empty() ? space.x[0] : space.token_x).rows_from(0, tokens);
+  stage.decoded = {x, {}, space.x_row_scales.data()};
   cuda::stage(stage, step.stream);
   step.finish("stage");
-  gate_up.tokens[0] = space.x[0].rows_from(0, tokens);
+  gate_up.tokens[0] = x;
   if (restages()) gate_up.row_scales = space.x_row_scales.data();
 }
 
@@ -201,6 +205,16 @@ bool ExpertStages::restages_in_epilogue(const ExpertGemm& gate_up, const ExpertT
          taps.activation.empty() && taps.staged_intermediate == nullptr;
 }
 
+bool ExpertStages::follows_closely(const ExpertSpace& space, const ExpertGemm& gate_up,
+                                   const ExpertTaps& taps) const {
+  // z takes the place of an expert's sorted rows when they are multiplied; of rows that others still gather
+  // it must not.
+  const bool z_is_apart = gate_up.slot_of_row == nullptr || gate_up.tokens[0].data != space.x[0].data;
+  const bool staged = !restages() || gate_up.requantize.expert_scales != nullptr;
+  return staged && z_is_apart && can_requantize(gate_up) && taps.activation.empty() &&
+         taps.staged_intermediate == nullptr;
+}
+
 bool ExpertStages::restage(const ExpertSpace& space, const ExpertRows& rows, const ExpertTaps& taps,
                            const Step& step) const {
   cuda::StageArgs stage = stage_intermediate(rows, space);
@@ -234,7 +248,7 @@ void ExpertStages::run_gemms(const ExpertSpace& space, ExpertGemm gate_up, const
                              const ExpertTaps& taps, const MatrixView<Bf16>& z, const Step& step) const {
   const int64_t planned_rows = space.activation.rows;
   gate_up.group_offsets = rows.group_offsets.data();
-  if (!rows.tickets.empty()) gate_up.tickets = &rows.tickets[0];
+  if (!rows.counters.empty()) gate_up.tickets = &rows.counters[0];
   gate_up.d = space.activation;
   if (!taps.h.empty()) gate_up.h = with_rows(taps.h, planned_rows);
   gate_up.workspace = space.gemm;
@@ -245,6 +259,11 @@ void ExpertStages::run_gemms(const ExpertSpace& space, ExpertGemm gate_up, const
     gate_up.requantize = {weights_.intermediate_scales(), space.intermediate[1],
                           space.intermediate_row_scales.data()};
   }
+  GemmProgress progress;
+  if (!rows.counters.empty() && follows_closely(space, gate_up, taps)) {
+    progress = {&rows.counters[2 * kGemmTickets], gate_up_shape_.row_blocks()};
+    gate_up.progress = progress.of_expert;
+  }
   launch_expert_gemm(gate_up, step.stream);
   step.finish("gemm1+activate");
   if (fused ? step.walk != Walk::kCompute : !restage(space, rows, taps, step)) return;
@@ -254,10 +273,11 @@ void ExpertStages::run_gemms(const ExpertSpace& space, ExpertGemm gate_up, const
   down.tokens[1] = space.intermediate[1];
   down.row_scales = restages() ? space.intermediate_row_scales.data() : nullptr;
   down.group_offsets = rows.group_offsets.data();
-  if (!rows.tickets.empty()) down.tickets = &rows.tickets[kGemmTickets];
+  if (!rows.counters.empty()) down.tickets = &rows.counters[kGemmTickets];
   down.d = with_rows(z, planned_rows);
   down.workspace = space.gemm;
   down.overlap_previous = true;  // after the first GEMM or a staging kernel
+  down.awaited = progress;
   launch_expert_gemm(down, step.stream);
   step.finish("gemm2");
 }

@@ -30,8 +30,9 @@ struct ExpertSpace {
   MatrixView<Bf16> z;       ///< in the memory of x[0], which is read for the last time before z is written
   std::span<float> amaxes;  ///< of x, of the intermediate: dynamic-tensor
   std::span<std::byte> gemm;
-  std::span<int32_t> tickets;  ///< of both GEMMs
-  MatrixView<Bf16> fused_x;    ///< staged and decoded, apart from z: the fused kernel writes z meanwhile
+  std::span<int32_t> counters;  ///< kGemmTickets of each GEMM, then [E] the progress of the first
+  MatrixView<Bf16> token_x;     ///< tokens staged once each, apart from z: [rows / top_k]; empty: in x[0]
+  MatrixView<Bf16> fused_x;     ///< staged and decoded, apart from z: the fused kernel writes z meanwhile
   std::span<int32_t> fused_counters;  ///< empty: the layer does not fuse
 };
 
@@ -114,6 +115,9 @@ class ExpertStages {
                 const Step& step) const;
   /// Whether the first GEMM stages its own output, so that restage() has nothing to do.
   bool restages_in_epilogue(const ExpertGemm& gate_up, const ExpertTaps& taps) const;
+  /// Whether the second GEMM may begin before the first ends: no kernel comes between, and what it writes is
+  /// not read any more.
+  bool follows_closely(const ExpertSpace& space, const ExpertGemm& gate_up, const ExpertTaps& taps) const;
   /// Staging of the activation's output; false where the walk ends before it.
   bool restage(const ExpertSpace& space, const ExpertRows& rows, const ExpertTaps& taps,
                const Step& step) const;

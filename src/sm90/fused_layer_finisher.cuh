@@ -137,7 +137,7 @@ class FusedFinisher {
       store(blocks, args_.intermediate + at);
     }
     __syncwarp();
-    if (lane_ == 0) ptx::red_release_gpu_inc(args_.activated_tiles + work.first_row);
+    if (lane_ == 0) ptx::red_release_gpu_add(args_.activated_tiles + work.first_row, 1);
   }
 
   __device__ __forceinline__ void finish_down(const WorkTile& work, int n) const {

@@ -59,6 +59,7 @@ class Consumer {
       } else {
         Epilogue<Traits, false>(args_, shared_, row_part_, depth_part_, work, scales).finish(sums);
       }
+      if (args_.progress != nullptr) post_written<Traits>(shared_, n);
     }
   }
 

@@ -33,8 +33,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     for (int n = 0; n < Traits::kQueuedTiles; ++n) {
       ptx::mbarrier_init(shared + Traits::kQueuedOffset + n * 8, 1);
+      ptx::mbarrier_init(shared + Traits::kReadyOffset + n * 8, 1);
     }
     ptx::mbarrier_init(shared + Traits::kAskedOffset, 1);
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(shared + Traits::kWrittenOffset + i * 8, Traits::kConsumers * 128);
+    }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

@@ -41,7 +41,12 @@ struct GemmKernelArgs {
   int32_t depth_units;  ///< of 64 k
   int32_t channels;
   const int32_t* group_offsets;
-  int32_t* tickets;  ///< null: tiles are dealt out in turn
+  int32_t* tickets;   ///< null: tiles are dealt out in turn
+  int32_t* progress;  ///< [experts] counts the rows x row blocks that are written; null: nobody asks
+  /// The `progress` of the GEMM that writes the token rows, and its row blocks: an expert's rows are all
+  /// there when it says so. Null: they are when the kernel before this one has ended.
+  const int32_t* awaited;
+  int32_t awaited_row_blocks;
   const float* row_scales;
   const float* weight_globals;
   const float* bias;
@@ -57,9 +62,10 @@ struct GemmKernelArgs {
   bool d_is_float32;
   bool paired;   ///< rows are in RowOrder::kGateUpPaired, the epilogue is SwiGLU
   bool gathers;  ///< token rows come through GatheredTokens, by plain copies, instead of TokenMaps
-  /// The kernel before this one is another launch of the same GEMM. Nothing that it writes is read here, and
-  /// what both read was complete before it let this one start, which each of its CTAs does after its own
-  /// griddepcontrol.wait. So one CTA waits for it, at the end: who waits for this launch has waited for both.
+  /// The kernel before this one is another launch of the same GEMM, of which nothing is read here, or the
+  /// GEMM whose progress is `awaited`. What else is read was complete before that kernel let this one start,
+  /// which each of its CTAs does after its own griddepcontrol.wait. So one CTA waits for it, at the end: who
+  /// waits for this launch has waited for both.
   bool waits_at_end;
   DecodeMasks masks;
 };
@@ -108,11 +114,11 @@ struct GemmTraits {
   static constexpr int kStagingBytes = 2 * kStagingTokens * kStagingRowBytes;  ///< of a row part; two buffers
   static constexpr int kAlphaBytes = 2 * kTokens * 4;                          ///< of a row part
   static constexpr int kPartialBytes = kRowBlocks * kUnitRows * kTokens * 4;   ///< of a warpgroup
-  /// Tiles between the warp that finds them and all others, 16 bytes and a barrier each: more than there are
-  /// stages (sm90/gemm_queue.cuh).
+  /// Tiles between the warp that finds them and all others, 16 bytes and two barriers each: more than there
+  /// are stages (sm90/gemm_queue.cuh).
   static constexpr int kQueuedTiles = 32;
   static constexpr int kFixedBytes =
-      1024 + kQueuedTiles * 24 + 8 +
+      1024 + kQueuedTiles * 32 + 8 + 2 * 8 +
       kRowParts * (kStagingBytes + kAlphaBytes + (kDepthParts - 1) * kPartialBytes);
   static constexpr int kStageBytes = kTokenStageBytes + kWeightStageBytes + 2 * 8;
   static constexpr int kMaxSharedBytes = 227 * 1024;
@@ -126,8 +132,10 @@ struct GemmTraits {
   static constexpr int kFullOffset = kQueueOffset + kQueuedTiles * 16;
   static constexpr int kEmptyOffset = kFullOffset + kStages * 8;
   static constexpr int kQueuedOffset = kEmptyOffset + kStages * 8;
-  static constexpr int kAskedOffset = kQueuedOffset + kQueuedTiles * 8;
-  static constexpr int kSharedBytes = 1024 + kAskedOffset + 8;
+  static constexpr int kReadyOffset = kQueuedOffset + kQueuedTiles * 8;
+  static constexpr int kAskedOffset = kReadyOffset + kQueuedTiles * 8;
+  static constexpr int kWrittenOffset = kAskedOffset + 8;
+  static constexpr int kSharedBytes = 1024 + kWrittenOffset + 2 * 8;
 
   static_assert(kStageUnits % kDepthParts == 0 && kUnrolled % kMyStageUnits == 0);
   static_assert(!kMayGather || (kTerms == 1 && kDepthParts == 1));

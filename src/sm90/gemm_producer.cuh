@@ -36,6 +36,11 @@ class WorkFinder {
     segment_begin_ = segment_end_ - items;
   }
 
+  /// Of the expert of the tile that was found last.
+  __device__ int expert_rows() const {
+    return group_rows_;
+  }
+
   /// No rows when there are no more items.
   __device__ WorkTile find(int item) {
     if (item < expert_begin_ || item >= expert_end_) {
@@ -95,15 +100,23 @@ class Producer {
       : args_(args), maps_(maps), shared_(shared) {}
 
   /// Finds the tiles of this CTA, each while the weights of the one before are still asked for. One warp.
+  /// Beside that, it counts what is written, and waits for what is to be read.
   __device__ void run_schedule() {
     WorkFinder<Traits> finder(args_.group_offsets, args_.experts, args_.band,
                               (args_.row_blocks + Traits::kTileBlocks - 1) / Traits::kTileBlocks);
+    WorkTile before;
     for (int n = 0, item = static_cast<int>(blockIdx.x);; ++n) {
       const WorkTile tile = finder.find(item);
-      if (threadIdx.x % 32 == 0) post_tile<Traits>(shared_, n, tile);
+      if (threadIdx.x % 32 == 0) {
+        post_tile<Traits>(shared_, n, tile);
+        if (args_.progress != nullptr && n > 0) count_written(n - 1, before);
+        if (args_.awaited != nullptr && tile.rows > 0) await_rows(n, tile.expert, finder.expert_rows());
+      }
+      __syncwarp();
       if (tile.rows == 0) return;
       ptx::mbarrier_wait_parity(shared_ + Traits::kAskedOffset, n % 2);
       item = next_item(item);
+      before = tile;
     }
   }
 
@@ -119,7 +132,7 @@ class Producer {
   }
 
   /// The token rows of every tile: gathered by kGatherThreads threads from wherever they are, or loaded by
-  /// one thread, once the kernel before this one has written them.
+  /// one thread, once they are written.
   __device__ void run_tokens() {
     if (!gathers<Traits>(args_) && !args_.waits_at_end) ptx::griddepcontrol_wait();
     ptx::griddepcontrol_launch_dependents();
@@ -128,9 +141,13 @@ class Producer {
       if (tile.rows == 0) return post_end();
       if (gathers<Traits>(args_)) {
         gather_tokens(tile);
-      } else {
-        load_tokens(tile);
+        continue;
       }
+      if (args_.awaited != nullptr) {
+        wait_until_ready<Traits>(shared_, n);
+        ptx::fence_proxy_async_global();
+      }
+      load_tokens(tile);
     }
   }
 
@@ -146,6 +163,18 @@ class Producer {
     if (args_.tickets == nullptr) return item + ctas;
     const int ticket = threadIdx.x % 32 == 0 ? atomicAdd(args_.tickets, 1) : 0;
     return ctas + __shfl_sync(~0u, ticket, 0);
+  }
+
+  /// One thread, as await_rows(). Whoever acquires the sum sees what the consumers wrote.
+  __device__ void count_written(int n, const WorkTile& tile) const {
+    wait_until_written<Traits>(shared_, n);
+    const int blocks = min(Traits::kTileBlocks, args_.row_blocks - tile.row_tile * Traits::kTileBlocks);
+    ptx::red_release_gpu_add(args_.progress + tile.expert, tile.rows * blocks);
+  }
+
+  __device__ void await_rows(int n, int expert, int rows) const {
+    while (ptx::ld_acquire_gpu(args_.awaited + expert) != rows * args_.awaited_row_blocks) __nanosleep(40);
+    post_ready<Traits>(shared_, n);
   }
 
   __device__ uint32_t full_barrier() const { return shared_ + Traits::kFullOffset + slot_ * 8; }

@@ -36,4 +36,26 @@ __device__ __forceinline__ WorkTile wait_for_tile(uint32_t shared, int n) {
   return posted_tile<Traits>(shared, n);
 }
 
+/// Between the finder and who loads token rows: those of the CTA's n-th tile are there.
+template <class Traits>
+__device__ __forceinline__ void post_ready(uint32_t shared, int n) {
+  ptx::mbarrier_arrive(shared + Traits::kReadyOffset + n % Traits::kQueuedTiles * 8);
+}
+template <class Traits>
+__device__ __forceinline__ void wait_until_ready(uint32_t shared, int n) {
+  ptx::mbarrier_wait_parity(shared + Traits::kReadyOffset + n % Traits::kQueuedTiles * 8,
+                            n / Traits::kQueuedTiles % 2);
+}
+
+/// Between the consumers and the finder: this thread's part of the n-th tile is written. Two barriers take
+/// turns, as the consumers may be a tile ahead.
+template <class Traits>
+__device__ __forceinline__ void post_written(uint32_t shared, int n) {
+  ptx::mbarrier_arrive(shared + Traits::kWrittenOffset + n % 2 * 8);
+}
+template <class Traits>
+__device__ __forceinline__ void wait_until_written(uint32_t shared, int n) {
+  ptx::mbarrier_wait_parity(shared + Traits::kWrittenOffset + n % 2 * 8, n / 2 % 2);
+}
+
 }  // namespace fourfold::sm90

@@ -91,6 +91,11 @@ __device__ __forceinline__ void cp_async_cg_16_or_zero(uint32_t to, const void* 
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+/// What other threads' plain accesses wrote to global memory, as this thread has acquired it, is there for its
+/// bulk copies, too.
+__device__ __forceinline__ void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
 /// Arrives when all earlier cp.async of this thread are done; the barrier counts the thread.
 __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
@@ -135,11 +140,11 @@ __device__ __forceinline__ int32_t ld_acquire_gpu(const int32_t* address) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
   return v;
 }
-/// Adds 1; what this thread has seen of other threads' writes is visible to whoever acquires the sum.
-__device__ __forceinline__ void red_release_gpu_inc(int32_t* address) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(address) : "memory");
+/// Adds; what this thread has seen of other threads' writes is visible to whoever acquires the sum.
+__device__ __forceinline__ void red_release_gpu_add(int32_t* address, int32_t count) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(count) : "memory");
 }
-/// The same, and acquires; returns the value before.
+/// Adds 1, and acquires, too; returns the value before.
 __device__ __forceinline__ int32_t atom_acq_rel_gpu_inc(int32_t* address) {
   int32_t v;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(v) : "l"(address) : "memory");

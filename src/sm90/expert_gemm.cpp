@@ -116,24 +116,6 @@ void require_tokens(const ExpertGemm& args) {
   }
 }
 
-void require_progress(const ExpertGemm& args) {
-  if (args.progress != nullptr) {
-    require_aligned("expert gemm: progress", args.progress, 4);
-    if (needs_own_activation(args)) {
-      reject("expert gemm: progress with an activation", "SwiGLU with a limit that bf16 holds",
-             describe(*args.activation));
-    }
-  }
-  if (args.awaited.of_expert == nullptr) return;
-  require_aligned("expert gemm: awaited", args.awaited.of_expert, 4);
-  if (args.slot_of_row != nullptr || !args.overlap_previous) {
-    reject("expert gemm: rows that are awaited", "sorted ones, with overlap_previous",
-           args.slot_of_row != nullptr ? "gathered ones" : "without");
-  }
-  if (args.awaited.row_blocks < 1)
-    reject("expert gemm: awaited.row_blocks", "1 or more", args.awaited.row_blocks);
-}
-
 /// The kernel counts tiles in 32 bits.
 void require_countable_tiles(const ExpertGemm& args) {
   const int64_t token_tiles = args.max_rows / 8 + args.experts;
@@ -173,10 +155,34 @@ void validate(const ExpertGemm& args) {
       args.d);
   require_activation(args);
   require_requantization(args);
-  require_progress(args);
   if (const size_t needed = workspace_bytes(args); needed > 0) {
     require_aligned("expert gemm: workspace", args.workspace.data(), kWorkspaceAlignment);
     if (args.workspace.size() < needed) reject("expert gemm: workspace bytes", needed, args.workspace.size());
+  }
+}
+
+void validate(const ExpertGemm& first, const ExpertGemm& second, const int32_t* progress) {
+  validate(first);
+  validate(second);
+  if (first.max_rows == 0) return;
+  if (second.experts != first.experts || second.max_rows != first.max_rows ||
+      second.group_offsets != first.group_offsets) {
+    reject("expert gemms: experts, max_rows and group_offsets of the second", "those of the first", "others");
+  }
+  if (!can_requantize(first)) {
+    reject("expert gemms: activation of the first", "SwiGLU with a limit that bf16 holds",
+           first.activation ? describe(*first.activation) : "none");
+  }
+  const Bf16* const written = std::get<MatrixView<Bf16>>(first.d).data;
+  if (second.tokens[0].data != written || second.tokens[1].data != first.requantize.residual.data ||
+      second.row_scales != first.requantize.row_scales || second.slot_of_row != nullptr) {
+    reject("expert gemms: tokens of the second", "what the first writes", "others");
+  }
+  require_aligned("expert gemms: progress", progress, 4);
+  require_aligned("expert gemms: tickets of the first", first.tickets, 4);
+  if (first.max_rows > std::numeric_limits<int32_t>::max() / first.weights.row_blocks()) {
+    reject("expert gemms: rows x weight rows / 64 of the first", "fewer than 2^31; split the rows",
+           fmt::format("{} rows, {} weight rows", first.max_rows, first.weights.rows()));
   }
 }
 

@@ -47,12 +47,6 @@ struct Requantize {
   float* row_scales = nullptr;           ///< [max_rows], receives each row's global scale
 };
 
-/// How far a GEMM is, for one that reads its result before it ends.
-struct GemmProgress {
-  int32_t* of_expert = nullptr;  ///< [E]: zero at first, rows of the expert x row blocks when all are written
-  int64_t row_blocks = 0;        ///< PackedShape::row_blocks() of the GEMM that counts
-};
-
 /// Words of ExpertGemm::tickets: one for every launch of a plan.
 inline constexpr int64_t kGemmTickets = std::tuple_size_v<decltype(GemmPlan::parts)>;
 
@@ -75,13 +69,6 @@ struct ExpertGemm {
   /// Tiles are then taken as SMs get free, instead of dealt out in turn: experts with few and with many rows
   /// take differently long. Null: in turn. Changes no bit of the result.
   int32_t* tickets = nullptr;
-  /// Counted here as rows of d are written; zero before, as tickets are. Null: not. Needs an epilogue that
-  /// computes the activation, where there is one.
-  int32_t* progress = nullptr;
-  /// Tokens (and row_scales) are the d (and requantize.row_scales) of the GEMM that was launched last, which
-  /// counts here: every tile waits for its own expert's rows, so that the first begin before that GEMM ends.
-  /// Needs overlap_previous and sorted rows. of_expert null: all tiles wait for the previous kernel.
-  GemmProgress awaited;
   std::optional<GemmKernel> kernel;  ///< for tests and measurements; none: plan_gemm's plan
 
   // Weights.
@@ -111,8 +98,8 @@ struct ExpertGemm {
   /// group_offsets and the weights are complete when the previous kernel calls
   /// griddepcontrol.launch_dependents (or ends, where it has no such call). That holds when the previous
   /// kernel did not write them and itself waits before that call, or was started by one that had waited, as
-  /// the kernels launched here do: a plan's second launch, and one with `awaited`, reads and writes at once
-  /// what its GEMM may, and waits at its end, so that what comes after it comes after both.
+  /// the kernels launched here do: a plan's second launch reads and writes at once what its GEMM may, and
+  /// waits at its end, so that what comes after it comes after both.
   bool overlap_previous = false;
 };
 
@@ -132,6 +119,16 @@ bool can_gather(const ExpertGemm& args);
 
 /// Enqueues the GEMM. Throws Error when arguments do not fit (naming which), or CUDA refuses the launch.
 void launch_expert_gemm(const ExpertGemm& args, void* stream);
+
+/// Enqueues both GEMMs of an expert layer: `second` multiplies what `first` writes, its tokens are first's d
+/// (and residual and row_scales, where it quantizes). A tile of the second needs its own expert's rows alone,
+/// so that the first of them run on SMs that `first` has left. The same bits as by launch_expert_gemm.
+///
+/// `progress`: [E] words, zero before as first.tickets are, which are needed. first's epilogue must compute
+/// its activation (can_requantize()). What `second` writes must not be read by `first`, but row m of second's
+/// d may be where row m of first's sorted tokens is. second.overlap_previous is taken for true. Throws Error
+/// as launch_expert_gemm.
+void launch_expert_gemms(const ExpertGemm& first, const ExpertGemm& second, int32_t* progress, void* stream);
 
 /// Which kernel launch_expert_gemm runs, for reports.
 std::string describe_kernel(const ExpertGemm& args);

@@ -8,6 +8,8 @@ namespace fourfold::sm90 {
 /// Throws Error naming the first argument that does not fit.
 void validate(const ExpertGemm& args);
 void validate(const PackWeights& args);
+/// Of launch_expert_gemms.
+void validate(const ExpertGemm& first, const ExpertGemm& second, const int32_t* progress);
 
 /// The kernel that args name, alone, or else plan_gemm's plan.
 GemmPlan planned_launches(const ExpertGemm& args);

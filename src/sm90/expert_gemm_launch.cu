@@ -1,5 +1,5 @@
-// launch_expert_gemm: tensor maps, the launches of the plan, and the activation where it is a kernel of its
-// own.
+// launch_expert_gemm(s): tensor maps, the launches of the plan, and the activation where it is a kernel of
+// its own.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -71,10 +71,6 @@ GemmKernelArgs kernel_args(const ExpertGemm& args) {
   kernel.row_scales = args.row_scales;
   kernel.weight_globals = args.weight_globals;
   kernel.bias = args.bias;
-  kernel.progress = args.progress;
-  kernel.awaited = args.awaited.of_expert;
-  kernel.awaited_row_blocks = static_cast<int32_t>(args.awaited.row_blocks);
-  kernel.waits_at_end = kernel.awaited != nullptr;
   return kernel;
 }
 
@@ -151,11 +147,8 @@ void run_kernel(GemmKernel kernel, const GemmLaunch& launch) {
   }
 }
 
-}  // namespace
-
-void launch_expert_gemm(const ExpertGemm& args, void* stream) {
-  validate(args);
-  if (args.max_rows == 0) return;
+/// A launch of the GEMM, but for what its plan says.
+GemmLaunch launch_of(const ExpertGemm& args, void* stream) {
   GemmLaunch launch;
   launch.args = kernel_args(args);
   launch.terms = args.tokens[1].empty() ? 1 : 2;
@@ -165,6 +158,10 @@ void launch_expert_gemm(const ExpertGemm& args, void* stream) {
   launch.args.gathers = args.slot_of_row != nullptr;
   if (launch.args.gathers) launch.args.gathered = gathered_tokens(args);
   set_outputs(args, launch);
+  return launch;
+}
+
+void run_plan(const ExpertGemm& args, GemmLaunch& launch) {
   const GemmPlan plan = planned_launches(args);
   for (int i = 0; i < plan.count; ++i) {
     const GemmPart& part = plan.parts[static_cast<size_t>(i)];
@@ -174,10 +171,31 @@ void launch_expert_gemm(const ExpertGemm& args, void* stream) {
     run_kernel(part.kernel, launch);
     launch.overlap_previous = launch.args.waits_at_end = true;
   }
+}
+
+}  // namespace
+
+void launch_expert_gemm(const ExpertGemm& args, void* stream) {
+  validate(args);
+  if (args.max_rows == 0) return;
+  GemmLaunch launch = launch_of(args, stream);
+  run_plan(args, launch);
   if (needs_own_activation(args)) {
     const auto& d = std::get<MatrixView<Bf16>>(args.d);
     launch_activate_rows({*args.activation, h_rows(args), d, args.group_offsets + args.experts}, stream);
   }
+}
+
+void launch_expert_gemms(const ExpertGemm& first, const ExpertGemm& second, int32_t* progress, void* stream) {
+  validate(first, second, progress);
+  if (first.max_rows == 0) return;
+  GemmLaunch launch = launch_of(first, stream), next = launch_of(second, stream);
+  launch.args.progress = progress;
+  next.args.awaited = progress;
+  next.args.awaited_row_blocks = launch.args.row_blocks;
+  next.overlap_previous = next.args.waits_at_end = true;
+  run_plan(first, launch);
+  run_plan(second, next);
 }
 
 }  // namespace fourfold::sm90

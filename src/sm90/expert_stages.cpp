@@ -205,14 +205,14 @@ bool ExpertStages::restages_in_epilogue(const ExpertGemm& gate_up, const ExpertT
          taps.activation.empty() && taps.staged_intermediate == nullptr;
 }
 
-bool ExpertStages::follows_closely(const ExpertSpace& space, const ExpertGemm& gate_up,
-                                   const ExpertTaps& taps) const {
+bool ExpertStages::run_closely(const ExpertSpace& space, const ExpertGemm& gate_up, const ExpertTaps& taps,
+                               const Step& step) const {
   // z takes the place of an expert's sorted rows when they are multiplied; of rows that others still gather
   // it must not.
   const bool z_is_apart = gate_up.slot_of_row == nullptr || gate_up.tokens[0].data != space.x[0].data;
   const bool staged = !restages() || gate_up.requantize.expert_scales != nullptr;
-  return staged && z_is_apart && can_requantize(gate_up) && taps.activation.empty() &&
-         taps.staged_intermediate == nullptr;
+  return step.walk == Walk::kCompute && step.observer == nullptr && staged && z_is_apart &&
+         can_requantize(gate_up) && taps.activation.empty() && taps.staged_intermediate == nullptr;
 }
 
 bool ExpertStages::restage(const ExpertSpace& space, const ExpertRows& rows, const ExpertTaps& taps,
@@ -259,15 +259,6 @@ void ExpertStages::run_gemms(const ExpertSpace& space, ExpertGemm gate_up, const
     gate_up.requantize = {weights_.intermediate_scales(), space.intermediate[1],
                           space.intermediate_row_scales.data()};
   }
-  GemmProgress progress;
-  if (!rows.counters.empty() && follows_closely(space, gate_up, taps)) {
-    progress = {&rows.counters[2 * kGemmTickets], gate_up_shape_.row_blocks()};
-    gate_up.progress = progress.of_expert;
-  }
-  launch_expert_gemm(gate_up, step.stream);
-  step.finish("gemm1+activate");
-  if (fused ? step.walk != Walk::kCompute : !restage(space, rows, taps, step)) return;
-
   ExpertGemm down = down_gemm(planned_rows);
   down.tokens[0] = restages() ? space.intermediate[0] : space.activation;
   down.tokens[1] = space.intermediate[1];
@@ -277,7 +268,13 @@ void ExpertStages::run_gemms(const ExpertSpace& space, ExpertGemm gate_up, const
   down.d = with_rows(z, planned_rows);
   down.workspace = space.gemm;
   down.overlap_previous = true;  // after the first GEMM or a staging kernel
-  down.awaited = progress;
+  if (!rows.counters.empty() && run_closely(space, gate_up, taps, step)) {
+    launch_expert_gemms(gate_up, down, &rows.counters[2 * kGemmTickets], step.stream);
+    return step.finish("gemm2");
+  }
+  launch_expert_gemm(gate_up, step.stream);
+  step.finish("gemm1+activate");
+  if (fused ? step.walk != Walk::kCompute : !restage(space, rows, taps, step)) return;
   launch_expert_gemm(down, step.stream);
   step.finish("gemm2");
 }

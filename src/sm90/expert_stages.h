@@ -115,9 +115,10 @@ class ExpertStages {
                 const Step& step) const;
   /// Whether the first GEMM stages its own output, so that restage() has nothing to do.
   bool restages_in_epilogue(const ExpertGemm& gate_up, const ExpertTaps& taps) const;
-  /// Whether the second GEMM may begin before the first ends: no kernel comes between, and what it writes is
-  /// not read any more.
-  bool follows_closely(const ExpertSpace& space, const ExpertGemm& gate_up, const ExpertTaps& taps) const;
+  /// Whether launch_expert_gemms() runs both GEMMs: no kernel comes between, what the second writes is not
+  /// read any more, and nobody asks when the first ends.
+  bool run_closely(const ExpertSpace& space, const ExpertGemm& gate_up, const ExpertTaps& taps,
+                   const Step& step) const;
   /// Staging of the activation's output; false where the walk ends before it.
   bool restage(const ExpertSpace& space, const ExpertRows& rows, const ExpertTaps& taps,
                const Step& step) const;

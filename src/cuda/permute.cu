@@ -24,6 +24,7 @@ constexpr int kMostChunks = 1024;  // of the path for many slots; bounds the tab
 constexpr int kWarpsPerBlock = 4;  // of its kernels
 constexpr int kFewSlots = 1024;    // one block is faster up to about here
 constexpr int kFewThreads = 512;
+constexpr int kFewSlotsALane = kFewSlots / kFewThreads;
 constexpr size_t kSharedBytes = 47 * 1024;  // without asking for more; the scan has some of its own
 
 struct Outputs {
@@ -83,40 +84,75 @@ __device__ void place_chunk(const ExpertIds& ids, int32_t first, int32_t end, co
   }
 }
 
-/// counts[chunk * experts + expert] -> the sum over earlier chunks; returns the sum over all.
+/// counts[chunk * experts + expert] -> the sum over earlier chunks, of at most kMost; returns the sum over
+/// all.
+template <int kMost>
 __device__ int32_t sum_before(int32_t* counts, int32_t chunks, int32_t experts, int32_t expert) {
+  int32_t own[kMost];
+#pragma unroll
+  for (int32_t chunk = 0; chunk < kMost; ++chunk) {
+    own[chunk] = chunk < chunks ? counts[chunk * experts + expert] : 0;
+  }
   int32_t sum = 0;
-  for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-    int32_t& count = counts[chunk * experts + expert];
-    const int32_t own = count;
-    count = sum;
-    sum += own;
+#pragma unroll
+  for (int32_t chunk = 0; chunk < kMost; ++chunk) {
+    if (chunk < chunks) counts[chunk * experts + expert] = sum;
+    sum += own[chunk];
   }
   return sum;
 }
 
-/// One block. Shared memory: counts [warps, experts], then offsets [experts + 1].
+/// One block, a warp for each chunk; a lane has at most kFewSlotsALane slots, and keeps what it knows of
+/// them. Shared memory: counts [chunks, experts], then offsets [experts + 1].
 __global__ void __launch_bounds__(kFewThreads)
     permute_few(ExpertIds ids, int32_t chunk_slots, int32_t chunks, Outputs out) {
   extern __shared__ int32_t shared[];
   start_after_previous();
-  int32_t* counts = shared;
   int32_t* offsets = shared + chunks * ids.experts;
   const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
-  for (int32_t i = thread; i < chunks * ids.experts; i += kFewThreads) counts[i] = 0;
+  const int32_t first = warp * chunk_slots + lane_id();
+  const int32_t end = warp < chunks ? min((warp + 1) * chunk_slots, ids.slots) : 0;
+  int32_t experts[kFewSlotsALane], ranks[kFewSlotsALane];
+  bool bad = false;
+#pragma unroll
+  for (int i = 0; i < kFewSlotsALane; ++i) {
+    const int32_t slot = first + i * kSlotsAtOnce;
+    experts[i] = slot < end ? ids.expert_of(slot, bad) : -1;
+  }
+  for (int32_t i = thread; i < chunks * ids.experts; i += kFewThreads) shared[i] = 0;
   clear_words(out);
   __syncthreads();
 
-  const int32_t first = warp * chunk_slots, end = min(first + chunk_slots, ids.slots);
-  if (warp < chunks) count_chunk(ids, first, end, counts + warp * ids.experts, out.status);
+  int32_t* counts = shared + warp * ids.experts;
+#pragma unroll
+  for (int i = 0; i < kFewSlotsALane; ++i) {
+    const unsigned peers = __match_any_sync(~0u, experts[i]);
+    const int before = __popc(peers & ((1u << lane_id()) - 1u));
+    const bool there = experts[i] >= 0;
+    const int32_t start = there ? counts[experts[i]] : 0;
+    ranks[i] = start + before;
+    __syncwarp();
+    if (there && before == 0) counts[experts[i]] = start + __popc(peers);
+    __syncwarp();
+  }
+  if (__any_sync(~0u, bad) && out.status != nullptr && lane_id() == 0) {
+    atomicOr(out.status, kStatusExpertOutOfRange);
+  }
   __syncthreads();
   for (int32_t expert = thread; expert < ids.experts; expert += kFewThreads) {
-    offsets[expert + 1] = sum_before(counts, chunks, ids.experts, expert);
+    offsets[expert + 1] = sum_before<kFewThreads / 32>(shared, chunks, ids.experts, expert);
   }
   __syncthreads();
   block_exclusive_offsets(offsets + 1, ids.experts, offsets);
   for (int32_t i = thread; i <= ids.experts; i += kFewThreads) out.group_offsets[i] = offsets[i];
-  if (warp < chunks) place_chunk(ids, first, end, offsets, counts + warp * ids.experts, out);
+#pragma unroll
+  for (int i = 0; i < kFewSlotsALane; ++i) {
+    const int32_t slot = first + i * kSlotsAtOnce, expert = experts[i];
+    if (slot >= end) continue;
+    const int32_t row = expert >= 0 ? offsets[expert] + counts[expert] + ranks[i] : -1;
+    out.row_of_slot[slot] = row;
+    if (row >= 0) out.slot_of_row[row] = slot;
+  }
 }
 
 /// One block, for no more slots than a warp has lanes: whoever wants to know how many slots have an expert

@@ -19,22 +19,29 @@ struct CombineParams {
   const float* shared_weights;  // null: all 1
   int32_t columns;              // in eights
   int64_t tokens;
+  bool rows_are_known;
 };
 
 template <class Out>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_rows(const __grid_constant__ CombineParams p, Out* y, int64_t y_stride) {
+  using Batch = SlotBatch<8>;
+  if (!p.rows_are_known) cudaGridDependencySynchronize();
+  Batch first(p.slots, blockIdx.x, 0);
   start_after_previous();
   const auto column = static_cast<int32_t>(blockIdx.y * kCombineThreads + threadIdx.x);
   if (column >= p.columns) return;
-  for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
+  for (int64_t token = blockIdx.x;;) {
     float sums[kColumns] = {};
-    add_slots<8>(p.slots, token, column, sums);
+    add_slots(p.slots, token, column, first, sums);
     if (p.shared_z != nullptr) {
       const float weight = p.shared_weights != nullptr ? p.shared_weights[token] : 1.0f;
       add_weighted(load_eight(p.shared_z + token * p.shared_stride, column), weight, sums);
     }
     store_row(y + token * y_stride + int64_t{column} * kColumns, sums);
+    token += gridDim.x;
+    if (token >= p.tokens) return;
+    first = Batch(p.slots, token, 0);
   }
 }
 
@@ -81,7 +88,8 @@ void combine(const CombineArgs& args, void* stream) {
       args.shared_z.stride,
       args.shared_weights,
       static_cast<int32_t>(hidden / kColumns),
-      tokens};
+      tokens,
+      args.rows_are_known};
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tokens, kMostTokenBlocks)),
                   static_cast<unsigned>((params.columns + kCombineThreads - 1) / kCombineThreads));
   std::visit(

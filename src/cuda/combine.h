@@ -17,6 +17,9 @@ struct CombineArgs {
   OutputView y;                           ///< [T, H], any alignment
   MatrixView<const Bf16> shared_z = {};   ///< [T, H], aligned as z; empty: no shared expert
   const float* shared_weights = nullptr;  ///< [T]; null: 1
+  /// row_of_slot and topk_weights were complete when the previous kernel of the stream began: they may be
+  /// read before it ends.
+  bool rows_are_known = false;
 };
 
 /// weights[t] = sigmoid(x[t] . gate), the sum in float32 in an order of its own, and 1 where `gate` is null.

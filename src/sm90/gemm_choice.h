@@ -45,7 +45,7 @@ inline constexpr GemmKernelShape kGemmKernels[] = {
      false},
     {GemmKernel::kNarrow, "narrow: 256 rows x 32 tokens, 4 warpgroups", 4, 1, 1, 4, 32, 8, 12.0, true, true},
     {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 4, 64, 8, 52.0, true, true},
-    {GemmKernel::kBroad, "broad: 256 rows x 96 tokens, 4 warpgroups", 4, 1, 1, 2, 96, 16, 84.0, true, true},
+    {GemmKernel::kBroad, "broad: 256 rows x 96 tokens, 4 warpgroups", 4, 1, 1, 2, 96, 8, 84.0, true, true},
     {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 2, 160, 16, 1e30, false, true},
 };
 

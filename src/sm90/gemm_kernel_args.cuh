@@ -12,7 +12,7 @@
 
 namespace fourfold::sm90 {
 
-inline constexpr int kMostTokenMaps = 10;
+inline constexpr int kMostTokenMaps = 12;
 
 /// How a kernel reads the token rows of a stage: of[term][i] has boxes of 64 k x (i + 1) granules of tokens,
 /// of as many k units as a stage has. The matrix is then seen as (64, rows, K / 64); where K is no multiple

@@ -86,9 +86,12 @@ TEST(Sm90FusedLayout, GivesEveryPartialSumAPlaceOfItsOwn) {
 TEST(Sm90FusedLayout, IsTakenWhereExpertsHaveFewRows) {
   const LayerConfig qwen = config_of(128, 2048, 768, 8);
   EXPECT_TRUE(can_fuse(qwen, bf16(), 8));
-  EXPECT_TRUE(can_fuse(qwen, bf16(), 12 * 8));
-  EXPECT_FALSE(can_fuse(qwen, bf16(), 16 * 8));  // 340 MB of weights
-  const LayerConfig small = config_of(128, 1024, 768, 8);
+  EXPECT_TRUE(can_fuse(qwen, bf16(), 4 * 8));
+  EXPECT_FALSE(can_fuse(qwen, bf16(), 5 * 8));  // 106 MB of weights, and more than a handful of slots
+  const LayerConfig flash = config_of(256, 4096, 2048, 6);
+  EXPECT_TRUE(can_fuse(flash, bf16(), 2 * 6));   // 170 MB, a handful
+  EXPECT_FALSE(can_fuse(flash, bf16(), 3 * 6));  // 255 MB
+  const LayerConfig small = config_of(128, 512, 768, 8);
   EXPECT_TRUE(can_fuse(small, bf16(), 16 * 8));
   EXPECT_FALSE(can_fuse(small, bf16(), 64 * 8));  // 4 rows an expert
   EXPECT_FALSE(can_fuse(qwen, bf16(), 0));

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "sm90/fused_layer_layout.h"
+
 namespace fourfold::sm90 {
 
 namespace {
@@ -36,7 +38,8 @@ bool can_fuse(const LayerConfig& config, const LayerOptions& options, int64_t sl
   const PackedShape gate_up{RowOrder::kGateUpPaired, config.intermediate, config.hidden};
   const PackedShape down{RowOrder::kPlain, config.hidden, config.intermediate};
   const int64_t tile = fused_tile_tokens(config.hidden, config.intermediate);
-  return 3 * slots <= config.experts * tile && slots * (gate_up.bytes() + down.bytes()) <= kMostFusedBytes;
+  const int64_t most_bytes = slots <= kFusedMostOwnRows ? kMostFusedBytesOfHandful : kMostFusedBytes;
+  return 3 * slots <= config.experts * tile && slots * (gate_up.bytes() + down.bytes()) <= most_bytes;
 }
 
 bool can_read_in_place(const MatrixView<const Bf16>& x) {

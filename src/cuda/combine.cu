@@ -4,6 +4,7 @@
 
 #include "cuda/combine.h"
 #include "cuda/combine_row.cuh"
+#include "cuda/device.h"
 #include "cuda/launch.cuh"
 
 namespace fourfold::cuda {
@@ -11,6 +12,8 @@ namespace {
 
 constexpr int kCombineThreads = 128;
 constexpr unsigned kMostTokenBlocks = 1u << 20;  // more tokens are taken in turn
+constexpr int kCombineSlots = 8;                 // added at once
+constexpr int kBlocksThatWait = 8;               // on a multiprocessor at a time
 
 struct CombineParams {
   SlotRows slots;
@@ -19,30 +22,75 @@ struct CombineParams {
   const float* shared_weights;  // null: all 1
   int32_t columns;              // in eights
   int64_t tokens;
-  bool rows_are_known;
 };
+
+/// Rows and weights of the first slots of a token, as many as are added at once. Past L1: they are read while
+/// the kernel before this one ends, and no line that the multiprocessor kept from an earlier call must do.
+struct FirstSlots {
+  int32_t rows[kCombineSlots];  // -1: none
+  float weights[kCombineSlots];
+
+  __device__ FirstSlots(const SlotRows& slots, int64_t token) {
+#pragma unroll
+    for (int i = 0; i < kCombineSlots; ++i) {
+      const bool there = i < slots.top_k;
+      rows[i] = there ? __ldcg(slots.row_of_slot + token * slots.top_k + i) : -1;
+      weights[i] =
+          there && slots.weights != nullptr ? __ldcg(slots.weights + token * slots.weight_stride + i) : 1.0f;
+    }
+  }
+
+  __device__ void add(const SlotRows& slots, int32_t column, float (&sums)[kColumns]) const {
+    uint4 words[kCombineSlots];
+#pragma unroll
+    for (int i = 0; i < kCombineSlots; ++i) {
+      if (rows[i] >= 0) words[i] = load_eight(slots.z + rows[i] * slots.z_stride, column);
+    }
+#pragma unroll
+    for (int i = 0; i < kCombineSlots; ++i) {
+      if (rows[i] >= 0) add_weighted(words[i], weights[i], sums);
+    }
+  }
+};
+
+__device__ void add_shared(const CombineParams& p, int64_t token, int32_t column, float (&sums)[kColumns]) {
+  if (p.shared_z == nullptr) return;
+  const float weight = p.shared_weights != nullptr ? p.shared_weights[token] : 1.0f;
+  add_weighted(load_eight(p.shared_z + token * p.shared_stride, column), weight, sums);
+}
+
+__device__ int32_t column_of_thread() {
+  return static_cast<int32_t>(blockIdx.y * kCombineThreads + threadIdx.x);
+}
 
 template <class Out>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_rows(const __grid_constant__ CombineParams p, Out* y, int64_t y_stride) {
-  using Batch = SlotBatch<8>;
-  if (!p.rows_are_known) cudaGridDependencySynchronize();
-  Batch first(p.slots, blockIdx.x, 0);
   start_after_previous();
-  const auto column = static_cast<int32_t>(blockIdx.y * kCombineThreads + threadIdx.x);
+  const int32_t column = column_of_thread();
   if (column >= p.columns) return;
-  for (int64_t token = blockIdx.x;;) {
+  for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
     float sums[kColumns] = {};
-    add_slots(p.slots, token, column, first, sums);
-    if (p.shared_z != nullptr) {
-      const float weight = p.shared_weights != nullptr ? p.shared_weights[token] : 1.0f;
-      add_weighted(load_eight(p.shared_z + token * p.shared_stride, column), weight, sums);
-    }
+    add_slots<kCombineSlots>(p.slots, token, column, sums);
+    add_shared(p, token, column, sums);
     store_row(y + token * y_stride + int64_t{column} * kColumns, sums);
-    token += gridDim.x;
-    if (token >= p.tokens) return;
-    first = Batch(p.slots, token, 0);
   }
+}
+
+/// For so few tokens that all blocks wait at once, each for its own: what they may, they read meanwhile.
+template <class Out>
+__global__ void __launch_bounds__(kCombineThreads)
+    combine_few_rows(const __grid_constant__ CombineParams p, Out* y, int64_t y_stride) {
+  const int64_t token = blockIdx.x;
+  const FirstSlots first(p.slots, token);
+  start_after_previous();
+  const int32_t column = column_of_thread();
+  if (column >= p.columns) return;
+  float sums[kColumns] = {};
+  first.add(p.slots, column, sums);
+  add_slots<kCombineSlots>(p.slots, token, column, sums, kCombineSlots);
+  add_shared(p, token, column, sums);
+  store_row(y + token * y_stride + int64_t{column} * kColumns, sums);
 }
 
 /// A block a token; its threads' sums meet in a fixed order.
@@ -88,15 +136,16 @@ void combine(const CombineArgs& args, void* stream) {
       args.shared_z.stride,
       args.shared_weights,
       static_cast<int32_t>(hidden / kColumns),
-      tokens,
-      args.rows_are_known};
+      tokens};
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tokens, kMostTokenBlocks)),
                   static_cast<unsigned>((params.columns + kCombineThreads - 1) / kCombineThreads));
+  const bool few =
+      args.rows_are_known && int64_t{grid.x} * grid.y <= int64_t{kBlocksThatWait} * multiprocessor_count();
   std::visit(
       [&](const auto& y) {
         using Out = std::remove_pointer_t<decltype(y.data)>;
-        launch_after_previous("combine_rows", combine_rows<Out>, grid, kCombineThreads, 0, stream, params,
-                              y.data, y.stride);
+        launch_after_previous("combine_rows", few ? combine_few_rows<Out> : combine_rows<Out>, grid,
+                              kCombineThreads, 0, stream, params, y.data, y.stride);
       },
       args.y);
 }

@@ -53,42 +53,25 @@ __device__ __forceinline__ void add_weighted(const uint4& words, float weight, f
   }
 }
 
-/// Rows and weights of kCount slots of a token, as many as there are from `first` on; -1 for a row that is
-/// not there. Past L1: read while the kernel before this one ends, or while others of this one write.
-template <int kCount>
-struct SlotBatch {
-  int32_t rows[kCount];
-  float weights[kCount];
-
-  __device__ __forceinline__ SlotBatch(const SlotRows& slots, int64_t token, int32_t first) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const bool there = first + i < slots.top_k;
-      rows[i] = there ? __ldcg(slots.row_of_slot + token * slots.top_k + first + i) : -1;
-      weights[i] = there && slots.weights != nullptr
-                       ? __ldcg(slots.weights + token * slots.weight_stride + first + i)
-                       : 1.0f;
-    }
-  }
-};
-
-/// Adds all slots of a token, in order of k, with as many loads in flight as `batch`, the first ones, has.
-template <int kCount>
+/// Adds the slots of a token from `first` on, in order of k, with so many loads in flight.
+template <int kSlotsAtOnce>
 __device__ __forceinline__ void add_slots(const SlotRows& slots, int64_t token, int32_t column,
-                                          SlotBatch<kCount> batch, float (&sums)[kColumns]) {
-  for (int32_t first = 0;;) {
-    uint4 words[kCount];
+                                          float (&sums)[kColumns], int32_t first = 0) {
+  for (; first < slots.top_k; first += kSlotsAtOnce) {
+    uint4 words[kSlotsAtOnce];
+    int32_t rows[kSlotsAtOnce];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (batch.rows[i] >= 0) words[i] = load_eight(slots.z + batch.rows[i] * slots.z_stride, column);
+    for (int i = 0; i < kSlotsAtOnce; ++i) {
+      rows[i] = first + i < slots.top_k ? slots.row_of_slot[token * slots.top_k + first + i] : -1;
+      if (rows[i] >= 0) words[i] = load_eight(slots.z + rows[i] * slots.z_stride, column);
     }
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (batch.rows[i] >= 0) add_weighted(words[i], batch.weights[i], sums);
+    for (int i = 0; i < kSlotsAtOnce; ++i) {
+      if (rows[i] < 0) continue;
+      add_weighted(words[i],
+                   slots.weights != nullptr ? slots.weights[token * slots.weight_stride + first + i] : 1.0f,
+                   sums);
     }
-    first += kCount;
-    if (first >= slots.top_k) return;
-    batch = SlotBatch<kCount>(slots, token, first);
   }
 }
 

@@ -194,8 +194,7 @@ class FusedFinisher {
   /// Eight columns of y.
   __device__ __forceinline__ void combine(int64_t token, int column) const {
     float sums[cuda::kColumns] = {};
-    const cuda::SlotBatch<kSlotsAtOnce> first(args_.slots, token, 0);
-    cuda::add_slots(args_.slots, token, column, first, sums);
+    cuda::add_slots<kSlotsAtOnce>(args_.slots, token, column, sums);
     const int64_t at = token * args_.y_stride + int64_t{column} * cuda::kColumns;
     if (args_.y_is_float32) {
       cuda::store_row(static_cast<float*>(args_.y) + at, sums);

@@ -77,6 +77,7 @@ void check_combine(const CombineCase& c, uint64_t salt) {
                            MatrixView<T>(y.data() + c.misaligned, c.tokens, c.hidden, stride)};
     if (c.shared != CombineCase::kNone) args.shared_z = shared_z.matrix(c.tokens, c.hidden);
     if (c.shared == CombineCase::kWeighted) args.shared_weights = shared_weights.data();
+    args.rows_are_known = repeat % 2 == 1;
     cuda::combine(args, nullptr);
     const std::vector<T> found = y.get();
     for (int64_t t = 0; t < c.tokens; ++t) {

@@ -144,8 +144,9 @@ void combine(const CombineArgs& args, void* stream) {
   std::visit(
       [&](const auto& y) {
         using Out = std::remove_pointer_t<decltype(y.data)>;
-        launch_after_previous("combine_rows", few ? combine_few_rows<Out> : combine_rows<Out>, grid,
-                              kCombineThreads, 0, stream, params, y.data, y.stride);
+        launch_after_previous(few ? "combine_few_rows" : "combine_rows",
+                              few ? combine_few_rows<Out> : combine_rows<Out>, grid, kCombineThreads, 0,
+                              stream, params, y.data, y.stride);
       },
       args.y);
 }

@@ -256,7 +256,7 @@ class ExpertLayer final : public MoeLayer {
     routed_.run(space.routed, source, rows, expert_taps(taps), z, step);
     CombineArgs combine_args{z, permutation.row_of_slot.data(), args.routing.topk_weights,
                              config_.weight_on_input, args.y};
-    combine_args.rows_are_known = config_.experts > 0;  // whose kernels began after the permutation
+    combine_args.rows_are_known = config_.experts > 0;  // the last of whose kernels began after it
     if (shared_) run_shared(space, args, step, combine_args);
     if (step.walk != Walk::kCompute) return;
     combine(combine_args, step.stream);

@@ -3,7 +3,7 @@
 // Rule of this room: a kernel launched here calls start_after_previous() before it reads or writes anything,
 // in every thread. It then sees all that earlier kernels of the stream wrote, however long their chain; what
 // it saves is the time of its launch. Exceptions say so: sm90/fused_layer.cu and the GEMMs of sm90, what they
-// read before, and, where a GEMM is two launches, that the second waits at its end
+// read before, and that launches after the first of a layer's GEMMs wait at their end
 // (sm90/gemm_kernel_args.cuh), combine_few_rows, where it reads what was complete before the previous kernel,
 // and permute_handful (cuda/permute.cu), what it has written before it lets the next one be launched.
 #pragma once

@@ -76,12 +76,17 @@ void require_activation(const ExpertGemm& args) {
   }
 }
 
+constexpr const char* kActivatedInEpilogue = "SwiGLU with a limit that bf16 holds";
+
+std::string activation_text(const ExpertGemm& args) {
+  return args.activation ? describe(*args.activation) : "none";
+}
+
 void require_requantization(const ExpertGemm& args) {
   const Requantize& requantize = args.requantize;
   if (requantize.expert_scales == nullptr) return;
-  if (!can_requantize(args)) {
-    reject("expert gemm: an epilogue that quantizes", "SwiGLU with a limit that bf16 holds",
-           args.activation ? describe(*args.activation) : "none");
+  if (!activates_in_epilogue(args)) {
+    reject("expert gemm: an epilogue that quantizes", kActivatedInEpilogue, activation_text(args));
   }
   require_aligned("expert gemm: requantize.row_scales", requantize.row_scales, 4);
   if (requantize.residual.empty()) return;
@@ -114,6 +119,20 @@ void require_tokens(const ExpertGemm& args) {
   if (tokens.rows > kMost / (tokens.stride / 8)) {
     reject("expert gemm: gathered tokens", "less than 64 GB", shape_text(tokens.rows, tokens.stride));
   }
+}
+
+/// Of launch_expert_gemms: what the second reads is what the first writes.
+void require_rows_of(const std::string& what, const MatrixView<const Bf16>& read,
+                     const MatrixView<Bf16>& written) {
+  if (read.data == written.data && read.cols == written.cols &&
+      (read.empty() || read.stride == written.stride))
+    return;
+  const auto text = [](const MatrixView<const Bf16>& rows) {
+    return rows.empty() ? std::string("none")
+                        : fmt::format("{} of stride {} at {}", shape_text(rows.rows, rows.cols), rows.stride,
+                                      static_cast<const void*>(rows.data));
+  };
+  reject("expert gemms: " + what + " of the second", "what the first writes, " + text(written), text(read));
 }
 
 /// The kernel counts tiles in 32 bits.
@@ -169,17 +188,19 @@ void validate(const ExpertGemm& first, const ExpertGemm& second, const int32_t* 
       second.group_offsets != first.group_offsets) {
     reject("expert gemms: experts, max_rows and group_offsets of the second", "those of the first", "others");
   }
-  if (!can_requantize(first)) {
-    reject("expert gemms: activation of the first", "SwiGLU with a limit that bf16 holds",
-           first.activation ? describe(*first.activation) : "none");
+  if (!activates_in_epilogue(first)) {
+    reject("expert gemms: activation of the first", kActivatedInEpilogue, activation_text(first));
   }
-  const Bf16* const written = std::get<MatrixView<Bf16>>(first.d).data;
-  if (second.tokens[0].data != written || second.tokens[1].data != first.requantize.residual.data ||
-      second.row_scales != first.requantize.row_scales || second.slot_of_row != nullptr) {
-    reject("expert gemms: tokens of the second", "what the first writes", "others");
+  if (second.activation) reject("expert gemms: activation of the second", "none", activation_text(second));
+  // What the first writes beside d, it writes where it quantizes.
+  const Requantize written = first.requantize.expert_scales != nullptr ? first.requantize : Requantize{};
+  require_rows_of("tokens", second.tokens[0], std::get<MatrixView<Bf16>>(first.d));
+  require_rows_of("tokens, second term", second.tokens[1], written.residual);
+  if (second.row_scales != written.row_scales || second.slot_of_row != nullptr) {
+    reject("expert gemms: row_scales and slot_of_row of the second",
+           "the first's requantize.row_scales, and none", "others");
   }
   require_aligned("expert gemms: progress", progress, 4);
-  require_aligned("expert gemms: tickets of the first", first.tickets, 4);
   if (first.max_rows > std::numeric_limits<int32_t>::max() / first.weights.row_blocks()) {
     reject("expert gemms: rows x weight rows / 64 of the first", "fewer than 2^31; split the rows",
            fmt::format("{} rows, {} weight rows", first.max_rows, first.weights.rows()));
@@ -198,7 +219,7 @@ bool needs_own_activation(const ExpertGemm& args) {
   return args.activation->kind != ActivationKind::kSwiglu || static_cast<float>(encode_bf16(limit)) != limit;
 }
 
-bool can_requantize(const ExpertGemm& args) {
+bool activates_in_epilogue(const ExpertGemm& args) {
   return args.activation && !needs_own_activation(args) && args.weights.order == RowOrder::kGateUpPaired;
 }
 
@@ -208,7 +229,7 @@ bool can_gather(const ExpertGemm& args) {
 }
 
 bool should_requantize(const ExpertGemm& args) {
-  return can_requantize(args) && planned_launches(args).main().requantizes;
+  return activates_in_epilogue(args) && planned_launches(args).main().requantizes;
 }
 
 size_t workspace_bytes(const ExpertGemm& args) {

@@ -87,19 +87,20 @@ struct ExpertGemm {
   /// Optional, with an activation: h [max_rows, halves * channels], gate columns first. Aligned as d. Does
   /// not change d by a bit.
   MatrixView<Bf16> h;
-  /// With expert_scales, d receives what the codes hold, without the global scale. Needs can_requantize().
+  /// With expert_scales, d receives what the codes hold, without the global scale. Needs
+  /// activates_in_epilogue().
   Requantize requantize;
 
   /// workspace_bytes() bytes, aligned to kWorkspaceAlignment. Calls that may overlap need separate ones.
   std::span<std::byte> workspace;
   /// Programmatic dependent launch: the kernel may start before the previous kernel of the stream ends, and
-  /// prefetches weights until that one does; everything else is read after griddepcontrol.wait. A kernel that
-  /// gathers its rows waits first. Others need:
+  /// prefetches weights until that one does; everything else is read after griddepcontrol.wait (but by the
+  /// second of launch_expert_gemms). A kernel that gathers its rows waits first. Others need:
   /// group_offsets and the weights are complete when the previous kernel calls
   /// griddepcontrol.launch_dependents (or ends, where it has no such call). That holds when the previous
   /// kernel did not write them and itself waits before that call, or was started by one that had waited, as
-  /// the kernels launched here do: a plan's second launch reads and writes at once what its GEMM may, and
-  /// waits at its end, so that what comes after it comes after both.
+  /// the kernels launched here do: a plan's second launch, and those of launch_expert_gemms' second, read and
+  /// write at once what they may, and wait at their end, so that what comes after one comes after all.
   bool overlap_previous = false;
 };
 
@@ -110,8 +111,8 @@ size_t workspace_bytes(const ExpertGemm& args);
 
 /// Whether the epilogue computes this activation, and so can quantize what it gives: kSwiglu with a limit
 /// that bf16 holds, or none.
-bool can_requantize(const ExpertGemm& args);
-/// Whether that is faster than a kernel of its own, too.
+bool activates_in_epilogue(const ExpertGemm& args);
+/// Whether it should quantize, too: that is faster than a kernel of its own.
 bool should_requantize(const ExpertGemm& args);
 
 /// Whether the kernel for these shapes and bounds can gather token rows by slot_of_row.
@@ -124,10 +125,11 @@ void launch_expert_gemm(const ExpertGemm& args, void* stream);
 /// (and residual and row_scales, where it quantizes). A tile of the second needs its own expert's rows alone,
 /// so that the first of them run on SMs that `first` has left. The same bits as by launch_expert_gemm.
 ///
-/// `progress`: [E] words, zero before as first.tickets are, which are needed. first's epilogue must compute
-/// its activation (can_requantize()). What `second` writes must not be read by `first`, but row m of second's
-/// d may be where row m of first's sorted tokens is. second.overlap_previous is taken for true. Throws Error
-/// as launch_expert_gemm.
+/// `progress`: [E] words, zero before as tickets are. Needs activates_in_epilogue(first), and no activation
+/// of `second`. What `second` writes must not be read by `first`, but row m of second's d may be where row m
+/// of first's sorted tokens is: it is written when all of its expert's are read. (Boxes of tokens may run
+/// over into the next expert's; those sums are not stored.) second.overlap_previous is taken for true. Throws
+/// Error as launch_expert_gemm, and when `second` does not fit `first`.
 void launch_expert_gemms(const ExpertGemm& first, const ExpertGemm& second, int32_t* progress, void* stream);
 
 /// Which kernel launch_expert_gemm runs, for reports.

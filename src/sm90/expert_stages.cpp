@@ -66,7 +66,7 @@ ExpertSpace ExpertStages::carve(WorkspaceCarver& carver, int64_t rows) const {
   space.x[0] = carver.take<Bf16>(rows, config_.hidden);
   if (has_two_terms()) space.x[1] = carver.take<Bf16>(rows, config_.hidden);
   space.z = space.x[0];
-  if (is_nvfp4(options_.activations) && !has_two_terms() && stages_by_token()) {
+  if (keeps_tokens_apart(rows)) {
     space.token_x = carver.take<Bf16>(rows / config_.top_k, config_.hidden);
   }
   space.x_row_scales = carver.take<float>(rows);
@@ -81,6 +81,15 @@ ExpertSpace ExpertStages::carve(WorkspaceCarver& carver, int64_t rows) const {
   space.gemm = carver.take<std::byte>(
       static_cast<int64_t>(std::max(workspace_bytes(gate_up_gemm(rows)), workspace_bytes(down_gemm(rows)))));
   return space;
+}
+
+bool ExpertStages::keeps_tokens_apart(int64_t rows) const {
+  if (!is_nvfp4(options_.activations) || has_two_terms() || !stages_by_token() ||
+      !knows_intermediate_scale() || config_.weight_on_input || config_.top_k == 1 || config_.experts == 0) {
+    return false;
+  }
+  const ExpertGemm gate_up = gate_up_gemm(rows);
+  return can_gather(gate_up) && should_requantize(gate_up);
 }
 
 ExpertGemm ExpertStages::gate_up_gemm(int64_t max_rows) const {
@@ -199,9 +208,7 @@ void ExpertStages::run_staged(const ExpertSpace& space, const ActivationView& st
 }
 
 bool ExpertStages::restages_in_epilogue(const ExpertGemm& gate_up, const ExpertTaps& taps) const {
-  const bool known_scale = options_.intermediate_scale == ScalePolicy::kStatic ||
-                           options_.intermediate_scale == ScalePolicy::kMaxOverExperts;
-  return is_nvfp4(options_.activations) && known_scale && should_requantize(gate_up) &&
+  return is_nvfp4(options_.activations) && knows_intermediate_scale() && should_requantize(gate_up) &&
          taps.activation.empty() && taps.staged_intermediate == nullptr;
 }
 
@@ -212,7 +219,7 @@ bool ExpertStages::run_closely(const ExpertSpace& space, const ExpertGemm& gate_
   const bool z_is_apart = gate_up.slot_of_row == nullptr || gate_up.tokens[0].data != space.x[0].data;
   const bool staged = !restages() || gate_up.requantize.expert_scales != nullptr;
   return step.walk == Walk::kCompute && step.observer == nullptr && staged && z_is_apart &&
-         can_requantize(gate_up) && taps.activation.empty() && taps.staged_intermediate == nullptr;
+         activates_in_epilogue(gate_up) && taps.activation.empty() && taps.staged_intermediate == nullptr;
 }
 
 bool ExpertStages::restage(const ExpertSpace& space, const ExpertRows& rows, const ExpertTaps& taps,
@@ -269,8 +276,7 @@ void ExpertStages::run_gemms(const ExpertSpace& space, ExpertGemm gate_up, const
   down.workspace = space.gemm;
   down.overlap_previous = true;  // after the first GEMM or a staging kernel
   if (!rows.counters.empty() && run_closely(space, gate_up, taps, step)) {
-    launch_expert_gemms(gate_up, down, &rows.counters[2 * kGemmTickets], step.stream);
-    return step.finish("gemm2");
+    return launch_expert_gemms(gate_up, down, &rows.counters[2 * kGemmTickets], step.stream);
   }
   launch_expert_gemm(gate_up, step.stream);
   step.finish("gemm1+activate");

@@ -27,12 +27,13 @@ struct ExpertSpace {
   MatrixView<Bf16> activation;
   MatrixView<Bf16> intermediate[2];
   std::span<float> intermediate_row_scales;
-  MatrixView<Bf16> z;       ///< in the memory of x[0], which is read for the last time before z is written
+  MatrixView<Bf16> z;       ///< in the memory of x[0]: row m is written when no expert reads row m of x[0]
   std::span<float> amaxes;  ///< of x, of the intermediate: dynamic-tensor
   std::span<std::byte> gemm;
   std::span<int32_t> counters;  ///< kGemmTickets of each GEMM, then [E] the progress of the first
-  MatrixView<Bf16> token_x;     ///< tokens staged once each, apart from z: [rows / top_k]; empty: in x[0]
-  MatrixView<Bf16> fused_x;     ///< staged and decoded, apart from z: the fused kernel writes z meanwhile
+  MatrixView<Bf16>
+      token_x;  ///< tokens staged once each, apart from z: [rows / top_k]; empty: they are in x[0]
+  MatrixView<Bf16> fused_x;  ///< staged and decoded, apart from z: the fused kernel writes z meanwhile
   std::span<int32_t> fused_counters;  ///< empty: the layer does not fuse
 };
 
@@ -113,10 +114,17 @@ class ExpertStages {
   /// Tells that GEMM where they are: x itself, or each token staged, once.
   void gather_x(const ExpertSpace& space, const cuda::RowSource& source, ExpertGemm& gate_up,
                 const Step& step) const;
+  bool knows_intermediate_scale() const {
+    return options_.intermediate_scale == ScalePolicy::kStatic ||
+           options_.intermediate_scale == ScalePolicy::kMaxOverExperts;
+  }
+  /// Whether tokens that are staged once each lie apart from z, so that z may be written while they are
+  /// gathered. Not where a token has one slot: that would double the room.
+  bool keeps_tokens_apart(int64_t rows) const;
   /// Whether the first GEMM stages its own output, so that restage() has nothing to do.
   bool restages_in_epilogue(const ExpertGemm& gate_up, const ExpertTaps& taps) const;
-  /// Whether launch_expert_gemms() runs both GEMMs: no kernel comes between, what the second writes is not
-  /// read any more, and nobody asks when the first ends.
+  /// Whether launch_expert_gemms() runs both GEMMs: no kernel comes between, z is where it may be, and nobody
+  /// asks when the first ends.
   bool run_closely(const ExpertSpace& space, const ExpertGemm& gate_up, const ExpertTaps& taps,
                    const Step& step) const;
   /// Staging of the activation's output; false where the walk ends before it.

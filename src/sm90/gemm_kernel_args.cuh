@@ -63,9 +63,9 @@ struct GemmKernelArgs {
   bool paired;   ///< rows are in RowOrder::kGateUpPaired, the epilogue is SwiGLU
   bool gathers;  ///< token rows come through GatheredTokens, by plain copies, instead of TokenMaps
   /// The kernel before this one is another launch of the same GEMM, of which nothing is read here, or the
-  /// GEMM whose progress is `awaited`. What else is read was complete before that kernel let this one start,
-  /// which each of its CTAs does after its own griddepcontrol.wait. So one CTA waits for it, at the end: who
-  /// waits for this launch has waited for both.
+  /// GEMM whose progress is `awaited`. What else is read was complete before that kernel let this one start:
+  /// each of its CTAs does so after its own griddepcontrol.wait, or was itself let start by a kernel that
+  /// did. So one CTA waits for it, at the end: who waits for this launch has waited for all.
   bool waits_at_end;
   DecodeMasks masks;
 };

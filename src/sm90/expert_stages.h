@@ -31,9 +31,8 @@ struct ExpertSpace {
   std::span<float> amaxes;  ///< of x, of the intermediate: dynamic-tensor
   std::span<std::byte> gemm;
   std::span<int32_t> counters;  ///< kGemmTickets of each GEMM, then [E] the progress of the first
-  MatrixView<Bf16>
-      token_x;  ///< tokens staged once each, apart from z: [rows / top_k]; empty: they are in x[0]
-  MatrixView<Bf16> fused_x;  ///< staged and decoded, apart from z: the fused kernel writes z meanwhile
+  MatrixView<Bf16> token_x;     ///< [rows / top_k] tokens staged once, apart from z; empty: they are in x[0]
+  MatrixView<Bf16> fused_x;     ///< staged and decoded, apart from z: the fused kernel writes z meanwhile
   std::span<int32_t> fused_counters;  ///< empty: the layer does not fuse
 };
 

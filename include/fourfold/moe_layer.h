@@ -149,6 +149,7 @@ struct StageTaps {
 };
 
 /// Told when a call has enqueued (on a CPU: computed) a stage: how `fourfold bench --stages` times them.
+/// Stages that would overlap then follow each other: the same bits, later.
 class StageObserver {
  public:
   virtual ~StageObserver() = default;

@@ -91,8 +91,8 @@ __device__ __forceinline__ void cp_async_cg_16_or_zero(uint32_t to, const void* 
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-/// What other threads' plain accesses wrote to global memory, as this thread has acquired it, is there for its
-/// bulk copies, too.
+/// What other threads' plain accesses wrote to global memory, as this thread has acquired it, is there for
+/// its bulk copies, too.
 __device__ __forceinline__ void fence_proxy_async_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }

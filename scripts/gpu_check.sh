@@ -36,6 +36,14 @@ while [ $# -gt 0 ]; do
   shift
 done
 
+for step in ${steps//,/ }; do
+  case $step in
+    tests | layertest | grid | control | untuned | peers | counters | sanitizer) ;;
+    *) printf 'error: --steps: expected some of tests, layertest, grid, control, untuned, peers, counters and sanitizer, found %s\n' \
+      "'$step'" >&2; exit 2 ;;
+  esac
+done
+
 if [ -z "$binaries" ]; then
   source "$here/environment.sh"
   need_build_packages
@@ -286,7 +294,6 @@ for step in ${steps//,/ }; do
     peers) run_peers ;;
     layertest | grid | untuned | counters | sanitizer)
       if [ -n "$why_not" ]; then note 'not run' "$step" 0 "$why_not"; else "run_$step"; fi ;;
-    *) printf 'error: unknown step %s; see --help\n' "$step" >&2; exit 2 ;;
   esac
 done
 

@@ -129,7 +129,8 @@ TEST(Sm90ExpertGemms, AreRefusedWhereTheSecondDoesNotReadWhatTheFirstWrites) {
   const auto has = [](const std::string& error, const std::string& part) {
     return error.find(part) != std::string::npos ? "" : "expected '" + part + "' in '" + error + "'";
   };
-  EXPECT_EQ(has(error_with([](GemmPair& p) { p.second.experts = 5; }), "experts, max_rows and group_offsets"),
+  EXPECT_EQ(has(error_with([](GemmPair& p) { p.second.experts = 5; }),
+                "experts and max_rows of the second: expected the first's, 4 and 40, found 5 and 40"),
             "");
   EXPECT_EQ(has(error_with([](GemmPair& p) {
                   p.first.activation->limit = 1.7f;  // a kernel of its own activates h

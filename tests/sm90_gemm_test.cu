@@ -826,7 +826,7 @@ bool all_gemms_agree(bool small, uint64_t seed) {
   // So many tiles a CTA that its queue comes round, of gate/up and of down.
   right &= gemms_agree(GemmKernel::kNarrow, 670, 8, 256, 1008, 10, seed);
   right &= gemms_agree(GemmKernel::kMedium, 670, 8, 2048, 64, 10, seed);
-  // Plans: of two launches, alike and not, and of kernels that have one GEMM.
+  // Plans of two launches, alike for both GEMMs and not.
   right &= gemms_agree({}, 670, 8, 1024, 240, 10, seed);
   right &= gemms_agree({}, 670, 8, 256, 240, 10, seed);
   right &= gemms_agree({}, 670, 40, 512, 240, 4, seed);

@@ -13,7 +13,7 @@ namespace {
 constexpr int kCombineThreads = 128;
 constexpr unsigned kMostTokenBlocks = 1u << 20;  // more tokens are taken in turn
 constexpr int kCombineSlots = 8;                 // added at once
-constexpr int kBlocksThatWait = 8;               // on a multiprocessor at a time
+constexpr int kFewBlocks = 8;  // a multiprocessor; seven wait there at once, by their registers
 
 struct CombineParams {
   SlotRows slots;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   }
 }
 
-/// For so few tokens that all blocks wait at once, each for its own: what they may, they read meanwhile.
+/// For so few tokens that most blocks wait at once, each for its own: what they may, they read meanwhile.
 template <class Out>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_few_rows(const __grid_constant__ CombineParams p, Out* y, int64_t y_stride) {
@@ -140,7 +140,7 @@ void combine(const CombineArgs& args, void* stream) {
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(tokens, kMostTokenBlocks)),
                   static_cast<unsigned>((params.columns + kCombineThreads - 1) / kCombineThreads));
   const bool few =
-      args.rows_are_known && int64_t{grid.x} * grid.y <= int64_t{kBlocksThatWait} * multiprocessor_count();
+      args.rows_are_known && int64_t{grid.x} * grid.y <= int64_t{kFewBlocks} * multiprocessor_count();
   std::visit(
       [&](const auto& y) {
         using Out = std::remove_pointer_t<decltype(y.data)>;

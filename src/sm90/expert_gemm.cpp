@@ -184,9 +184,15 @@ void validate(const ExpertGemm& first, const ExpertGemm& second, const int32_t* 
   validate(first);
   validate(second);
   if (first.max_rows == 0) return;
-  if (second.experts != first.experts || second.max_rows != first.max_rows ||
-      second.group_offsets != first.group_offsets) {
-    reject("expert gemms: experts, max_rows and group_offsets of the second", "those of the first", "others");
+  if (second.experts != first.experts || second.max_rows != first.max_rows) {
+    reject("expert gemms: experts and max_rows of the second",
+           fmt::format("the first's, {} and {}", first.experts, first.max_rows),
+           fmt::format("{} and {}", second.experts, second.max_rows));
+  }
+  if (second.group_offsets != first.group_offsets) {
+    reject("expert gemms: group_offsets of the second",
+           fmt::format("the first's, {}", static_cast<const void*>(first.group_offsets)),
+           fmt::format("{}", static_cast<const void*>(second.group_offsets)));
   }
   if (!activates_in_epilogue(first)) {
     reject("expert gemms: activation of the first", kActivatedInEpilogue, activation_text(first));
@@ -196,10 +202,16 @@ void validate(const ExpertGemm& first, const ExpertGemm& second, const int32_t* 
   const Requantize written = first.requantize.expert_scales != nullptr ? first.requantize : Requantize{};
   require_rows_of("tokens", second.tokens[0], std::get<MatrixView<Bf16>>(first.d));
   require_rows_of("tokens, second term", second.tokens[1], written.residual);
-  if (second.row_scales != written.row_scales || second.slot_of_row != nullptr) {
-    reject("expert gemms: row_scales and slot_of_row of the second",
-           "the first's requantize.row_scales, and none", "others");
+  if (second.row_scales != written.row_scales) {
+    const auto text = [](const float* scales) {
+      return scales == nullptr ? std::string("none") : fmt::format("{}", static_cast<const void*>(scales));
+    };
+    reject("expert gemms: row_scales of the second",
+           "what the first writes (requantize.row_scales, where it quantizes), " + text(written.row_scales),
+           text(second.row_scales));
   }
+  if (second.slot_of_row != nullptr)
+    reject("expert gemms: slot_of_row of the second", "none: sorted rows", "one");
   require_aligned("expert gemms: progress", progress, 4);
   if (first.max_rows > std::numeric_limits<int32_t>::max() / first.weights.row_blocks()) {
     reject("expert gemms: rows x weight rows / 64 of the first", "fewer than 2^31; split the rows",

@@ -133,7 +133,7 @@ std::vector<KernelCase> tile_cases() {
 INSTANTIATE_TEST_SUITE_P(Isa, CpuTiles, testing::ValuesIn(tile_cases()), name_of_case);
 
 constexpr int64_t kDepths[] = {16, 64, 80, 512, 1040, 2048};
-constexpr int64_t kRowCounts[] = {1, 2, 3, 4, 5, 7, 12, 13, 33, 64, 77};
+constexpr int64_t kRowCounts[] = {1, 2, 3, 4, 5, 7, 12, 13, 33, 64, 77, 100};
 
 // The integer path is exact before float32 accumulation: block by block the sum of products is an integer,
 // and its product with both scales has at most 20 significant bits. So the emulation, which adds exact block

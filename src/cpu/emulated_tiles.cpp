@@ -60,6 +60,10 @@ struct EmulatedTiles {
     }
   }
   template <int kTile>
+  static void load_once(const void* from, int64_t stride_bytes) {
+    load<kTile>(from, stride_bytes);
+  }
+  template <int kTile>
   static void store(void* to, int64_t stride_bytes) {
     for (int row = 0; row < kTileRows; ++row) {
       std::memcpy(static_cast<std::byte*>(to) + row * stride_bytes, registers[kTile].bytes[row], 64);

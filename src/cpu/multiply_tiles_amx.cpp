@@ -36,6 +36,13 @@ struct HardwareTiles {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride_bytes), "i"(kTile) : "memory");
   }
   template <int kTile>
+  FOURFOLD_INLINE static void load_once(const void* from, int64_t stride_bytes) {
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2"
+                     :
+                     : "r"(from), "r"(stride_bytes), "i"(kTile)
+                     : "memory");
+  }
+  template <int kTile>
   FOURFOLD_INLINE static void store(void* to, int64_t stride_bytes) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride_bytes), "i"(kTile) : "memory");
   }

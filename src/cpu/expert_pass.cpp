@@ -9,10 +9,7 @@
 namespace fourfold::cpu {
 namespace {
 
-// Pieces of work: small enough that threads end together, large enough that taking one costs nothing and that
-// weights are read in long runs.
-constexpr int64_t kRowsAPiece = 4;
-constexpr int64_t kWeightBytesAPiece = 128 << 10;
+constexpr int64_t kRowsAPiece = 4;  // of staging
 
 ActivationFormat format_of(const PreparedExperts& experts) {
   return experts.options().activations;
@@ -26,10 +23,56 @@ MatrixView<Bf16> take_padded(WorkspaceCarver& carver, int64_t rows, int64_t cols
   return {carver.take<Bf16>(rows * stride).data(), rows, cols, stride};
 }
 
-/// Pairs of a matrix that are one piece of work.
-int64_t pairs_a_piece(const PanelMatrix& matrix) {
-  return std::max<int64_t>(1, kWeightBytesAPiece / panel_pair_bytes(matrix.storage, matrix.depth));
-}
+/// Cuts the matrices of all groups, which have one shape, into pieces of work: small enough that threads end
+/// together, large enough that weights are read in long runs. Threads that read short ones in turns take up
+/// to half as long again: what is asked for ahead then is what another thread needs.
+class WorkPieces {
+ public:
+  /// `order`: indices of groups, as they are to be taken. By a thread of the team.
+  WorkPieces(std::span<const RowGroup> groups, std::span<const int32_t> order, const PanelMatrix& shape)
+      : groups_(groups),
+        order_(order),
+        pairs_(shape.pairs),
+        bytes_(shape.pairs * panel_pair_bytes(shape.storage, shape.depth)),
+        pieces_(kPiecesAThread * omp_get_num_threads()) {
+    for (const RowGroup& group : groups) cost_ += cost_of(group);
+  }
+
+  struct Piece {
+    const RowGroup* group = nullptr;  // null: there are no more
+    int64_t first = 0, last = 0;      // pairs
+  };
+  /// The numbers that one caller asks for ascend.
+  Piece at(int64_t number) {
+    for (; place_ < order_.size(); ++place_) {
+      const RowGroup& group = groups_[static_cast<size_t>(order_[place_])];
+      const int64_t step = step_of(group), count = divided_up(pairs_, step);
+      const int64_t first = (number - first_number_) * step;
+      if (first < pairs_) return {&group, first, std::min(pairs_, first + step)};
+      first_number_ += count;
+    }
+    return {};
+  }
+
+ private:
+  static constexpr int64_t kLeastBytes = 128 << 10, kMostBytes = 1 << 20, kPiecesAThread = 12;
+  static constexpr int64_t kRowsOfReading = 8;  // that take about as long to multiply as weights to be read
+
+  static int64_t divided_up(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+  static int64_t cost_of(const RowGroup& group) { return group.rows + kRowsOfReading; }
+
+  /// Pairs a piece.
+  int64_t step_of(const RowGroup& group) const {
+    const int64_t least = divided_up(bytes_, kMostBytes), most = std::max(least, bytes_ / kLeastBytes);
+    return divided_up(pairs_, std::clamp(divided_up(pieces_ * cost_of(group), cost_), least, most));
+  }
+
+  std::span<const RowGroup> groups_;
+  std::span<const int32_t> order_;
+  int64_t pairs_, bytes_, pieces_, cost_ = 0;
+  size_t place_ = 0;          // in the order
+  int64_t first_number_ = 0;  // of the group there
+};
 
 }  // namespace
 
@@ -323,21 +366,25 @@ std::span<float> ExpertPass::adopted_row_scales() const {
   return format_of(experts_) == ActivationFormat::kBf16 ? space_.row_magnitudes : space_.staged_x.row_scales;
 }
 
+/// A thread takes its next piece before it multiplies one, so that it can ask for its weights.
 template <class MatrixOf>
 void ExpertPass::multiply(Stage stage, const MatrixOf& matrix_of, const GroupMultiply& args,
                           std::byte* scratch) {
   if (groups_.empty()) return;
-  const PanelMatrix& shape = matrix_of(0).panels;
-  const int64_t step = pairs_a_piece(shape), pieces = (shape.pairs + step - 1) / step;
-  const auto count = static_cast<int64_t>(groups_.size());
+  WorkPieces pieces(groups_, space_.largest_first.first(groups_.size()), matrix_of(0).panels);
+  const auto take = [&]() -> GroupPairs {
+    const WorkPieces::Piece piece = pieces.at(counters_[stage].take());
+    if (piece.group == nullptr) return {};
+    const RowGroup& group = *piece.group;
+    return {&matrix_of(group.expert), &group, stage == kUp ? group.x_offset : group.intermediate_offset,
+            piece.first, piece.last};
+  };
   if (kernels_.begin_tiles != nullptr) kernels_.begin_tiles();
-  for (int64_t piece = counters_[stage].take(); piece < pieces * count; piece = counters_[stage].take()) {
-    const RowGroup& group =
-        groups_[static_cast<size_t>(space_.largest_first[static_cast<size_t>(piece / pieces)])];
-    const int64_t first = piece % pieces * step;
-    multiply_group(args, matrix_of(group.expert), group,
-                   stage == kUp ? group.x_offset : group.intermediate_offset, first,
-                   std::min(shape.pairs, first + step), scratch);
+  MultiplySpace space{scratch, {}};
+  GroupPairs next;
+  for (GroupPairs pairs = take(); pairs.matrix != nullptr; pairs = next) {
+    next = take();
+    multiply_group(args, pairs, next, space);
   }
   if (kernels_.end_tiles != nullptr) kernels_.end_tiles();
 }

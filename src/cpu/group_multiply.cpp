@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/irregular_multiply.h"
+#include "cpu/prefetch.h"
 
 namespace fourfold::cpu {
 namespace {
@@ -17,17 +18,19 @@ struct RowRange {
 
 class PairMultiplier {
  public:
-  PairMultiplier(const GroupMultiply& args, const ExpertMatrix& matrix, const RowGroup& group,
-                 const std::byte* operand, std::byte* scratch)
+  PairMultiplier(const GroupMultiply& args, const GroupPairs& pairs, MultiplySpace& space)
       : args_(args),
-        matrix_(matrix),
-        group_(group),
-        operand_(operand),
-        sums_(reinterpret_cast<float*>(scratch)),
-        scratch_(scratch + kSumsBytes) {}
+        matrix_(*pairs.matrix),
+        group_(*pairs.group),
+        operand_(args.operands + pairs.operand_offset),
+        sums_(reinterpret_cast<float*>(space.scratch)),
+        scratch_(space.scratch + kSumsBytes),
+        decoded_ahead_(space.decoded_ahead) {
+    if (group_.form != OperandForm::kTiles) decoded_ahead_ = {};  // overwritten
+  }
 
-  /// `next_pair`: what run() is called with next; negative: nothing.
-  void run(int64_t pair, int64_t next_pair, const RowRange& rows) {
+  /// `next_pair`: of this or another matrix, what this thread multiplies next; null: nothing.
+  void run(int64_t pair, const std::byte* next_pair, const RowRange& rows) {
     PairSums sums;
     sums.sums = sums_;
     sums.rows = rows.count;
@@ -54,7 +57,7 @@ class PairMultiplier {
   }
 
  private:
-  void multiply(int64_t pair, int64_t next_pair, const RowRange& rows) {
+  void multiply(int64_t pair, const std::byte* next_pair, const RowRange& rows) {
     const int64_t chunks = matrix_.panels.chunks();
     const auto* const weights = reinterpret_cast<const uint8_t*>(matrix_.panels.pair(pair));
     const int terms = operand_rows(group_.form, args_.format);
@@ -78,11 +81,9 @@ class PairMultiplier {
       case OperandForm::kTiles: {
         // rows.first is a multiple of a tile's rows.
         const std::byte* const tiles = operand_ + rows.first * terms_of(args_.format) * row_bytes;
-        const bool has_next = next_pair >= 0 && !matrix_.panels.is_irregular(next_pair);
-        const std::byte* const next = has_next ? matrix_.panels.pair(next_pair) : nullptr;
-        return args_.kernels->multiply_tiles(weights, reinterpret_cast<const uint8_t*>(next), chunks, tiles,
-                                             (rows.count + kTileRows - 1) / kTileRows, terms_of(args_.format),
-                                             scratch_, decoded_ahead_, sums_);
+        return args_.kernels->multiply_tiles(weights, reinterpret_cast<const uint8_t*>(next_pair), chunks,
+                                             tiles, (rows.count + kTileRows - 1) / kTileRows,
+                                             terms_of(args_.format), scratch_, decoded_ahead_, sums_);
       }
     }
   }
@@ -149,8 +150,23 @@ class PairMultiplier {
   const std::byte* operand_;
   float* sums_;
   std::byte* scratch_;
-  DecodedAhead decoded_ahead_;
+  DecodedAhead& decoded_ahead_;
 };
+
+/// Where a pair lies that tiles can be decoded from; null: nowhere.
+const std::byte* regular_pair(const GroupPairs& pairs, int64_t pair) {
+  if (pairs.matrix == nullptr || pairs.group->form != OperandForm::kTiles) return nullptr;
+  return pairs.matrix->panels.is_irregular(pair) ? nullptr : pairs.matrix->panels.pair(pair);
+}
+
+/// The first weights of `next`, of which nothing lies right behind `pairs`: there the kernels ask for it.
+void ask_for_weights(const GroupPairs& pairs, const GroupPairs& next) {
+  if (next.matrix == nullptr || (next.matrix == pairs.matrix && next.first == pairs.last)) return;
+  const PanelMatrix& panels = next.matrix->panels;
+  prefetch_to_second_level(
+      reinterpret_cast<const uint8_t*>(panels.pair(next.first)),
+      std::min(prefetch_plan().far_bytes, panel_pair_bytes(panels.storage, panels.depth)));
+}
 
 }  // namespace
 
@@ -158,15 +174,22 @@ int64_t multiply_scratch_bytes() {
   return kSumsBytes + kKernelScratchBytes;
 }
 
-void multiply_group(const GroupMultiply& args, const ExpertMatrix& matrix, const RowGroup& group,
-                    int64_t operand_offset, int64_t first, int64_t last, std::byte* scratch) {
-  PairMultiplier multiplier(args, matrix, group, args.operands + operand_offset, scratch);
+void multiply_group(const GroupMultiply& args, const GroupPairs& pairs, const GroupPairs& next,
+                    MultiplySpace& space) {
+  PairMultiplier multiplier(args, pairs, space);
+  const RowGroup& group = *pairs.group;
   const int64_t step = kRowsAtATime / operand_rows(group.form, args.format);
   for (int64_t row = 0; row < group.rows; row += step) {
     const RowRange rows{row, std::min(step, group.rows - row)};
-    for (int64_t pair = first; pair < last; ++pair) {
-      const int64_t next_row_pair = row + step < group.rows ? first : -1;
-      multiplier.run(pair, pair + 1 < last ? pair + 1 : next_row_pair, rows);
+    const bool last_rows = row + step >= group.rows;
+    for (int64_t pair = pairs.first; pair < pairs.last; ++pair) {
+      const bool last_pair = pair + 1 == pairs.last;
+      if (last_rows && last_pair) {
+        if (group.form != OperandForm::kTiles) ask_for_weights(pairs, next);
+        multiplier.run(pair, regular_pair(next, next.first), rows);
+      } else {
+        multiplier.run(pair, regular_pair(pairs, last_pair ? pairs.first : pair + 1), rows);
+      }
     }
   }
 }

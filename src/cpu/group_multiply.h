@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 
+#include "cpu/kernels.h"
 #include "cpu/panel_matrix.h"
 #include "cpu/staged_rows.h"
 #include "fourfold/gemm.h"
@@ -43,8 +44,22 @@ struct GroupMultiply {
   GroupOutput output;
 };
 
-/// Pairs [first, last) of `matrix` for the rows of `group`, whose operand lies at `operand_offset`.
-void multiply_group(const GroupMultiply& args, const ExpertMatrix& matrix, const RowGroup& group,
-                    int64_t operand_offset, int64_t first, int64_t last, std::byte* scratch);
+/// Pairs [first, last) of a matrix for the rows of a group, whose operand lies at `operand_offset`.
+struct GroupPairs {
+  const ExpertMatrix* matrix = nullptr;  ///< null: none
+  const RowGroup* group = nullptr;
+  int64_t operand_offset = 0, first = 0, last = 0;
+};
+
+/// What one thread has for itself: scratch, and what a call has left there for the next.
+struct MultiplySpace {
+  std::byte* scratch = nullptr;  ///< multiply_scratch_bytes()
+  DecodedAhead decoded_ahead;
+};
+
+/// `next`: what this thread will multiply after `pairs`, of a matrix of the same shape; its weights are
+/// already asked for.
+void multiply_group(const GroupMultiply& args, const GroupPairs& pairs, const GroupPairs& next,
+                    MultiplySpace& space);
 
 }  // namespace fourfold::cpu

@@ -135,8 +135,9 @@ class StandaloneGemm {
           pack_pair(source, matrix.panels.first_pair, matrix.panels.storage, decoded, packed);
       matrix.panels.irregular = &irregular;
       matrix.globals[0] = matrix.globals[1] = global_multiplier(*source.first);
-      multiply_group(multiply, matrix, group, group.x_offset, matrix.panels.first_pair,
-                     matrix.panels.first_pair + 1, scratch);
+      MultiplySpace space{scratch, {}};
+      const int64_t pair = matrix.panels.first_pair;
+      multiply_group(multiply, {&matrix, &group, group.x_offset, pair, pair + 1}, {}, space);
     }
     if (kernels_.end_tiles != nullptr) kernels_.end_tiles();
   }

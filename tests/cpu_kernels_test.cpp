@@ -351,8 +351,8 @@ auto multiply_with_tiles(const Kernels& kernels) {
   return [&](const uint8_t* pair, int64_t chunks, const std::byte* operand, int64_t rows, std::byte* scratch,
              float* sums) {
     DecodedAhead ahead;
-    kernels.multiply_tiles(pair, nullptr, chunks, operand, (rows + kTileRows - 1) / kTileRows, 1, scratch,
-                           ahead, sums);
+    kernels.multiply_tiles(pair, {}, chunks, operand, (rows + kTileRows - 1) / kTileRows, 1, scratch, ahead,
+                           sums);
   };
 }
 auto multiply_with_bf16_products(const Kernels& kernels) {
@@ -412,7 +412,7 @@ TEST_P(CpuTiles, AddBothTermsOfNvfp4x2) {
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     const Aligned<float> sums(tiles * kTileRows * kPairRows);
     DecodedAhead ahead;
-    kernels().multiply_tiles(pack(weights).data(), nullptr, chunks_of(depth), operand.bytes.data(), tiles, 2,
+    kernels().multiply_tiles(pack(weights).data(), {}, chunks_of(depth), operand.bytes.data(), tiles, 2,
                              scratch.data(), ahead, sums.data());
     // Both terms as one operand of twice the depth.
     const std::vector<float> w = decode(weights), a = decode(first), b = decode(second);
@@ -453,11 +453,11 @@ TEST_P(CpuTiles, OfPairsDecodedAheadHaveTheSameBits) {
       // Among them pairs for which another pair was decoded ahead, or none.
       for (const auto& [pair, next] : {std::pair{0, 1}, {1, 3}, {2, 3}, {3, 3}, {3, -1}, {0, 2}, {2, -1}}) {
         const auto at = [&](int64_t i) { return i < 0 ? nullptr : pairs.data() + i * pair_bytes(depth); };
-        kernels().multiply_tiles(at(pair), at(next), chunks, operand.bytes.data(), tiles, 1, scratch.data(),
-                                 ahead, sums.data());
+        kernels().multiply_tiles(at(pair), {at(next), operand.bytes.data(), rows * 16}, chunks,
+                                 operand.bytes.data(), tiles, 1, scratch.data(), ahead, sums.data());
         DecodedAhead none;
         const Aligned<std::byte> scratch_of_its_own(kKernelScratchBytes);
-        kernels().multiply_tiles(at(pair), nullptr, chunks, operand.bytes.data(), tiles, 1,
+        kernels().multiply_tiles(at(pair), {}, chunks, operand.bytes.data(), tiles, 1,
                                  scratch_of_its_own.data(), none, alone.data());
         ASSERT_EQ(std::memcmp(sums.data(), alone.data(), static_cast<size_t>(sums_of_pair) * sizeof(float)),
                   0)

@@ -94,10 +94,10 @@ struct EmulatedTiles {
 
 }  // namespace
 
-FOURFOLD_AVX512 void multiply_emulated_tiles(const uint8_t* pair, const uint8_t* next_pair, int64_t chunks,
+FOURFOLD_AVX512 void multiply_emulated_tiles(const uint8_t* pair, const NextTiles& next, int64_t chunks,
                                              const std::byte* tiles, int64_t row_tiles, int terms,
                                              std::byte* scratch, DecodedAhead& ahead, float* sums) {
-  multiply_pair<EmulatedTiles>(pair, next_pair, chunks, tiles, row_tiles, terms, scratch, ahead, sums);
+  multiply_pair<EmulatedTiles>(pair, next, chunks, tiles, row_tiles, terms, scratch, ahead, sums);
 }
 
 }  // namespace fourfold::cpu::amx

@@ -29,8 +29,8 @@ class PairMultiplier {
     if (group_.form != OperandForm::kTiles) decoded_ahead_ = {};  // overwritten
   }
 
-  /// `next_pair`: of this or another matrix, what this thread multiplies next; null: nothing.
-  void run(int64_t pair, const std::byte* next_pair, const RowRange& rows) {
+  /// `next`: what this thread multiplies after it, of this or another matrix.
+  void run(int64_t pair, const NextTiles& next, const RowRange& rows) {
     PairSums sums;
     sums.sums = sums_;
     sums.rows = rows.count;
@@ -40,7 +40,7 @@ class PairMultiplier {
       multiply_irregular(matrix_.panels, pair, *args_.staged, args_.format, row, rows.count, sums_);
     } else {
       ask_for_targets(pair, rows);
-      multiply(pair, next_pair, rows);
+      multiply(pair, next, rows);
       sums.terms = operand_rows(group_.form, args_.format);
       const bool is_normalised = group_.form == OperandForm::kBf16Rows || group_.form == OperandForm::kTiles;
       if (is_normalised && args_.format == ActivationFormat::kBf16) {
@@ -57,7 +57,7 @@ class PairMultiplier {
   }
 
  private:
-  void multiply(int64_t pair, const std::byte* next_pair, const RowRange& rows) {
+  void multiply(int64_t pair, const NextTiles& next, const RowRange& rows) {
     const int64_t chunks = matrix_.panels.chunks();
     const auto* const weights = reinterpret_cast<const uint8_t*>(matrix_.panels.pair(pair));
     const int terms = operand_rows(group_.form, args_.format);
@@ -81,9 +81,9 @@ class PairMultiplier {
       case OperandForm::kTiles: {
         // rows.first is a multiple of a tile's rows.
         const std::byte* const tiles = operand_ + rows.first * terms_of(args_.format) * row_bytes;
-        return args_.kernels->multiply_tiles(weights, reinterpret_cast<const uint8_t*>(next_pair), chunks,
-                                             tiles, (rows.count + kTileRows - 1) / kTileRows,
-                                             terms_of(args_.format), scratch_, decoded_ahead_, sums_);
+        return args_.kernels->multiply_tiles(weights, next, chunks, tiles,
+                                             (rows.count + kTileRows - 1) / kTileRows, terms_of(args_.format),
+                                             scratch_, decoded_ahead_, sums_);
       }
     }
   }
@@ -154,10 +154,36 @@ class PairMultiplier {
 };
 
 /// Where a pair lies that tiles can be decoded from; null: nowhere.
-const std::byte* regular_pair(const GroupPairs& pairs, int64_t pair) {
+const uint8_t* regular_pair(const GroupPairs& pairs, int64_t pair) {
   if (pairs.matrix == nullptr || pairs.group->form != OperandForm::kTiles) return nullptr;
-  return pairs.matrix->panels.is_irregular(pair) ? nullptr : pairs.matrix->panels.pair(pair);
+  const PanelMatrix& panels = pairs.matrix->panels;
+  return panels.is_irregular(pair) ? nullptr : reinterpret_cast<const uint8_t*>(panels.pair(pair));
 }
+
+/// The operands that `next` reads first, in equal parts, one for each of `parts` pairs before it. None where
+/// its rows are those of `pairs`.
+class NextOperand {
+ public:
+  NextOperand(const GroupMultiply& args, const GroupPairs& pairs, const GroupPairs& next, int64_t parts) {
+    if (next.matrix == nullptr || next.group == pairs.group || next.group->form != OperandForm::kTiles)
+      return;
+    const int64_t rows = std::min(next.group->rows, kRowsAtATime);
+    begin_ = args.operands + next.operand_offset;
+    end_ = begin_ + operand_bytes(OperandForm::kTiles, args.format, rows, next.matrix->panels.depth);
+    part_ = (end_ - begin_ + parts - 1) / parts;
+  }
+
+  /// What a thread asks for meanwhile, beside the pair that comes next.
+  NextTiles beside(const uint8_t* pair) {
+    const NextTiles next{pair, begin_, std::min(part_, end_ - begin_)};
+    begin_ += next.row_bytes;
+    return next;
+  }
+
+ private:
+  const std::byte *begin_ = nullptr, *end_ = nullptr;
+  int64_t part_ = 0;
+};
 
 /// The first weights of `next`, of which nothing lies right behind `pairs`: there the kernels ask for it.
 void ask_for_weights(const GroupPairs& pairs, const GroupPairs& next) {
@@ -179,6 +205,7 @@ void multiply_group(const GroupMultiply& args, const GroupPairs& pairs, const Gr
   PairMultiplier multiplier(args, pairs, space);
   const RowGroup& group = *pairs.group;
   const int64_t step = kRowsAtATime / operand_rows(group.form, args.format);
+  NextOperand operand(args, pairs, next, (pairs.last - pairs.first) * ((group.rows + step - 1) / step));
   for (int64_t row = 0; row < group.rows; row += step) {
     const RowRange rows{row, std::min(step, group.rows - row)};
     const bool last_rows = row + step >= group.rows;
@@ -186,9 +213,9 @@ void multiply_group(const GroupMultiply& args, const GroupPairs& pairs, const Gr
       const bool last_pair = pair + 1 == pairs.last;
       if (last_rows && last_pair) {
         if (group.form != OperandForm::kTiles) ask_for_weights(pairs, next);
-        multiplier.run(pair, regular_pair(next, next.first), rows);
+        multiplier.run(pair, operand.beside(regular_pair(next, next.first)), rows);
       } else {
-        multiplier.run(pair, regular_pair(pairs, last_pair ? pairs.first : pair + 1), rows);
+        multiplier.run(pair, operand.beside(regular_pair(pairs, last_pair ? pairs.first : pair + 1)), rows);
       }
     }
   }

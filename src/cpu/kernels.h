@@ -30,6 +30,13 @@ static_assert(kFloatDepth * kPairRows * int64_t{sizeof(float)} <= kKernelScratch
 /// Up to so many rows multiply_few_floats takes.
 inline constexpr int64_t kFewFloatRows = 6;
 
+/// What the next calls of multiply_tiles read, and is brought nearer meanwhile.
+struct NextTiles {
+  const uint8_t* pair = nullptr;    ///< of as many chunks; null: there is none
+  const std::byte* rows = nullptr;  ///< operands that are asked for during this call
+  int64_t row_bytes = 0;
+};
+
 /// What multiply_tiles has left in its scratch.
 struct DecodedAhead {
   const uint8_t* pair = nullptr;  ///< its beginning lies decoded; null: none does
@@ -55,11 +62,10 @@ struct Kernels {
   void (*multiply_bf16)(const uint8_t* pair, int64_t chunks, const Bf16* rows, int64_t row_count,
                         std::byte* scratch, float* sums) = nullptr;
   /// sums [row_tiles * 16][32] = tiles x pair. Between begin_tiles and end_tiles. Null where there are no
-  /// tiles. Begins to decode `next_pair` (of as many chunks; may be null) for the next call, which gets the
-  /// same scratch and `ahead`.
-  void (*multiply_tiles)(const uint8_t* pair, const uint8_t* next_pair, int64_t chunks,
-                         const std::byte* tiles, int64_t row_tiles, int terms, std::byte* scratch,
-                         DecodedAhead& ahead, float* sums) = nullptr;
+  /// tiles. Begins to decode `next.pair` for the next call, which gets the same scratch and `ahead`.
+  void (*multiply_tiles)(const uint8_t* pair, const NextTiles& next, int64_t chunks, const std::byte* tiles,
+                         int64_t row_tiles, int terms, std::byte* scratch, DecodedAhead& ahead,
+                         float* sums) = nullptr;
   /// Around multiply_tiles, on each thread; null where there are no tiles.
   void (*begin_tiles)() = nullptr;
   void (*end_tiles)() = nullptr;
@@ -109,11 +115,11 @@ void multiply_bf16(const uint8_t* pair, int64_t chunks, const Bf16* rows, int64_
 }  // namespace avx512_bf16
 
 namespace amx {
-void multiply_tiles(const uint8_t* pair, const uint8_t* next_pair, int64_t chunks, const std::byte* tiles,
+void multiply_tiles(const uint8_t* pair, const NextTiles& next, int64_t chunks, const std::byte* tiles,
                     int64_t row_tiles, int terms, std::byte* scratch, DecodedAhead& ahead, float* sums);
 void begin_tiles();
 void end_tiles();
-void multiply_emulated_tiles(const uint8_t* pair, const uint8_t* next_pair, int64_t chunks,
+void multiply_emulated_tiles(const uint8_t* pair, const NextTiles& next, int64_t chunks,
                              const std::byte* tiles, int64_t row_tiles, int terms, std::byte* scratch,
                              DecodedAhead& ahead, float* sums);
 }  // namespace amx

@@ -68,10 +68,10 @@ struct HardwareTiles {
 
 }  // namespace
 
-FOURFOLD_AMX_VECTORS void multiply_tiles(const uint8_t* pair, const uint8_t* next_pair, int64_t chunks,
+FOURFOLD_AMX_VECTORS void multiply_tiles(const uint8_t* pair, const NextTiles& next, int64_t chunks,
                                          const std::byte* tiles, int64_t row_tiles, int terms,
                                          std::byte* scratch, DecodedAhead& ahead, float* sums) {
-  multiply_pair<HardwareTiles>(pair, next_pair, chunks, tiles, row_tiles, terms, scratch, ahead, sums);
+  multiply_pair<HardwareTiles>(pair, next, chunks, tiles, row_tiles, terms, scratch, ahead, sums);
 }
 
 void begin_tiles() {

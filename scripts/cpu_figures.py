@@ -1,0 +1,188 @@
+#!/usr/bin/env python3
+"""Turns runs of `fourfold bench --backend cpu` and scripts/ggml_peers.py into the documentation's tables and plot.
+
+    scripts/cpu_figures.py record GRID PEERS --commit SUBJECT   their --json files, of one session -> docs/measured/cpu.json
+    scripts/cpu_figures.py write                                the tables of README.md and docs/cpu.md, and the plot
+    scripts/cpu_figures.py check                                exit status 1 where those are not what the JSON says
+
+`write` needs matplotlib (pip install matplotlib), the others Python alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from measured_pages import ROOT, digest, pyplot, report_stale, row, save_plot, with_tables
+
+MEASURED = ROOT / "docs/measured/cpu.json"
+PLOT = ROOT / "docs/measured/cpu.svg"
+FORMATS = ("nvfp4", "bf16")
+PEERS = {"nvfp4": "ggml NVFP4", "mxfp4": "ggml MXFP4 (repacked)", "q4_0": "ggml Q4_0 (repacked)"}
+
+
+@dataclass
+class Cell:
+    """One number of threads and of tokens; seconds."""
+
+    ours: dict[str, float] = field(default_factory=dict)  # by activation format
+    floor: dict[str, float] = field(default_factory=dict)
+    peers: dict[str, float] = field(default_factory=dict)
+
+
+def cells(measured: dict) -> dict[int, dict[int, Cell]]:
+    """By threads, then tokens."""
+    found: dict[int, dict[int, Cell]] = {}
+    for case in measured["cases"]:
+        cell = found.setdefault(case["threads"], {}).setdefault(case["tokens"], Cell())
+        cell.ours[case["activations"]] = case["seconds"]
+        cell.floor[case["activations"]] = case["floor_seconds"]
+    for case in measured["peers"]:
+        if case["seconds"]:
+            found[case["threads"]][case["tokens"]].peers[case["peer"]] = case["seconds"]
+    return found
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+# ---- recording ----
+
+
+def record(grid_file: Path, peers_file: Path, commit: str) -> None:
+    grid, peers = json.loads(grid_file.read_text()), json.loads(peers_file.read_text())
+    for case in grid["cases"]:
+        if case["status"] != "ok" or not case["check"]["stages"] or case["check"]["findings"]:
+            sys.exit(f"error: {grid_file}: {case['case']}: expected a checked time, found {case['status']}")
+    models = {case["model"] for case in (*grid["cases"], *peers["cases"])}
+    if len(models) != 1:
+        sys.exit(f"error: {grid_file}, {peers_file}: expected cases of one shape, found {', '.join(sorted(models))}")
+    unknown = {(case["threads"], case["tokens"]) for case in peers["cases"]} - {
+        (case["threads"], case["tokens"]) for case in grid["cases"]
+    }
+    if unknown:
+        sys.exit(f"error: {peers_file}: expected the threads and tokens of {grid_file}, found others: {sorted(unknown)}")
+    kept = ("peer", "threads", "tokens", "seconds", "rel_l2")
+    measured = {
+        "model": models.pop(),
+        "machines": [
+            {
+                "machine": machine["machine"],
+                "threads": machine["threads"],
+                "read_bytes_per_second": machine["read_bandwidth"]["per_second"],
+                "peaks": {peak["name"]: peak["per_second"] for peak in machine["peaks"] if peak["per_second"]},
+            }
+            for machine in grid["machines"]
+        ],
+        "commit": commit,
+        "ggml": peers["ggml"],
+        "cases": [
+            {key: case[key] for key in ("threads", "tokens", "activations", "kernel")}
+            | {
+                "seconds": case["seconds"]["median"],
+                "p10": case["seconds"]["p10"],
+                "p90": case["seconds"]["p90"],
+                "floor_seconds": case["floor"]["seconds"],
+                "floor_by": case["floor"]["by"],
+                "worst_stage_rel_l2": max(stage["rel_l2"] for stage in case["check"]["stages"]),
+            }
+            for case in grid["cases"]
+        ],
+        "peers": [{key: case[key] for key in kept} for case in peers["cases"]],
+    }
+    MEASURED.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+# ---- tables and the plot ----
+
+
+def table(measured: dict) -> str:
+    """Milliseconds, in brackets % of the floor, m: of memory, a: of arithmetic."""
+    by = {(case["threads"], case["tokens"], case["activations"]): case["floor_by"][0] for case in measured["cases"]}
+    text = row(["threads", "T", *(f"fourfold {name}" for name in FORMATS), *PEERS.values()])
+    text += row(["---"] * (2 + len(FORMATS) + len(PEERS)))
+    for threads, of_threads in cells(measured).items():
+        for tokens, cell in of_threads.items():
+            ours = [
+                f"{milliseconds(cell.ours[name])} ({100 * cell.floor[name] / cell.ours[name]:.0f}"
+                f" {by[threads, tokens, name]})"
+                for name in FORMATS
+            ]
+            peers = [milliseconds(cell.peers[name]) if name in cell.peers else "" for name in PEERS]
+            text += row([str(threads), str(tokens), *ours, *peers])
+    return text
+
+
+def readme_table(measured: dict) -> str:
+    """Of all threads."""
+    text = row(["tokens", "fourfold nvfp4", "floor", "fourfold bf16", *PEERS.values()])
+    text += row(["---"] * (4 + len(PEERS)))
+    found = cells(measured)
+    for tokens, cell in found[max(found)].items():
+        times = [cell.ours["nvfp4"], cell.floor["nvfp4"], cell.ours["bf16"]]
+        peers = [milliseconds(cell.peers[name]) if name in cell.peers else "" for name in PEERS]
+        text += row([str(tokens), *map(milliseconds, times), *peers])
+    return text
+
+
+def documents(measured: dict) -> dict[Path, str]:
+    """The files that hold tables, as they have to be."""
+    sections = {ROOT / "README.md": readme_table, ROOT / "docs/cpu.md": table}
+    return {
+        file: with_tables(file, {"measured: cpu": lambda content=content: content(measured)})
+        for file, content in sections.items()
+    }
+
+
+def plot(measured: dict) -> None:
+    plt = pyplot()
+    found = cells(measured)
+    figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 5), layout="constrained", squeeze=False)
+    for axis, (threads, of_threads) in zip(axes[0], found.items(), strict=True):
+        tokens = list(of_threads)
+        lines = [(PEERS[name], [cell.peers.get(name) for cell in of_threads.values()], "--") for name in PEERS]
+        lines += [
+            (f"fourfold {name}", [cell.ours[name] for cell in of_threads.values()], "-") for name in reversed(FORMATS)
+        ]
+        for label, seconds, style in lines:
+            times = [float("nan") if value is None else 1e3 * value for value in seconds]
+            axis.plot(tokens, times, style, marker="o", markersize=3, label=label)
+        floor = [1e3 * cell.floor["nvfp4"] for cell in of_threads.values()]
+        axis.plot(tokens, floor, ":", color="black", label="floor of nvfp4: bytes / bandwidth, operations / peak")
+        title = f"{measured['model']}, {threads} thread{'s' if threads > 1 else ''}"
+        axis.set(title=title, xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
+        axis.title.set_size(9)
+        axis.grid(True, which="major", alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    save_plot(figure, PLOT, digest(MEASURED))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record", help="results of both programs -> docs/measured/cpu.json")
+    recording.add_argument("grid", type=Path, help="of fourfold bench --json")
+    recording.add_argument("peers", type=Path, help="of ggml_peers.py --json")
+    recording.add_argument("--commit", required=True, help="subject of the commit that was measured")
+    commands.add_parser("write", help="tables and plot from the JSON")
+    commands.add_parser("check", help="whether tables and plot are what the JSON says")
+    arguments = parser.parse_args()
+    if arguments.command == "record":
+        record(arguments.grid, arguments.peers, arguments.commit)
+        return 0
+    measured = json.loads(MEASURED.read_text())
+    if arguments.command == "check":
+        source = str(MEASURED.relative_to(ROOT))
+        return report_stale(documents(measured), {PLOT: digest(MEASURED)}, source, Path(__file__).name)
+    for file, text in documents(measured).items():
+        file.write_text(text)
+    plot(measured)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

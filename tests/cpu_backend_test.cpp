@@ -368,7 +368,8 @@ TEST_P(CpuLayers, GiveTheSameWithAndWithoutTaps) {
 TEST_P(CpuLayers, GiveTheSameOnEveryNumberOfThreads) {
   const int threads = omp_get_max_threads();
   for (const ActivationFormat format : kFormats) {
-    TestLayer layer({64, 192, 112, 6, 3}, kSeed, SharedFormat::kBf16);
+    // The first matrices are large enough to be cut, into pieces of unequal size.
+    TestLayer layer({40, 208, 1360, 6, 3}, kSeed, SharedFormat::kBf16);
     const LayerOptions options =
         options_for(format, ScalePolicy::kDynamicTensor, ScalePolicy::kDynamicTensor);
     omp_set_num_threads(1);

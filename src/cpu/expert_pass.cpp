@@ -24,8 +24,8 @@ MatrixView<Bf16> take_padded(WorkspaceCarver& carver, int64_t rows, int64_t cols
 }
 
 /// Cuts the matrices of all groups, which have one shape, into pieces of work: small enough that threads end
-/// together, large enough that weights are read in long runs. Threads that read short ones in turns take up
-/// to half as long again: what is asked for ahead then is what another thread needs.
+/// together, large enough that weights are read in long runs. Two threads that read short ones in turns took
+/// a fifth more time: what is asked for ahead then is what the other one needs.
 class WorkPieces {
  public:
   /// `order`: indices of groups, as they are to be taken. By a thread of the team.
@@ -34,8 +34,9 @@ class WorkPieces {
         order_(order),
         pairs_(shape.pairs),
         bytes_(shape.pairs * panel_pair_bytes(shape.storage, shape.depth)),
-        pieces_(kPiecesAThread * omp_get_num_threads()) {
+        threads_(omp_get_num_threads()) {
     for (const RowGroup& group : groups) cost_ += cost_of(group);
+    for (const RowGroup& group : groups) count_ += divided_up(pairs_, step_of(group));
   }
 
   struct Piece {
@@ -46,30 +47,37 @@ class WorkPieces {
   Piece at(int64_t number) {
     for (; place_ < order_.size(); ++place_) {
       const RowGroup& group = groups_[static_cast<size_t>(order_[place_])];
-      const int64_t step = step_of(group), count = divided_up(pairs_, step);
-      const int64_t first = (number - first_number_) * step;
+      const int64_t step = step_of(group), first = (number - first_number_) * step;
       if (first < pairs_) return {&group, first, std::min(pairs_, first + step)};
-      first_number_ += count;
+      first_number_ += divided_up(pairs_, step);
     }
     return {};
   }
 
+  /// Whether a thread may hold a second piece without another one's going idle.
+  bool are_many() const { return count_ >= kManyAThread * threads_; }
+
  private:
-  static constexpr int64_t kLeastBytes = 128 << 10, kMostBytes = 1 << 20, kPiecesAThread = 12;
-  static constexpr int64_t kRowsOfReading = 8;  // that take about as long to multiply as weights to be read
+  static constexpr int64_t kLeastBytes = 128 << 10, kMostBytes = 1 << 20;  // where reading binds
+  static constexpr int64_t kPiecesAThread = 12, kManyAThread = 4;
+  static constexpr int64_t kReadingCostInRows = 8;  // weights are read while so many rows are multiplied
 
   static int64_t divided_up(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-  static int64_t cost_of(const RowGroup& group) { return group.rows + kRowsOfReading; }
+  static int64_t cost_of(const RowGroup& group) { return group.rows + kReadingCostInRows; }
 
-  /// Pairs a piece.
+  /// Pairs a piece. Every thread gets one, however short they are then.
   int64_t step_of(const RowGroup& group) const {
-    const int64_t least = divided_up(bytes_, kMostBytes), most = std::max(least, bytes_ / kLeastBytes);
-    return divided_up(pairs_, std::clamp(divided_up(pieces_ * cost_of(group), cost_), least, most));
+    const int64_t least = divided_up(bytes_, kMostBytes);
+    const int64_t of_every_thread = divided_up(threads_, static_cast<int64_t>(groups_.size()));
+    const int64_t of_least_work = bytes_ * cost_of(group) / (kLeastBytes * (1 + kReadingCostInRows));
+    const int64_t most = std::max({least, of_least_work, of_every_thread});
+    const int64_t wanted = divided_up(kPiecesAThread * threads_ * cost_of(group), cost_);
+    return divided_up(pairs_, std::clamp(wanted, least, most));
   }
 
   std::span<const RowGroup> groups_;
   std::span<const int32_t> order_;
-  int64_t pairs_, bytes_, pieces_, cost_ = 0;
+  int64_t pairs_, bytes_, threads_, cost_ = 0, count_ = 0;
   size_t place_ = 0;          // in the order
   int64_t first_number_ = 0;  // of the group there
 };
@@ -366,7 +374,8 @@ std::span<float> ExpertPass::adopted_row_scales() const {
   return format_of(experts_) == ActivationFormat::kBf16 ? space_.row_magnitudes : space_.staged_x.row_scales;
 }
 
-/// A thread takes its next piece before it multiplies one, so that it can ask for its weights.
+/// Where there are many pieces, a thread takes its next one before it multiplies one, so that it can ask for
+/// what that reads.
 template <class MatrixOf>
 void ExpertPass::multiply(Stage stage, const MatrixOf& matrix_of, const GroupMultiply& args,
                           std::byte* scratch) {
@@ -381,10 +390,10 @@ void ExpertPass::multiply(Stage stage, const MatrixOf& matrix_of, const GroupMul
   };
   if (kernels_.begin_tiles != nullptr) kernels_.begin_tiles();
   MultiplySpace space{scratch, {}};
-  GroupPairs next;
-  for (GroupPairs pairs = take(); pairs.matrix != nullptr; pairs = next) {
-    next = take();
+  for (GroupPairs pairs = take(), next; pairs.matrix != nullptr; pairs = next) {
+    next = pieces.are_many() ? take() : GroupPairs{};
     multiply_group(args, pairs, next, space);
+    if (!pieces.are_many()) next = take();
   }
   if (kernels_.end_tiles != nullptr) kernels_.end_tiles();
 }

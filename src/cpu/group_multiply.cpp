@@ -185,13 +185,14 @@ class NextOperand {
   int64_t part_ = 0;
 };
 
-/// The first weights of `next`, of which nothing lies right behind `pairs`: there the kernels ask for it.
+/// The first weights of `next`, unless they lie right behind those of `pairs`, where the kernels ask for them
+/// anyway.
 void ask_for_weights(const GroupPairs& pairs, const GroupPairs& next) {
   if (next.matrix == nullptr || (next.matrix == pairs.matrix && next.first == pairs.last)) return;
   const PanelMatrix& panels = next.matrix->panels;
-  prefetch_to_second_level(
-      reinterpret_cast<const uint8_t*>(panels.pair(next.first)),
-      std::min(prefetch_plan().far_bytes, panel_pair_bytes(panels.storage, panels.depth)));
+  const int64_t bytes = (next.last - next.first) * panel_pair_bytes(panels.storage, panels.depth);
+  prefetch_to_second_level(reinterpret_cast<const uint8_t*>(panels.pair(next.first)),
+                           std::min(prefetch_plan().far_bytes, bytes));
 }
 
 }  // namespace
@@ -212,8 +213,10 @@ void multiply_group(const GroupMultiply& args, const GroupPairs& pairs, const Gr
     for (int64_t pair = pairs.first; pair < pairs.last; ++pair) {
       const bool last_pair = pair + 1 == pairs.last;
       if (last_rows && last_pair) {
-        if (group.form != OperandForm::kTiles) ask_for_weights(pairs, next);
-        multiplier.run(pair, operand.beside(regular_pair(next, next.first)), rows);
+        const uint8_t* const next_pair = regular_pair(next, next.first);
+        const bool kernel_asks = group.form == OperandForm::kTiles && next_pair != nullptr;
+        if (!kernel_asks) ask_for_weights(pairs, next);
+        multiplier.run(pair, operand.beside(next_pair), rows);
       } else {
         multiplier.run(pair, operand.beside(regular_pair(pairs, last_pair ? pairs.first : pair + 1)), rows);
       }

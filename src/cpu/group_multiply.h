@@ -57,8 +57,8 @@ struct MultiplySpace {
   DecodedAhead decoded_ahead;
 };
 
-/// `next`: what this thread will multiply after `pairs`, of a matrix of the same shape; its weights are
-/// already asked for.
+/// `next`: what this thread will multiply after `pairs`, of a matrix of the same shape: its first weights and
+/// rows are asked for.
 void multiply_group(const GroupMultiply& args, const GroupPairs& pairs, const GroupPairs& next,
                     MultiplySpace& space);
 

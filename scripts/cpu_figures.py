@@ -41,8 +41,7 @@ def cells(measured: dict) -> dict[int, dict[int, Cell]]:
         cell.ours[case["activations"]] = case["seconds"]
         cell.floor[case["activations"]] = case["floor_seconds"]
     for case in measured["peers"]:
-        if case["seconds"]:
-            found[case["threads"]][case["tokens"]].peers[case["peer"]] = case["seconds"]
+        found[case["threads"]][case["tokens"]].peers[case["peer"]] = case["seconds"]
     return found
 
 
@@ -58,17 +57,27 @@ def record(grid_file: Path, peers_file: Path, commit: str) -> None:
     for case in grid["cases"]:
         if case["status"] != "ok" or not case["check"]["stages"] or case["check"]["findings"]:
             sys.exit(f"error: {grid_file}: {case['case']}: expected a checked time, found {case['status']}")
-    models = {case["model"] for case in (*grid["cases"], *peers["cases"])}
-    if len(models) != 1:
-        sys.exit(f"error: {grid_file}, {peers_file}: expected cases of one shape, found {', '.join(sorted(models))}")
-    unknown = {(case["threads"], case["tokens"]) for case in peers["cases"]} - {
-        (case["threads"], case["tokens"]) for case in grid["cases"]
-    }
-    if unknown:
-        sys.exit(f"error: {peers_file}: expected the threads and tokens of {grid_file}, found others: {sorted(unknown)}")
+    layers = {(case["model"], case["experts"]) for case in (*grid["cases"], *peers["cases"])}
+    if len(layers) != 1:
+        found = ", ".join(f"{model} with {experts} experts" for model, experts in sorted(layers))
+        sys.exit(f"error: {grid_file}, {peers_file}: expected cases of one layer, found {found}")
+    cells_of_grid = {(case["threads"], case["tokens"]) for case in grid["cases"]}
+    for threads, tokens in sorted(cells_of_grid):
+        formats = {case["activations"] for case in grid["cases"] if (case["threads"], case["tokens"]) == (threads, tokens)}
+        if formats != set(FORMATS):
+            where = f"{threads} threads, {tokens} tokens"
+            sys.exit(f"error: {grid_file}: {where}: expected activations {' and '.join(FORMATS)}, found {formats}")
+    for case in peers["cases"]:
+        where = f"{case['peer']}, {case['threads']} threads, {case['tokens']} tokens"
+        if (case["threads"], case["tokens"]) not in cells_of_grid:
+            sys.exit(f"error: {peers_file}: {where}: expected a case that {grid_file} has, too")
+        if case["seconds"] is None:
+            sys.exit(f"error: {peers_file}: {where}: expected a checked time, found relative L2 {case['rel_l2']:.1e}")
+    if {machine["machine"] for machine in grid["machines"]} != {peers["machine"]}:
+        sys.exit(f"error: {peers_file}: expected a run on the machine of {grid_file}, found {peers['machine']}")
     kept = ("peer", "threads", "tokens", "seconds", "rel_l2")
     measured = {
-        "model": models.pop(),
+        "model": layers.pop()[0],
         "machines": [
             {
                 "machine": machine["machine"],

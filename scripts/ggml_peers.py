@@ -8,8 +8,8 @@
 A call is llama.cpp's graph of a mixture-of-experts FFN without router and top-k: mul_mat_id of gate and of up, swiglu,
 mul_mat_id of down, times the routing weights, sum. x and y are float32; ggml itself rounds activations to Q8_0 (8 bits).
 Weights are random. Routings are uniform and differ from call to call; experts are handed out in turn, and several
-layers take turns where one is smaller than three times the last-level cache, as in `fourfold bench`: weights come from
-memory. Before it is timed, a case is compared with sums in float64 over the decoded weights, on tokens spread over the
+layers take turns where one is smaller than three times the last-level cache; experts of three times its size are hit
+before one is hit again, as in `fourfold bench`: weights come from memory. Before it is timed, a case is compared with sums in float64 over the decoded weights, on tokens spread over the
 call: relative L2 at most 2e-2 (8 bits of activations cost about 1e-2).
 
 ggml is looked for in the package llama-cpp-python, which pip compiles for the CPU of this machine
@@ -201,7 +201,6 @@ class Ggml:
         self.log_set(self.silent, None)
         self.backend = self.backend_cpu_init()
         self.plain = self.backend_cpu_buffer_type()
-        self.repacking = self.buffer_type("CPU_REPACK")
 
     def expect_types(self, names: Iterable[str]) -> None:
         for name in names:
@@ -230,6 +229,13 @@ class Ggml:
         """Sizes fastest first, as ggml has them."""
         return self.new_tensor(context, kind, len(sizes), (LONG * len(sizes))(*sizes))
 
+    def allocate(self, context: int, kind: int) -> int:
+        """A buffer of that type for all tensors of a context."""
+        buffer = self.backend_alloc_ctx_tensors_from_buft(context, kind)
+        if not buffer:
+            raise MemoryError("ggml: no memory for an expert layer; give fewer --experts")
+        return buffer
+
     def fill(self, tensor: int, values: np.ndarray) -> None:
         values = np.ascontiguousarray(values)
         if values.nbytes != self.nbytes(tensor):
@@ -257,11 +263,16 @@ def ggml_folder(given: Path | None) -> Path | None:
     return given
 
 
+def layer_bytes(form: BlockFormat, experts: int, hidden: int, intermediate: int) -> int:
+    return 3 * experts * hidden * intermediate // form.values * form.block_bytes
+
+
 class Layer:
     """Weights of an expert layer, in ggml's memory and as bytes to decode."""
 
     def __init__(self, ggml: Ggml, form: BlockFormat, experts: int, hidden: int, intermediate: int, seed: int) -> None:
-        self.ggml, self.form, self.experts, self.hidden, self.intermediate = ggml, form, experts, hidden, intermediate
+        self.ggml, self.form, self.experts, self.hidden = ggml, form, experts, hidden
+        self.expert_bytes = layer_bytes(form, 1, hidden, intermediate)
         rng = np.random.default_rng(seed)
         sizes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
         self.stored = {
@@ -279,12 +290,8 @@ class Layer:
             name: ggml.tensor(self.contexts[0], form.number, cols, rows, experts) for name, (rows, cols) in sizes.items()
         }
         self.scales = {name: ggml.tensor(self.contexts[1], F32, 1, experts, 1) for name in sizes}
-        self.buffers = [
-            ggml.backend_alloc_ctx_tensors_from_buft(context, kind)
-            for context, kind in zip(
-                self.contexts, (ggml.repacking if form.repacked else ggml.plain, ggml.plain), strict=True
-            )
-        ]
+        kind = ggml.buffer_type("CPU_REPACK") if form.repacked else ggml.plain
+        self.buffers = [ggml.allocate(self.contexts[0], kind), ggml.allocate(self.contexts[1], ggml.plain)]
         for name in sizes:
             ggml.fill(self.weights[name], self.stored[name])
             ggml.fill(self.scales[name], self.globals[name])
@@ -309,7 +316,7 @@ class Call:
         self.x = ggml.tensor(self.inputs, F32, hidden, 1, tokens)
         self.ids = ggml.tensor(self.inputs, I32, top_k, tokens)
         self.routing_weights = ggml.tensor(self.inputs, F32, 1, top_k, tokens)
-        self.input_buffer = ggml.backend_alloc_ctx_tensors_from_buft(self.inputs, ggml.plain)
+        self.input_buffer = ggml.allocate(self.inputs, ggml.plain)
         self.nodes = ggml.context()
         self.graph = ggml.new_graph_custom(self.nodes, NODES, False)
         gate, up = self.multiply("gate", self.x), self.multiply("up", self.x)
@@ -423,7 +430,7 @@ def measure(layers: list[Layer], tokens: int, top_k: int, timing: Timing) -> tup
     magnitude = 1.0 if form.global_scales else 1 / (form.deviation * math.sqrt(hidden))
     x = (rng.standard_normal((tokens, hidden), np.float32) * magnitude).astype(np.float32)
     dealer = Dealer(rng, experts)
-    count = max(ROUTINGS, len(layers))
+    count = max(ROUTINGS, len(layers), math.ceil((3 * cache_bytes() / layers[0].expert_bytes + experts) / top_k))
     routings = [
         (dealer.deal(ids), weights)
         for ids, weights in (uniform_routing(rng, tokens, experts, top_k) for _ in range(count))
@@ -466,12 +473,12 @@ def cpu_name() -> str:
     return "unknown"
 
 
-def times_beside(path: Path) -> dict[tuple[str, int, int], dict[str, float]]:
-    """Seconds of `fourfold bench --json`, by model, tokens and threads, for each activation format."""
-    times: dict[tuple[str, int, int], dict[str, float]] = {}
+def times_beside(path: Path) -> dict[tuple[str, int, int, int], dict[str, float]]:
+    """Seconds of `fourfold bench --json`, by model, experts, tokens and threads, for each activation format."""
+    times: dict[tuple[str, int, int, int], dict[str, float]] = {}
     for case in json.loads(path.read_text())["cases"]:
         if case.get("seconds") and case.get("threads"):
-            cell = times.setdefault((case["model"], case["tokens"], case["threads"]), {})
+            cell = times.setdefault((case["model"], case["experts"], case["tokens"], case["threads"]), {})
             cell[case["activations"]] = case["seconds"]["median"]
     return times
 
@@ -541,15 +548,15 @@ def main() -> int:
         experts = min(all_experts, arguments.experts or all_experts)
         for kind in types:
             form = FORMATS[kind]
-            layer_bytes = 3 * experts * hidden * intermediate // form.values * form.block_bytes
-            count = min(MOST_LAYERS, max(1, math.ceil(3 * cache_bytes() / layer_bytes)))
+            bytes_each = layer_bytes(form, experts, hidden, intermediate)
+            count = min(MOST_LAYERS, max(1, math.ceil(3 * cache_bytes() / bytes_each)))
             layers = [Layer(ggml, form, experts, hidden, intermediate, seed) for seed in range(count)]
             for number in tokens:
                 error, seconds = measure(layers, number, min(top_k, experts), Timing(threads, arguments.min_time))
                 for of in threads:
                     case = {"peer": kind, "model": model, "experts": experts, "tokens": number, "threads": of}
                     report["cases"].append({**case, "rel_l2": error, "seconds": seconds.get(of)})
-                    print(line(report["cases"][-1], beside.get((model, number, of), {})), flush=True)
+                    print(line(report["cases"][-1], beside.get((model, experts, number, of), {})), flush=True)
                 if arguments.json:
                     arguments.json.write_text(json.dumps(report, indent=2) + "\n")
             for layer in layers:
@@ -558,4 +565,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (MemoryError, RuntimeError) as failure:
+        sys.exit(f"error: {failure}")

@@ -36,14 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from bench_shapes import ALIASES, SHAPES
 
-# E, H, I, K; names and aliases of bench/shapes.h.
-SHAPES = {
-    "deepseek-v3": (256, 7168, 2048, 8),
-    "qwen3-30b-a3b": (128, 2048, 768, 8),
-    "deepseek-v4-flash": (256, 4096, 2048, 6),
-}
-ALIASES = {"A": "deepseek-v3", "B": "qwen3-30b-a3b", "C": "deepseek-v4-flash"}
 ROUTINGS = 8
 MOST_LAYERS = 32
 CHECKED_TOKENS = 8

@@ -35,7 +35,7 @@ while read -r test; do
   install -s -m 755 "$folder/tests/$test" "$target/tests/$test"
 done <"$folder/gpu_tests.txt"
 install -m 644 "$folder/gpu_tests.txt" "$target/gpu_tests.txt"
-install -m 755 "$root"/scripts/{gpu_check.sh,gpu_counters.py,torch_grouped.py,vllm_peers.py} "$target/scripts/"
+install -m 755 "$root"/scripts/{gpu_check.sh,gpu_counters.py,bench_shapes.py,torch_grouped.py,vllm_peers.py} "$target/scripts/"
 if [ "$result" != "$target" ]; then
   mkdir -p "$(dirname "$result")"
   XZ_OPT='--lzma2=preset=6,dict=192MiB' tar -cJf "$result.part" -C "$packing" "$name"

@@ -18,14 +18,8 @@ try:
     import torch
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: expected PyTorch with CUDA: pip install torch")
+from bench_shapes import ALIASES, SHAPES
 
-# E, H, I, K; names and aliases of bench/shapes.h.
-SHAPES = {
-    "deepseek-v3": (256, 7168, 2048, 8),
-    "qwen3-30b-a3b": (128, 2048, 768, 8),
-    "deepseek-v4-flash": (256, 4096, 2048, 6),
-}
-ALIASES = {"A": "deepseek-v3", "B": "qwen3-30b-a3b", "C": "deepseek-v4-flash"}
 ROTATION = 8
 MIN_SECONDS = 0.05
 MOST_ERROR = 2e-2  # bf16 at every step: 5e-3 is usual

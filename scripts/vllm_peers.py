@@ -49,7 +49,8 @@ try:
     import triton.language as tl
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: expected PyTorch with CUDA, and Triton, which comes with it: pip install torch")
-from torch_grouped import ALIASES, MOST_ERROR, ROTATION, SHAPES, line, routing, time_rotation, times_beside
+from bench_shapes import ALIASES, SHAPES
+from torch_grouped import MOST_ERROR, ROTATION, line, routing, time_rotation, times_beside
 
 DEVICE = "cuda"
 CHECKED_TOKENS = 8

@@ -63,7 +63,9 @@ def record(grid_file: Path, peers_file: Path, commit: str) -> None:
         sys.exit(f"error: {grid_file}, {peers_file}: expected cases of one layer, found {found}")
     cells_of_grid = {(case["threads"], case["tokens"]) for case in grid["cases"]}
     for threads, tokens in sorted(cells_of_grid):
-        formats = {case["activations"] for case in grid["cases"] if (case["threads"], case["tokens"]) == (threads, tokens)}
+        formats = {
+            case["activations"] for case in grid["cases"] if (case["threads"], case["tokens"]) == (threads, tokens)
+        }
         if formats != set(FORMATS):
             where = f"{threads} threads, {tokens} tokens"
             sys.exit(f"error: {grid_file}: {where}: expected activations {' and '.join(FORMATS)}, found {formats}")

@@ -269,9 +269,7 @@ class Layer:
         self.expert_bytes = layer_bytes(form, 1, hidden, intermediate)
         rng = np.random.default_rng(seed)
         sizes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
-        self.stored = {
-            name: random_matrices(form, rng, experts, rows, cols) for name, (rows, cols) in sizes.items()
-        }
+        self.stored = {name: random_matrices(form, rng, experts, rows, cols) for name, (rows, cols) in sizes.items()}
         # A format without global scales gets its right magnitude from x: what is timed does not depend on it.
         self.globals = {
             name: (rng.uniform(0.5, 1.5, experts) / (form.deviation * math.sqrt(cols))).astype(np.float32)
@@ -281,7 +279,8 @@ class Layer:
         }
         self.contexts = [ggml.context(), ggml.context()]
         self.weights = {
-            name: ggml.tensor(self.contexts[0], form.number, cols, rows, experts) for name, (rows, cols) in sizes.items()
+            name: ggml.tensor(self.contexts[0], form.number, cols, rows, experts)
+            for name, (rows, cols) in sizes.items()
         }
         self.scales = {name: ggml.tensor(self.contexts[1], F32, 1, experts, 1) for name in sizes}
         kind = ggml.buffer_type("CPU_REPACK") if form.repacked else ggml.plain
@@ -528,7 +527,9 @@ def main() -> int:
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"error: {error}")
     if folder is None:
-        print("skipped: no package llama-cpp-python on this machine; install it, or give ggml's folder as --ggml FOLDER")
+        print(
+            "skipped: no package llama-cpp-python on this machine; install it, or give ggml's folder as --ggml FOLDER"
+        )
         return SKIPPED
     try:
         ggml = Ggml(folder)
@@ -545,6 +546,8 @@ def main() -> int:
             bytes_each = layer_bytes(form, experts, hidden, intermediate)
             count = min(MOST_LAYERS, max(1, math.ceil(3 * cache_bytes() / bytes_each)))
             layers = [Layer(ggml, form, experts, hidden, intermediate, seed) for seed in range(count)]
+            for layer in layers[1:]:
+                layer.stored.clear()  # the first one alone is compared
             for number in tokens:
                 error, seconds = measure(layers, number, min(top_k, experts), Timing(threads, arguments.min_time))
                 for of in threads:

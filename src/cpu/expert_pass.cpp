@@ -59,7 +59,7 @@ class WorkPieces {
 
  private:
   static constexpr int64_t kLeastBytes = 128 << 10, kMostBytes = 1 << 20;  // where reading binds
-  static constexpr int64_t kPiecesAThread = 12, kManyAThread = 4;
+  static constexpr int64_t kPiecesAThread = 12, kManyAThread = 8;
   static constexpr int64_t kReadingCostInRows = 8;  // weights are read while so many rows are multiplied
 
   static int64_t divided_up(int64_t whole, int64_t part) { return (whole + part - 1) / part; }

@@ -52,8 +52,22 @@ def milliseconds(seconds: float) -> str:
 # ---- recording ----
 
 
+def report_in(file: Path, program: str, members: tuple[str, ...]) -> dict:
+    """What a program wrote as JSON, with these members in it and in its cases."""
+    try:
+        report = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {file}: expected what {program} --json writes, found none: {error}")
+    cases = report.get("cases") if isinstance(report, dict) else None
+    if not cases or not all(set(members) <= set(case) for case in cases):
+        sys.exit(f"error: {file}: expected what {program} --json writes, with {', '.join(members)} of each case")
+    return report
+
+
 def record(grid_file: Path, peers_file: Path, commit: str) -> None:
-    grid, peers = json.loads(grid_file.read_text()), json.loads(peers_file.read_text())
+    common = ("model", "experts", "threads", "tokens")
+    grid = report_in(grid_file, "fourfold bench", (*common, "status", "activations"))
+    peers = report_in(peers_file, "ggml_peers.py", (*common, "peer", "rel_l2"))
     for case in grid["cases"]:
         if case["status"] != "ok" or not case["check"]["stages"] or case["check"]["findings"]:
             sys.exit(f"error: {grid_file}: {case['case']}: expected a checked time, found {case['status']}")

@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
-"""Peers for `fourfold bench --backend cpu`: the same expert layers by llama.cpp's CPU library, ggml, timed in the same session.
+"""Peers for `fourfold bench --backend cpu`: the same expert layers by ggml, llama.cpp's CPU library.
 
-    nvfp4    NVFP4 weights, their global scales as operations of their own: what llama.cpp makes of an NVFP4 checkpoint
-    mxfp4    MXFP4 weights (a scale per 32: 5.6% fewer bytes), repacked for this CPU as llama.cpp does it when it loads a model
-    q4_0     Q4_0 weights (a float16 scale per 32: the same bytes as NVFP4), repacked likewise: its fastest format of this size
+    nvfp4    NVFP4 weights, their global scales as operations of their own: what llama.cpp makes of such a checkpoint
+    mxfp4    MXFP4 weights (a scale per 32: 5.6% fewer bytes), repacked for this CPU, as llama.cpp does when it loads a model
+    q4_0     Q4_0 weights (a float16 scale per 32: the same bytes as NVFP4), repacked likewise: its fastest of this size
 
 A call is llama.cpp's graph of a mixture-of-experts FFN without router and top-k: mul_mat_id of gate and of up, swiglu,
 mul_mat_id of down, times the routing weights, sum. x and y are float32; ggml itself rounds activations to Q8_0 (8 bits).
-Weights are random. Routings are uniform and differ from call to call; experts are handed out in turn, and several
-layers take turns where one is smaller than three times the last-level cache; experts of three times its size are hit
-before one is hit again, as in `fourfold bench`: weights come from memory. Before it is timed, a case is compared with sums in float64 over the decoded weights, on tokens spread over the
-call: relative L2 at most 2e-2 (8 bits of activations cost about 1e-2).
+
+Weights are random and come from memory, as in `fourfold bench`: routings are uniform and differ from call to call, each
+layer hands its experts out in turn, several layers take turns where one is smaller than three times the last-level
+cache, and experts of three times its size are hit before one is hit again.
+
+Before it is timed, a case is compared with sums in float64 over the decoded weights, on tokens spread over the call:
+relative L2 at most 2e-2 (8 bits of activations cost about 1e-2).
 
 ggml is looked for in the package llama-cpp-python, which pip compiles for the CPU of this machine
 (`pip install llama-cpp-python`), or given as --ggml FOLDER, with libggml-base.so and libggml-cpu.so. Needs numpy.
@@ -375,9 +378,7 @@ class Dealer:
 
 def uniform_routing(rng: np.random.Generator, tokens: int, experts: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """ids [T, K] of different experts, weights [T, K] that add up to one."""
-    ids = np.argpartition(rng.random((tokens, experts)), top_k - 1, axis=1)[:, :top_k] if top_k < experts else None
-    if ids is None:
-        ids = np.tile(np.arange(experts), (tokens, 1))
+    ids = np.argpartition(rng.random((tokens, experts)), top_k - 1, axis=1)[:, :top_k]
     weights = rng.random((tokens, top_k)) + 0.05
     return ids, (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
@@ -412,7 +413,7 @@ def samples_of(calls: list[Call], routings: list, min_seconds: float) -> list[fl
 
 @dataclass
 class Timing:
-    threads: Iterable[int]
+    threads: list[int]
     min_seconds: float
 
 
@@ -422,12 +423,13 @@ def measure(layers: list[Layer], tokens: int, top_k: int, timing: Timing) -> tup
     rng = np.random.default_rng(tokens)
     magnitude = 1.0 if form.global_scales else 1 / (form.deviation * math.sqrt(hidden))
     x = (rng.standard_normal((tokens, hidden), np.float32) * magnitude).astype(np.float32)
-    dealer = Dealer(rng, experts)
-    count = max(ROUTINGS, len(layers), math.ceil((3 * cache_bytes() / layers[0].expert_bytes + experts) / top_k))
-    routings = [
-        (dealer.deal(ids), weights)
-        for ids, weights in (uniform_routing(rng, tokens, experts, top_k) for _ in range(count))
-    ]
+    dealers = [Dealer(rng, experts) for _ in layers]
+    cold = math.ceil((3 * cache_bytes() / layers[0].expert_bytes + experts) / top_k)
+    count = -(-max(ROUTINGS, cold) // len(layers)) * len(layers)  # a routing is always the same layer's
+    routings = []
+    for turn in range(count):
+        ids, weights = uniform_routing(rng, tokens, experts, top_k)
+        routings.append((dealers[turn % len(layers)].deal(ids), weights))
     calls = [Call(layer, tokens, top_k) for layer in layers]
     try:
         for call in calls:
@@ -469,10 +471,15 @@ def cpu_name() -> str:
 def times_beside(path: Path) -> dict[tuple[str, int, int, int], dict[str, float]]:
     """Seconds of `fourfold bench --json`, by model, experts, tokens and threads, for each activation format."""
     times: dict[tuple[str, int, int, int], dict[str, float]] = {}
-    for case in json.loads(path.read_text())["cases"]:
-        if case.get("seconds") and case.get("threads"):
-            cell = times.setdefault((case["model"], case["experts"], case["tokens"], case["threads"]), {})
-            cell[case["activations"]] = case["seconds"]["median"]
+    try:
+        for case in json.loads(path.read_text())["cases"]:
+            if case.get("seconds") and case.get("threads"):
+                cell = times.setdefault((case["model"], case["experts"], case["tokens"], case["threads"]), {})
+                cell[case["activations"]] = case["seconds"]["median"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--beside: expected what `fourfold bench --json` writes, found {path}: {type(error).__name__}: {error}"
+        ) from error
     return times
 
 
@@ -521,10 +528,14 @@ def main() -> int:
     threads = numbers(parser, "--threads", arguments.threads)
     if arguments.experts is not None and arguments.experts < 1:
         parser.error(f"--experts: expected a positive number, found {arguments.experts}")
+    if not arguments.min_time >= 0:
+        parser.error(f"--min-time: expected seconds, not negative, found {arguments.min_time}")
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json: expected a file in a folder that is there, found {arguments.json}")
     try:
         folder = ggml_folder(arguments.ggml)
         beside = times_beside(arguments.beside) if arguments.beside else {}
-    except (OSError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     if folder is None:
         print(
@@ -555,7 +566,9 @@ def main() -> int:
                     report["cases"].append({**case, "rel_l2": error, "seconds": seconds.get(of)})
                     print(line(report["cases"][-1], beside.get((model, experts, number, of), {})), flush=True)
                 if arguments.json:
-                    arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+                    part = arguments.json.with_name(arguments.json.name + ".part")
+                    part.write_text(json.dumps(report, indent=2) + "\n")
+                    part.replace(arguments.json)
             for layer in layers:
                 layer.close()
     return 0 if all(case["seconds"] for case in report["cases"]) else 3

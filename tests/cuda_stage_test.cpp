@@ -64,6 +64,14 @@ std::vector<Bf16> decode(ActivationFormat format, const StagedBuffers& staged, b
   return decoded;
 }
 
+/// As they are staged where no codes are asked for: zeros of NVFP4 have no sign.
+std::vector<Bf16> without_signs_of_zeros(ActivationFormat format, std::vector<Bf16> values) {
+  for (Bf16& value : values) {
+    if (is_nvfp4(format) && value.bits == 0x8000) value.bits = 0;
+  }
+  return values;
+}
+
 class StageRun {
  public:
   StageRun(const StageCase& c, const Format& format, uint64_t salt)
@@ -221,8 +229,11 @@ class StageRun {
 
   void compare(const Outputs& out, bool tapped) const {
     const bool bf16 = format_.format == ActivationFormat::kBf16;
-    expect_written("decoded", expected_.first, expected_.first.size(), out.first.get());
-    expect_written("second term", expected_.second, expected_.second.size(), out.second.get());
+    const auto decoded = [&](const std::vector<Bf16>& values) {
+      return tapped ? values : without_signs_of_zeros(format_.format, values);
+    };
+    expect_written("decoded", decoded(expected_.first), expected_.first.size(), out.first.get());
+    expect_written("second term", decoded(expected_.second), expected_.second.size(), out.second.get());
     if (!bf16) {
       expect_written("row scales", expected_.staged.row_scales, expected_.staged.row_scales.size(),
                      out.row_scales.get());

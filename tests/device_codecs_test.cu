@@ -32,6 +32,7 @@ struct Decoded {
 struct QuantizedBlock {
   uint8_t codes[8];
   uint8_t scale;
+  uint32_t decoded[8];  ///< pairs of bf16; zeros have no sign
 };
 
 FOURFOLD_HOST_DEVICE Encoded encode(float value) {
@@ -81,7 +82,10 @@ __global__ void encode_all(Encoded* out) {
     const float value = probe(i);
     out[i] = encode(value);
     out[i].converted_e4m3 = cuda::convert_to_e4m3(value);
-    if (value == value) out[i].rounded = cuda::round_to_e2m1(value);  // what becomes of NaN: quantize_all
+    const float one[1] = {value};
+    float rounded[1];
+    cuda::round_block<true>(one, {0, 1.0f, 1.0f}, rounded);
+    out[i].rounded = rounded[0];
   }
 }
 
@@ -97,9 +101,12 @@ __global__ void quantize_all(QuantizedBlock* out) {
     const Block block = block_of(i);
     const cuda::BlockScale scale = cuda::block_scale(cuda::sixth_of_largest(block.x), block.global);
     out[i].scale = scale.code;
-    float rounded[kNvfp4Block];
-    for (int j = 0; j < kNvfp4Block; ++j)
-      rounded[j] = cuda::round_to_e2m1(__fmul_rn(block.x[j], scale.reciprocal));
+    float rounded[kNvfp4Block], unsigned_zeros[kNvfp4Block];
+    cuda::round_block<true>(block.x, scale, rounded);
+    cuda::round_block<false>(block.x, scale, unsigned_zeros);
+    for (int j = 0; j < kNvfp4Block; j += 2) {
+      out[i].decoded[j / 2] = cuda::scale_pair(unsigned_zeros[j], unsigned_zeros[j + 1], scale.value);
+    }
     for (int j = 0; j < kNvfp4Block; j += 2)
       out[i].codes[j / 2] = cuda::code_pair(rounded[j], rounded[j + 1], scale.code);
   }
@@ -132,6 +139,17 @@ bool same_bits(float a, float b) {
   return float_bits(a) == float_bits(b) || (a != a && b != b);
 }
 
+/// The bf16 that the codes and the scale stand for, of zeros whatever sign.
+bool decodes_to(const QuantizedBlock& block, const uint32_t (&pairs)[8]) {
+  for (int i = 0; i < kNvfp4Block; ++i) {
+    const auto code = static_cast<uint8_t>(block.codes[i / 2] >> (i % 2 * 4));
+    const float expected = decode_e2m1(code & 15u) * decode_e4m3(block.scale);
+    const float found = float_from_bits(i % 2 == 0 ? pairs[i / 2] << 16 : pairs[i / 2] & 0xFFFF0000u);
+    if (expected == 0.0f ? found != 0.0f : !same_bits(expected, found)) return false;
+  }
+  return true;
+}
+
 int run() {
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
@@ -157,7 +175,8 @@ int run() {
         const Block block = block_of(i);
         QuantizedBlock expected{};
         expected.scale = quantize_nvfp4_block(block.x, block.global, false, expected.codes);
-        return expected.scale == found.scale && std::memcmp(expected.codes, found.codes, 8) == 0;
+        return expected.scale == found.scale && std::memcmp(expected.codes, found.codes, 8) == 0 &&
+               decodes_to(expected, found.decoded);
       });
   return encoded && decoded && quantized ? 0 : 1;
 }

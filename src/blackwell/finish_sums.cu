@@ -95,7 +95,7 @@ __device__ void load_activation(const FinishParams& p, const cuda::RowPlace& pla
   for (int i = 0; i < kNvfp4Block; ++i) {
     x[i] = static_cast<float>(encode_bf16(cuda::activate(p.function, x[i], p.gated ? up[i] : x[i])));
   }
-  if (tap) cuda::store_decoded(x, row, block, p.activation_tap);
+  if (tap) cuda::store_exact(x, row, block, p.activation_tap);
 }
 
 /// Largest magnitude of a row of the activation, the same in every thread.
@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(kMostRowThreads) activate_kernel(const __grid_
          block += static_cast<int32_t>(blockDim.x)) {
       float x[kNvfp4Block];
       load_activation(p, place, row, block, true, x);
-      cuda::quantize_block<kTwoTerms, true>(x, cuda::sixth_of_largest(x), global, row, block, place, p.out);
+      cuda::quantize_block<kTwoTerms, cuda::CodesWanted::kStacked>(x, cuda::sixth_of_largest(x), global, row,
+                                                                   block, place, p.out);
     }
   }
 }

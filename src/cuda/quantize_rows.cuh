@@ -9,6 +9,10 @@
 
 namespace fourfold::cuda {
 
+/// Which codes are written beside decoded values: none, those that QuantizedRows has room for, or also where
+/// tensor cores read them.
+enum class CodesWanted : uint8_t { kNone, kTapped, kStacked };
+
 /// What is null is not written.
 struct QuantizedRows {
   Rows<Bf16> first, second;  ///< decoded terms, without the global scale
@@ -63,39 +67,55 @@ __device__ inline void store_stacked(const float (&rounded)[kNvfp4Block], uint8_
   store_stacked_block(make_uint2(words[0], words[1]), scale, place, term, index, to);
 }
 
-__device__ inline void store_decoded(const float (&x)[kNvfp4Block], int32_t row, int32_t index,
-                                     const Rows<Bf16>& to) {
+/// Block `index` of a row, values that bf16 holds exactly.
+__device__ inline void store_exact(const float (&x)[kNvfp4Block], int32_t row, int32_t index,
+                                   const Rows<Bf16>& to) {
   if (to.data != nullptr) store_exact_block(x, to.row(row) + int64_t{index} * kNvfp4Block, to.aligned);
 }
 
-/// One term of sixteen values, of which `sixth` is sixth_of_largest(): what it holds -> `decoded` (without
-/// the global scale). As quantize_nvfp4_block.
-template <bool kStacked>
-__device__ void quantize_term(const float (&x)[kNvfp4Block], float sixth, float global, int32_t row,
-                              int32_t index, int term, const RowPlace& place, const QuantizedRows& to,
-                              float (&decoded)[kNvfp4Block]) {
-  const BlockScale scale = block_scale(sixth, global);
-#pragma unroll
-  for (int i = 0; i < kNvfp4Block; ++i) decoded[i] = round_to_e2m1(__fmul_rn(x[i], scale.reciprocal));
-  store_codes(decoded, scale.code, row, index, term == 0 ? to.codes : to.residual_codes,
-              term == 0 ? to.scales : to.residual_scales);
-  if constexpr (kStacked) store_stacked(decoded, scale.code, place, term, index, to.stacked);
-#pragma unroll
-  for (float& value : decoded) value = __fmul_rn(value, scale.value);
+/// The same of pairs of bf16.
+__device__ inline void store_decoded(const uint32_t (&words)[kNvfp4Block / 2], int32_t row, int32_t index,
+                                     const Rows<Bf16>& to) {
+  if (to.data != nullptr) store_block(words, to.row(row) + int64_t{index} * kNvfp4Block, to.aligned);
 }
 
-/// All terms of sixteen values; `x` becomes what the first one left. `place` is not looked at unless
-/// kStacked.
-template <bool kTwoTerms, bool kStacked>
+/// One term of sixteen values, of which `sixth` is sixth_of_largest(): what it holds -> `decoded`, pairs of
+/// bf16 (without the global scale). As quantize_nvfp4_block, but that zeros have signs in codes alone.
+template <CodesWanted kCodes>
+__device__ void quantize_term(const float (&x)[kNvfp4Block], float sixth, float global, int32_t row,
+                              int32_t index, int term, const RowPlace& place, const QuantizedRows& to,
+                              uint32_t (&decoded)[kNvfp4Block / 2]) {
+  const BlockScale scale = block_scale(sixth, global);
+  float rounded[kNvfp4Block];
+  round_block<kCodes != CodesWanted::kNone>(x, scale, rounded);
+  if constexpr (kCodes != CodesWanted::kNone) {
+    store_codes(rounded, scale.code, row, index, term == 0 ? to.codes : to.residual_codes,
+                term == 0 ? to.scales : to.residual_scales);
+  }
+  if constexpr (kCodes == CodesWanted::kStacked) {
+    store_stacked(rounded, scale.code, place, term, index, to.stacked);
+  }
+#pragma unroll
+  for (int i = 0; i < kNvfp4Block / 2; ++i) {
+    decoded[i] = scale_pair(rounded[2 * i], rounded[2 * i + 1], scale.value);
+  }
+}
+
+/// All terms of sixteen values; `x` becomes what the first one left. `place` is not looked at unless codes
+/// are stacked.
+template <bool kTwoTerms, CodesWanted kCodes>
 __device__ void quantize_block(float (&x)[kNvfp4Block], float sixth, float global, int32_t row, int32_t index,
                                const RowPlace& place, const QuantizedRows& to) {
-  float decoded[kNvfp4Block];
-  quantize_term<kStacked>(x, sixth, global, row, index, 0, place, to, decoded);
+  uint32_t decoded[kNvfp4Block / 2];
+  quantize_term<kCodes>(x, sixth, global, row, index, 0, place, to, decoded);
   store_decoded(decoded, row, index, to.first);
   if constexpr (kTwoTerms) {
 #pragma unroll
-    for (int i = 0; i < kNvfp4Block; ++i) x[i] = __fsub_rn(x[i], __fmul_rn(decoded[i], global));
-    quantize_term<kStacked>(x, sixth_of_largest(x), global, row, index, 1, place, to, decoded);
+    for (int i = 0; i < kNvfp4Block; ++i) {
+      const float value = float_from_bits(i % 2 == 0 ? decoded[i / 2] << 16 : decoded[i / 2] & 0xFFFF0000u);
+      x[i] = __fsub_rn(x[i], __fmul_rn(value, global));
+    }
+    quantize_term<kCodes>(x, sixth_of_largest(x), global, row, index, 1, place, to, decoded);
     store_decoded(decoded, row, index, to.second);
   }
 }

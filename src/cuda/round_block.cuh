@@ -52,14 +52,50 @@ __device__ __forceinline__ BlockScale block_scale(float sixth, float global) {
   return {code, value, value == 0.0f ? 0.0f : 1.0f / (value * global)};
 }
 
-/// decode_e2m1(encode_e2m1(value)). Adding 1.5 x 2^23 steps makes the step the unit in the last place, so
-/// that the addition rounds, ties to even; two steps are the power of two below the magnitude, or 1. The
-/// NaN that an instruction gives, which has no sign, gives 6, as kE2m1NanCode has it.
+/// decode_e2m1(encode_e2m1(value)) for magnitudes below 7, but that no zero has a sign. Adding 1.5 x 2^23
+/// steps makes the step the unit in the last place, so that the addition rounds, ties to even; two steps are
+/// the power of two below the magnitude, or 1.
 __device__ __forceinline__ float round_to_e2m1(float value) {
-  const float magnitude = fminf(fabsf(value), kE2m1Max);
-  const float steps = float_from_bits(float_bits(fmaxf(magnitude, 1.0f)) & 0x7F800000u);
-  const float sum = __fmaf_rn(steps, 0x1.8p22f, magnitude);
-  return copysignf(__fmaf_rn(steps, -0x1.8p22f, sum), value);
+  const float steps = float_from_bits(float_bits(fmaxf(fabsf(value), 1.0f)) & 0x7F800000u);
+  return __fmaf_rn(steps, -0x1.8p22f, __fmaf_rn(steps, 0x1.8p22f, value));
+}
+
+/// Whether a value times the reciprocal may be above 6.4. It is not where scale and reciprocal are normal:
+/// then the scale, which is rounded to four bits, is at least 16/17 of the quotient.
+__device__ __forceinline__ bool may_exceed_range(const BlockScale& scale) {
+  constexpr uint8_t kSmallestNormal = 0x08;
+  return scale.code < kSmallestNormal || scale.code >= kE4m3MaxCode || scale.reciprocal > 0x1p125f;
+}
+
+/// What the codes of values of a block with this scale stand for, before the scale multiplies it. kSigns:
+/// of zeros, too, as codes have them; no sum depends on these. Where the scale is NaN it is anything. The NaN
+/// that an instruction gives, from a reciprocal that is infinite, gives 6, as kE2m1NanCode has it.
+template <bool kSigns, int kCount>
+__device__ __forceinline__ void round_block(const float (&x)[kCount], const BlockScale& scale,
+                                            float (&rounded)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) rounded[i] = __fmul_rn(x[i], scale.reciprocal);
+  if (may_exceed_range(scale)) {
+#pragma unroll
+    for (float& value : rounded) value = fmaxf(fminf(value, kE2m1Max), -kE2m1Max);
+  }
+#pragma unroll
+  for (float& value : rounded) {
+    const float sign = value;
+    value = round_to_e2m1(value);
+    if constexpr (kSigns) value = copysignf(value, sign);
+  }
+}
+
+/// Two rounded values times their block's scale, as bf16, which holds the products exactly; the first in the
+/// low half.
+__device__ __forceinline__ uint32_t scale_pair(float low, float high, float scale) {
+  const uint32_t scales = __byte_perm(float_bits(scale), 0, 0x3232);  // upper halves: all are bf16
+  uint32_t pair;
+  asm("mul.rn.bf16x2 %0, %1, %2;"
+      : "=r"(pair)
+      : "r"(__byte_perm(float_bits(low), float_bits(high), 0x7632)), "r"(scales));
+  return pair;
 }
 
 }  // namespace fourfold::cuda

@@ -62,13 +62,8 @@ __device__ inline void load_block(const Bf16* source, bool aligned, float (&x)[k
   }
 }
 
-/// Writes sixteen values that bf16 holds exactly.
-__device__ inline void store_exact_block(const float (&x)[kNvfp4Block], Bf16* to, bool aligned) {
-  uint32_t words[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    words[i] = __byte_perm(float_bits(x[2 * i]), float_bits(x[2 * i + 1]), 0x7632);  // both upper halves
-  }
+/// Writes sixteen bf16, pairs of them.
+__device__ inline void store_block(const uint32_t (&words)[kNvfp4Block / 2], Bf16* to, bool aligned) {
   if (aligned) {
     reinterpret_cast<uint4*>(to)[0] = make_uint4(words[0], words[1], words[2], words[3]);
     reinterpret_cast<uint4*>(to)[1] = make_uint4(words[4], words[5], words[6], words[7]);
@@ -78,6 +73,16 @@ __device__ inline void store_exact_block(const float (&x)[kNvfp4Block], Bf16* to
       to[i].bits = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
     }
   }
+}
+
+/// Writes sixteen values that bf16 holds exactly.
+__device__ inline void store_exact_block(const float (&x)[kNvfp4Block], Bf16* to, bool aligned) {
+  uint32_t words[kNvfp4Block / 2];
+#pragma unroll
+  for (int i = 0; i < kNvfp4Block / 2; ++i) {
+    words[i] = __byte_perm(float_bits(x[2 * i]), float_bits(x[2 * i + 1]), 0x7632);  // both upper halves
+  }
+  store_block(words, to, aligned);
 }
 
 /// Largest of the block's `bits`; every thread gets it. Ends with a barrier.

@@ -104,14 +104,14 @@ template <ActivationFormat kFormat>
 constexpr bool kIsNvfp4 = is_nvfp4(kFormat);
 
 /// `sixth`: for NVFP4, sixth_of_largest(x).
-template <ActivationFormat kFormat, bool kStacked>
+template <ActivationFormat kFormat, CodesWanted kCodes>
 __device__ void stage_block(const StageParams& p, float (&x)[kNvfp4Block], float sixth, float global,
                             int32_t row, int32_t index) {
   if constexpr (kFormat == ActivationFormat::kBf16) {
 #pragma unroll
     for (float& value : x) value = static_cast<float>(encode_bf16(value));  // quiets a NaN
-    store_decoded(x, row, index, p.out.first);
-    store_decoded(x, row, index, p.values);
+    store_exact(x, row, index, p.out.first);
+    store_exact(x, row, index, p.values);
   } else if constexpr (kFormat == ActivationFormat::kFp8) {
     const float reciprocal = 1.0f / global;
 #pragma unroll
@@ -120,11 +120,10 @@ __device__ void stage_block(const StageParams& p, float (&x)[kNvfp4Block], float
       if (p.out.codes.data != nullptr) p.out.codes.row(row)[int64_t{index} * kNvfp4Block + i] = code;
       x[i] = decode_e4m3(code);
     }
-    store_decoded(x, row, index, p.out.first);
+    store_exact(x, row, index, p.out.first);
   } else {
-    const RowPlace place = kStacked ? p.out.stacked.places[row] : RowPlace{};
-    quantize_block<kFormat == ActivationFormat::kNvfp4x2, kStacked>(x, sixth, global, row, index, place,
-                                                                    p.out);
+    const RowPlace place = kCodes == CodesWanted::kStacked ? p.out.stacked.places[row] : RowPlace{};
+    quantize_block<kFormat == ActivationFormat::kNvfp4x2, kCodes>(x, sixth, global, row, index, place, p.out);
   }
 }
 
@@ -133,7 +132,7 @@ __device__ void stage_block(const StageParams& p, float (&x)[kNvfp4Block], float
 template <ActivationFormat kFormat>
 constexpr int kResidentBlocks = kIsNvfp4<kFormat> ? 2 : 3;
 
-template <ActivationFormat kFormat, bool kStacked>
+template <ActivationFormat kFormat, CodesWanted kCodes>
 __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
     stage_rows(const __grid_constant__ StageParams p) {
   start_after_previous();
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
       float x[kNvfp4Block];
       source.load(block, x);
       const float sixth = kIsNvfp4<kFormat> ? sixth_of_largest(x) : 0.0f;
-      stage_block<kFormat, kStacked>(p, x, sixth, global, row, block);
+      stage_block<kFormat, kCodes>(p, x, sixth, global, row, block);
     }
   }
 }
@@ -194,7 +193,7 @@ __device__ void find_slot_rows(const StageParams& p, int64_t first_slot, int32_t
 }
 
 /// blockIdx.x: tokens, in turn; blockIdx.y: which slots_each of a token's slots.
-template <ActivationFormat kFormat, bool kStacked>
+template <ActivationFormat kFormat, CodesWanted kCodes>
 __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
     stage_tokens(const __grid_constant__ StageParams p, int32_t tokens, int32_t slots_each) {
   __shared__ SlotRows slots;
@@ -228,7 +227,7 @@ __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
           float values[kNvfp4Block];
 #pragma unroll
           for (int i = 0; i < kNvfp4Block; ++i) values[i] = x[i];
-          stage_block<kFormat, kStacked>(p, values, sixth, scale_of(slot), slots.row[slot], block);
+          stage_block<kFormat, kCodes>(p, values, sixth, scale_of(slot), slots.row[slot], block);
         }
       }
     }
@@ -289,10 +288,10 @@ void stage(const StageArgs& args, void* stream) {
     throw Error(ErrorCode::kInvalidArgument,
                 "stage: group_offsets: expected [E + 1] beside slot_of_row, found none");
   }
-  const auto launch = [&]<ActivationFormat kFormat, bool kStacked> {
+  const auto launch = [&]<ActivationFormat kFormat, CodesWanted kCodes> {
     if (!by_token) {
-      return launch_after_previous("stage_rows", stage_rows<kFormat, kStacked>,
-                                   row_blocks(args.max_rows, cols), row_threads(cols), 0, stream, params);
+      return launch_after_previous("stage_rows", stage_rows<kFormat, kCodes>, row_blocks(args.max_rows, cols),
+                                   row_threads(cols), 0, stream, params);
     }
     // Few tokens: several blocks of threads share one.
     const int64_t tokens = args.source.rows.rows, top_k = args.source.top_k;
@@ -300,21 +299,26 @@ void stage(const StageArgs& args, void* stream) {
     const int64_t sharing = std::clamp<int64_t>(row_blocks(args.max_rows, cols) / blocks, 1, top_k);
     const int64_t slots_each = (top_k + sharing - 1) / sharing;
     const dim3 grid(blocks, static_cast<unsigned>((top_k + slots_each - 1) / slots_each));
-    launch_after_previous("stage_tokens", stage_tokens<kFormat, kStacked>, grid, row_threads(cols), 0, stream,
+    launch_after_previous("stage_tokens", stage_tokens<kFormat, kCodes>, grid, row_threads(cols), 0, stream,
                           params, static_cast<int32_t>(tokens), static_cast<int32_t>(slots_each));
   };
-  const bool stacked = args.stacked.codes != nullptr;
+  const auto launch_nvfp4 = [&]<ActivationFormat kFormat> {
+    if (args.stacked.codes != nullptr) return launch.template operator()<kFormat, CodesWanted::kStacked>();
+    const StagedActivations& taps = args.staged;
+    const bool tapped = !taps.codes.empty() || !taps.scales.empty() || !taps.residual_codes.empty() ||
+                        !taps.residual_scales.empty();
+    if (tapped) return launch.template operator()<kFormat, CodesWanted::kTapped>();
+    launch.template operator()<kFormat, CodesWanted::kNone>();
+  };
   switch (args.format) {
     case ActivationFormat::kNvfp4:
-      return stacked ? launch.template operator()<ActivationFormat::kNvfp4, true>()
-                     : launch.template operator()<ActivationFormat::kNvfp4, false>();
+      return launch_nvfp4.template operator()<ActivationFormat::kNvfp4>();
     case ActivationFormat::kNvfp4x2:
-      return stacked ? launch.template operator()<ActivationFormat::kNvfp4x2, true>()
-                     : launch.template operator()<ActivationFormat::kNvfp4x2, false>();
+      return launch_nvfp4.template operator()<ActivationFormat::kNvfp4x2>();
     case ActivationFormat::kFp8:
-      return launch.template operator()<ActivationFormat::kFp8, false>();
+      return launch.template operator()<ActivationFormat::kFp8, CodesWanted::kNone>();
     case ActivationFormat::kBf16:
-      return launch.template operator()<ActivationFormat::kBf16, false>();
+      return launch.template operator()<ActivationFormat::kBf16, CodesWanted::kNone>();
   }
 }
 

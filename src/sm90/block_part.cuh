@@ -27,8 +27,8 @@ struct BlockPart {
     return result;
   }
 
-  /// What the NVFP4 codes and block scale of these values hold, without the global scale.
-  __device__ __forceinline__ BlockPart rounded(float global) const {
+  /// What the NVFP4 codes and block scale of these values hold, without the global scale; zeros have no sign.
+  __device__ __forceinline__ void round(float global, uint32_t (&words)[kWords]) const {
     float amax = 0.0f;
 #pragma unroll
     for (const float value : of) amax = cuda::max_magnitude_nan(amax, value);
@@ -37,25 +37,17 @@ struct BlockPart {
       amax = cuda::max_magnitude_nan(amax, __shfl_xor_sync(lanes(), amax, distance));
     }
     const cuda::BlockScale scale = cuda::block_scale(amax / 6.0f, global);
-    BlockPart result = *this;
+    float rounded[2 * kWords];
+    cuda::round_block<false>(of, scale, rounded);
 #pragma unroll
-    for (float& value : result.of) {
-      value = __fmul_rn(cuda::round_to_e2m1(__fmul_rn(value, scale.reciprocal)), scale.value);
+    for (int i = 0; i < kWords; ++i) {
+      words[i] = cuda::scale_pair(rounded[2 * i], rounded[2 * i + 1], scale.value);
     }
-    return result;
   }
 
   __device__ __forceinline__ void subtract(const BlockPart& decoded, float global) {
 #pragma unroll
     for (int i = 0; i < 2 * kWords; ++i) of[i] = __fsub_rn(of[i], __fmul_rn(decoded.of[i], global));
-  }
-
-  /// As bf16, which must hold the values exactly.
-  __device__ __forceinline__ void pack(uint32_t (&words)[kWords]) const {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      words[i] = __byte_perm(__float_as_uint(of[2 * i]), __float_as_uint(of[2 * i + 1]), 0x7632);
-    }
   }
 
  private:

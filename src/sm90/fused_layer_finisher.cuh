@@ -132,7 +132,11 @@ class FusedFinisher {
       if (args_.activated != nullptr) store(blocks, args_.activated + at);
       if (args_.intermediate_scales != nullptr) {
 #pragma unroll
-        for (Block& block : blocks) block = block.rounded(requantize);
+        for (Block& block : blocks) {
+          uint32_t words[1];
+          block.round(requantize, words);
+          block = Block::unpack(words);
+        }
       }
       store(blocks, args_.intermediate + at);
     }

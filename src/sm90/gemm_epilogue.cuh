@@ -382,17 +382,17 @@ class Epilogue {
                                                   int channel) const {
     const uint32_t words[4] = {activated.x, activated.y, activated.z, activated.w};
     HalfBlock values = HalfBlock::unpack(words);
-    const HalfBlock decoded = values.rounded(scales_.requantize);
+    uint32_t decoded[4];
+    values.round(scales_.requantize, decoded);
     store(decoded, d);
     if (channel == 0) args_.d_row_scales[row] = scales_.requantize;
     if (args_.residual == nullptr) return;
-    values.subtract(decoded, scales_.requantize);
-    store(values.rounded(scales_.requantize), args_.residual + row * args_.d_stride + channel);
+    values.subtract(HalfBlock::unpack(decoded), scales_.requantize);
+    values.round(scales_.requantize, decoded);
+    store(decoded, args_.residual + row * args_.d_stride + channel);
   }
 
-  static __device__ __forceinline__ void store(const HalfBlock& values, void* to) {
-    uint32_t words[4];
-    values.pack(words);
+  static __device__ __forceinline__ void store(const uint32_t (&words)[4], void* to) {
     *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
   }
 

@@ -118,6 +118,9 @@ class StageRun {
       cuda::stage(args, nullptr);
       compare(out, repeat != 1);
     }
+    const bool scaled_by_expert =
+        format_.policy == ScalePolicy::kStatic || format_.policy == ScalePolicy::kMaxOverExperts;
+    if (case_.gathered && !case_.weighted && scaled_by_expert) check_slots(args);
   }
 
  private:
@@ -162,6 +165,48 @@ class StageRun {
     DeviceArray<float> tapped_row_scales;
   };
 
+  /// Rows that are slots: those of the permutation, wherever they lie.
+  void check_slots(cuda::StageArgs args) const {
+    const DeviceArray<int32_t> ids(ids_);
+    const DeviceArray<float> weights(weights_);
+    Routing routing;
+    routing.topk_ids = MatrixView<const int32_t>(ids.matrix(case_.tokens, kTopK));
+    routing.topk_weights = weights.matrix(case_.tokens, kTopK);
+    const cuda::RowSource source = {args.source.rows, nullptr, kTopK};
+    args.source = source;
+    args.source.routing = &routing;
+    args.by_slot_of_experts = kExperts;
+    args.beside_previous = true;
+    args.group_offsets = {};
+    args.staged = {};
+    const Outputs out(format_.format, static_cast<size_t>(room_), static_cast<size_t>(case_.cols));
+    args.decoded = {out.first.matrix(room_, case_.cols), out.second.matrix(room_, case_.cols),
+                    out.row_scales.data()};
+    cuda::stage(args, nullptr);
+    const auto expected = [&](const std::vector<Bf16>& values) {
+      return without_signs_of_zeros(format_.format, values);
+    };
+    expect_slots("decoded slots", expected(expected_.first), out.first, case_.cols);
+    if (!expected_.second.empty())
+      expect_slots("second term of slots", expected(expected_.second), out.second, case_.cols);
+    expect_slots("scales of slots", expected_.staged.row_scales, out.row_scales, 1);
+  }
+
+  template <class T>
+  void expect_slots(const char* what, const std::vector<T>& expected, const DeviceArray<T>& found,
+                    int64_t width) const {
+    const std::vector<T> all = found.get();
+    std::vector<T> sorted;
+    for (const int32_t slot : std::span(slot_of_row_).first(static_cast<size_t>(rows_))) {
+      sorted.insert(sorted.end(), all.begin() + slot * width, all.begin() + (slot + 1) * width);
+    }
+    expect_written(what, expected, expected.size(), sorted);
+    for (size_t slot = 0; slot < row_of_slot_.size(); ++slot) {
+      if (row_of_slot_[slot] >= 0) continue;
+      EXPECT_TRUE(is_poison(all[slot * static_cast<size_t>(width)])) << what;
+    }
+  }
+
   /// M of the slots have a row: some are absent, an expert is empty.
   void route() {
     if (!case_.gathered) {
@@ -171,12 +216,12 @@ class StageRun {
       if (case_.ungrouped) offsets_ = {0, rows, rows, rows, rows, rows};
     } else {
       room_ = case_.tokens * kTopK;
-      std::vector<int32_t> ids(static_cast<size_t>(room_));
-      for (int32_t& id : ids) id = static_cast<int32_t>(below(random_, kExperts)) - 1;  // the last is empty
-      weights_.resize(ids.size());
+      ids_.resize(static_cast<size_t>(room_));
+      for (int32_t& id : ids_) id = static_cast<int32_t>(below(random_, kExperts)) - 1;  // the last is empty
+      weights_.resize(ids_.size());
       for (float& weight : weights_) weight = static_cast<float>(below(random_, 1000)) / 700.0f;
       Routing routing;
-      routing.topk_ids = MatrixView<const int32_t>(ids.data(), case_.tokens, kTopK);
+      routing.topk_ids = MatrixView<const int32_t>(ids_.data(), case_.tokens, kTopK);
       routing.topk_weights = {weights_.data(), case_.tokens, kTopK};
       const Permutation permutation = permute_by_expert(routing, kExperts);
       offsets_ = permutation.group_offsets;
@@ -257,7 +302,7 @@ class StageRun {
   Engine random_;
   int64_t rows_ = 0, room_ = 0;
   std::vector<Bf16> x_;
-  std::vector<int32_t> offsets_, slot_of_row_, row_of_slot_;
+  std::vector<int32_t> ids_, offsets_, slot_of_row_, row_of_slot_;
   std::vector<float> weights_, scales_;
   Expected expected_;
 };

@@ -147,20 +147,24 @@ TEST(GpuCalls, CapturedOnceGiveForEveryRoutingWhatEagerCallsGive) {
 /// Kernels begin while those before them end, some of them with what they need not wait for: here each call
 /// has other rows than the one before, whose kernels are just ending, and every other one ids of 64 bits.
 /// Some ids are no expert's.
-TEST(GpuCalls, RightBehindEachOtherGiveWhatEachGivesAlone) {
-  const RandomLayer layer({.tokens = 5, .hidden = 256, .intermediate = 128, .experts = 40, .top_k = 4},
-                          test_seed());
+void expect_right_behind_each_other(int64_t most_tokens) {
+  const RandomLayer layer(
+      {.tokens = most_tokens, .hidden = 256, .intermediate = 128, .experts = 40, .top_k = 4}, test_seed());
+  std::vector<LayerOptions> every_option = options_of_formats();
+  for (const ScalePolicy policy : {ScalePolicy::kMaxOverExperts, ScalePolicy::kDynamicToken}) {
+    every_option.push_back(with_format(ActivationFormat::kNvfp4, policy));
+  }
   std::vector<int32_t> known(40);
   std::iota(known.begin(), known.end(), 0);
   known[3] = known[20] = -1;
   const DeviceArray<int32_t> local_experts(known);
-  for (const LayerOptions& options : options_of_formats()) {
+  for (const LayerOptions& options : every_option) {
     const auto moe = make(layer, options);
     std::vector<std::unique_ptr<Call>> calls;
     std::vector<std::vector<Bf16>> alone;
     for (uint64_t number = 0; number < 12; ++number) {
       LayerInputs inputs = other_inputs(layer, 30 + number);
-      inputs.tokens = 1 + static_cast<int64_t>(number) % 5;
+      inputs.tokens = most_tokens - static_cast<int64_t>(number) % 5;
       inputs.x.resize(static_cast<size_t>(inputs.tokens * inputs.hidden));
       inputs.topk_ids.resize(static_cast<size_t>(inputs.tokens * inputs.top_k));
       inputs.topk_weights.resize(static_cast<size_t>(inputs.tokens * inputs.top_k));
@@ -180,10 +184,16 @@ TEST(GpuCalls, RightBehindEachOtherGiveWhatEachGivesAlone) {
     for (int repeat = 0; repeat < 20; ++repeat) {
       graph.replay();
       for (size_t i = 0; i < calls.size(); ++i) {
-        ASSERT_EQ(calls[i]->y(), alone[i]) << to_string(options.activations) << ", call " << i;
+        ASSERT_EQ(calls[i]->y(), alone[i])
+            << to_string(options.activations) << ", " << to_string(options.x_scale) << ", call " << i;
       }
     }
   }
+}
+
+TEST(GpuCalls, RightBehindEachOtherGiveWhatEachGivesAlone) {
+  expect_right_behind_each_other(5);
+  expect_right_behind_each_other(100);
 }
 
 TEST(GpuCalls, RepeatToTheLastBit) {

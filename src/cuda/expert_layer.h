@@ -240,12 +240,18 @@ class ExpertLayer final : public MoeLayer {
       fused = !space.routed.fused_counters.empty();
       counters = fused ? space.routed.fused_counters : space.routed.counters;
     }
-    permute({args.routing, permutation, args.status, space.permute_scratch, counters}, step.stream);
-    step.finish("permute");
     const int64_t tokens = args.routing.tokens();
+    std::span<int32_t> cleared = counters;
+    if constexpr (Stages::kCanFuse) {
+      if (fused && tokens > 0 && routed_.stages_beside(tokens * config_.top_k, args.x, expert_taps(taps))) {
+        cleared = {};
+      }
+    }
+    permute({args.routing, permutation, args.status, space.permute_scratch, cleared}, step.stream);
+    step.finish("permute");
     if (tokens == 0) return;
-    RowSource source{
-        args.x, permutation.slot_of_row.data(), config_.top_k, permutation.row_of_slot.data(), {}};
+    RowSource source{args.x, permutation.slot_of_row.data(), config_.top_k, permutation.row_of_slot.data()};
+    source.routing = &args.routing;
     if (config_.weight_on_input) source.weights = args.routing.topk_weights;
     const MatrixView<Bf16> z = tap_or(taps.z, space.routed.z);
     const ExpertRows rows{permutation.group_offsets, tokens * config_.top_k,

@@ -5,7 +5,8 @@
 // it saves is the time of its launch. Exceptions say so: sm90/fused_layer.cu and the GEMMs of sm90, what they
 // read before, and that launches after the first of a layer's GEMMs wait at their end
 // (sm90/gemm_kernel_args.cuh), combine_few_rows, where it reads what was complete before the previous kernel,
-// and permute_handful (cuda/permute.cu), what it has written before it lets the next one be launched.
+// permute_handful (cuda/permute.cu), what it has written before it lets the next one be launched, and staging
+// (cuda/stage.h), which may begin beside the kernel before it, and then waits for it at its end.
 #pragma once
 
 #include <cuda_runtime.h>

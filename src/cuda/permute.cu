@@ -156,12 +156,13 @@ __global__ void __launch_bounds__(kFewThreads)
 }
 
 /// One block, for no more slots than a warp has lanes: whoever wants to know how many slots have an expert
-/// below his counts them, so that there is no scan. The next kernel is let go late, so that it may use the
-/// cleared words as soon as it runs: by then they are written where its atomics and acquiring loads look, in
-/// L2.
+/// below his counts them, so that there is no scan. Where words are cleared, the next kernel is let go late,
+/// so that it may use them as soon as it runs: by then they are written where its atomics and acquiring loads
+/// look, in L2.
 __global__ void __launch_bounds__(kFewThreads) permute_handful(ExpertIds ids, Outputs out) {
   __shared__ int32_t experts[kHandfulOfSlots];
   cudaGridDependencySynchronize();
+  if (out.cleared_words == 0) cudaTriggerProgrammaticLaunchCompletion();
   const auto thread = static_cast<int32_t>(threadIdx.x);
   int32_t expert = -1;
   bool bad = false;

@@ -19,7 +19,8 @@ struct PermuteArgs {
   int32_t* status = nullptr;          ///< bits are or-ed in; may be null
   std::span<std::byte> scratch = {};  ///< permute_scratch_bytes()
   /// Set to zero beside: counters of the kernels that follow. For a handful of slots they are zero before the
-  /// kernel lets the next one start (programmatic dependent launch), for more when it has ended.
+  /// kernel lets the next one start (programmatic dependent launch), for more when it has ended. The next one
+  /// starts sooner if there are none.
   std::span<int32_t> cleared = {};
 };
 

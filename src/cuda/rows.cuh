@@ -43,12 +43,13 @@ inline unsigned row_blocks(int64_t rows, int64_t cols) {
   return static_cast<unsigned>(std::min(rows, resident));
 }
 
-/// Sixteen bf16 from `source` as float32.
+/// Sixteen bf16 from `source` as float32, past L1: a kernel may begin while the one before it runs, and no
+/// line which its multiprocessor kept from an earlier call is to be taken for this one's.
 __device__ inline void load_block(const Bf16* source, bool aligned, float (&x)[kNvfp4Block]) {
   if (aligned) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint4 words = reinterpret_cast<const uint4*>(source)[half];
+      const uint4 words = __ldcg(reinterpret_cast<const uint4*>(source) + half);
       const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -58,7 +59,9 @@ __device__ inline void load_block(const Bf16* source, bool aligned, float (&x)[k
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kNvfp4Block; ++i) x[i] = static_cast<float>(source[i]);
+    for (int i = 0; i < kNvfp4Block; ++i) {
+      x[i] = float_from_bits(uint32_t{__ldcg(reinterpret_cast<const unsigned short*>(source) + i)} << 16);
+    }
   }
 }
 

@@ -2,9 +2,14 @@
 // of a token are known, a block of threads a token instead: it reads the token once, and writes its rows.
 // With many tokens that halves the traffic: rows are sorted by expert, so that the tokens of two experts in
 // turn are long out of the cache.
+//
+// Where rows are tokens or slots, no kernel has to have told which: then staging may begin beside the one
+// before it (StageArgs::beside_previous), and reads what comes from outside past L1, in which its
+// multiprocessor may have kept lines of an earlier call.
 #include <algorithm>
 #include <string>
 
+#include "cuda/expert_ids.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/quantize_rows.cuh"
 #include "cuda/stage.h"
@@ -39,6 +44,8 @@ struct SourceRow {
 
 struct StageParams {
   Source source;
+  bool by_slot;  // rows are the slots of `ids`
+  ExpertIds ids;
   const int32_t* group_offsets;  // null: `rows` rows
   int32_t groups, rows, blocks;  // blocks: sixteens of a row
   ScalePolicy policy;
@@ -48,7 +55,28 @@ struct StageParams {
   float* row_scales;
   Rows<Bf16> values;
   float* tapped_row_scales;
+  bool beside_previous;
+  int32_t* cleared;
+  int32_t cleared_words;
 };
+
+/// The first thing that a kernel of staging does, and the last. What is cleared lies in L2 before the next
+/// kernel is let go, where its atomics and acquiring loads look.
+__device__ void begin_staging(const StageParams& p) {
+  if (!p.beside_previous) cudaGridDependencySynchronize();
+  if (p.cleared_words > 0 && blockIdx.x == 0 && blockIdx.y == 0) {
+    for (auto i = static_cast<int32_t>(threadIdx.x); i < p.cleared_words;
+         i += static_cast<int32_t>(blockDim.x)) {
+      p.cleared[i] = 0;
+    }
+    __threadfence();
+    __syncthreads();
+  }
+  cudaTriggerProgrammaticLaunchCompletion();
+}
+__device__ void end_staging(const StageParams& p) {
+  if (p.beside_previous) cudaGridDependencySynchronize();
+}
 
 __device__ SourceRow row_of(const Source& source, int32_t row) {
   if (source.slot_of_row == nullptr) return {source.rows.row(row), 1.0f, source.rows.aligned, false};
@@ -73,7 +101,7 @@ __device__ float row_amax(const SourceRow& row, int32_t blocks) {
 
 /// expert_scales of the row's group. All threads look: one of them finds it.
 __device__ float expert_scale_of(const StageParams& p, int32_t row) {
-  if (p.group_offsets == nullptr) return p.expert_scales[0];
+  if (p.group_offsets == nullptr) return __ldcg(p.expert_scales);
   __shared__ float found;
   for (auto group = static_cast<int32_t>(threadIdx.x); group < p.groups;
        group += static_cast<int32_t>(blockDim.x)) {
@@ -135,7 +163,7 @@ constexpr int kResidentBlocks = kIsNvfp4<kFormat> ? 2 : 3;
 template <ActivationFormat kFormat, CodesWanted kCodes>
 __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
     stage_rows(const __grid_constant__ StageParams p) {
-  start_after_previous();
+  begin_staging(p);
   const int32_t rows = p.group_offsets != nullptr ? p.group_offsets[p.groups] : p.rows;
   for (auto row = static_cast<int32_t>(blockIdx.x); row < rows; row += static_cast<int32_t>(gridDim.x)) {
     const SourceRow source = row_of(p.source, row);
@@ -155,6 +183,7 @@ __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
       stage_block<kFormat, kCodes>(p, x, sixth, global, row, block);
     }
   }
+  end_staging(p);
 }
 
 constexpr int kSharedSlots = 32;
@@ -165,11 +194,27 @@ struct SlotRows {
   float scale[kSharedSlots];
 };
 
+/// find_slot_rows() where rows are slots.
+__device__ void take_slots(const StageParams& p, int64_t first_slot, int32_t count, SlotRows& found) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const auto slot = static_cast<int32_t>(first_slot) + thread;
+  bool ignored = false;
+  const int32_t expert = thread < count ? p.ids.expert_of<true>(slot, ignored) : -1;
+  const float scale = expert >= 0 ? __ldcg(p.expert_scales + expert) : 1.0f;
+  __syncthreads();  // those before have been read
+  if (thread < count) {
+    found.row[thread] = expert >= 0 ? slot : -1;
+    found.scale[thread] = scale;
+  }
+  __syncthreads();
+}
+
 /// All threads take part; begins and ends with a barrier. All that is read is asked for at once, where a
 /// thread has one group: with few tokens, the time of this kernel is that of its longest chain of loads.
 __device__ void find_slot_rows(const StageParams& p, int64_t first_slot, int32_t count, bool scaled_by_expert,
                                SlotRows& found) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
+  if (p.by_slot) return take_slots(p, first_slot, count, found);
   const int32_t row = thread < count ? p.source.row_of_slot[first_slot + thread] : -1;
   int32_t begin = 0, end = 0;
   float scale = 1.0f;
@@ -197,7 +242,7 @@ template <ActivationFormat kFormat, CodesWanted kCodes>
 __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
     stage_tokens(const __grid_constant__ StageParams p, int32_t tokens, int32_t slots_each) {
   __shared__ SlotRows slots;
-  start_after_previous();
+  begin_staging(p);
   const int32_t top_k = p.source.top_k, begin = static_cast<int32_t>(blockIdx.y) * slots_each;
   const int32_t end = min(begin + slots_each, top_k);
   const bool scaled_by_expert =
@@ -232,6 +277,7 @@ __global__ void __launch_bounds__(kMostRowThreads, kResidentBlocks<kFormat>)
       }
     }
   }
+  end_staging(p);
 }
 
 __global__ void __launch_bounds__(kMostRowThreads)
@@ -259,6 +305,11 @@ StageParams params_of(const StageArgs& args) {
   p.source = source_of(args.source, args.max_rows);
   p.group_offsets = args.group_offsets.data();
   p.groups = static_cast<int32_t>(args.group_offsets.size()) - 1;
+  p.by_slot = args.by_slot_of_experts > 0;
+  if (p.by_slot) p.ids = ExpertIds(*args.source.routing, args.by_slot_of_experts);
+  p.beside_previous = args.beside_previous;
+  p.cleared = args.cleared.data();
+  p.cleared_words = static_cast<int32_t>(args.cleared.size());
   p.rows = static_cast<int32_t>(args.source.rows.rows);
   p.blocks = static_cast<int32_t>(args.source.rows.cols / kNvfp4Block);
   p.policy = args.policy;
@@ -283,8 +334,9 @@ void stage(const StageArgs& args, void* stream) {
   const int64_t cols = args.source.rows.cols;
   if (args.max_rows == 0 || cols == 0) return;
   const StageParams params = params_of(args);
-  const bool by_token = args.source.row_of_slot != nullptr && args.source.weights.empty();
-  if (args.group_offsets.empty() && args.source.slot_of_row != nullptr) {
+  const bool by_slot = args.by_slot_of_experts > 0;
+  const bool by_token = by_slot || (args.source.row_of_slot != nullptr && args.source.weights.empty());
+  if (args.group_offsets.empty() && !by_slot && args.source.slot_of_row != nullptr) {
     throw Error(ErrorCode::kInvalidArgument,
                 "stage: group_offsets: expected [E + 1] beside slot_of_row, found none");
   }

@@ -11,6 +11,7 @@
 
 #include "cuda/stacked_rows.h"
 #include "fourfold/activations.h"
+#include "fourfold/routing.h"
 
 namespace fourfold::cuda {
 
@@ -23,6 +24,7 @@ struct RowSource {
   const int32_t* row_of_slot = nullptr;
   /// [T, K]: multiplies the row of each slot in float32, rounded to bf16. Empty: no weight.
   MatrixView<const float> weights = {};
+  const Routing* routing = nullptr;  ///< of the slots; for StageArgs::by_slot_of_experts
 };
 
 /// Decoded rows; 16-byte aligned with strides of multiples of 8 elements. Rows from M on are not written.
@@ -45,6 +47,14 @@ struct StageArgs {
   StagedActivations staged = {};  ///< codes and scales, for taps; what is empty is not written
   /// For GEMMs of native FP4: nvfp4 and nvfp4x2 alone. Padding of the scales is the caller's to clear.
   StackedRows stacked = {};
+  /// Row s is the token of slot s, with the scale of its expert, one of so many, instead of what the
+  /// permutation tells, of which nothing is read. Slots without an expert here are not written. 0: not so.
+  int64_t by_slot_of_experts = 0;
+  /// The kernel before this one neither writes what is read here nor touches what is written here, as the
+  /// permutation does where rows are tokens or slots: staging begins beside it, and ends after it.
+  bool beside_previous = false;
+  /// Set to zero before the kernel lets the next one start (programmatic dependent launch).
+  std::span<int32_t> cleared = {};
 };
 
 /// Throws Error unless cols is a multiple of 16 and max_rows at most 2^30.

@@ -171,6 +171,7 @@ void ExpertStages::gather_x(const ExpertSpace& space, const cuda::RowSource& sou
   cuda::StageArgs stage = stage_x({source.rows}, {{}, tokens, {}}, space);
   const MatrixView<Bf16> x = (space.token_x.empty() ? space.x[0] : space.token_x).rows_from(0, tokens);
   stage.decoded = {x, {}, space.x_row_scales.data()};
+  stage.beside_previous = !is_dynamic_tensor(options_.x_scale);  // which the kernel before found
   cuda::stage(stage, step.stream);
   step.finish("stage");
   gate_up.tokens[0] = x;
@@ -297,17 +298,18 @@ void ExpertStages::carve_fused(WorkspaceCarver& carver, int64_t slots, ExpertSpa
 void ExpertStages::stage_fused_x(const ExpertSpace& space, const cuda::RowSource& source,
                                  const ExpertRows& rows, const ExpertTaps& taps, FusedLayer& layer,
                                  const Step& step) const {
+  if (stages_beside(rows.rows, source.rows, taps)) return stage_beside(space, source, rows, layer, step);
   cuda::StageArgs stage = stage_x(source, rows, space);
   if (taps.staged_x) stage.staged = *taps.staged_x;
-  layer.x = source.rows;
-  layer.slot_of_row = source.slot_of_row;
   if (restages() || !can_read_in_place(source.rows)) {
     stage.decoded = {space.fused_x, {}, space.x_row_scales.data()};
     layer.x = space.fused_x;
     layer.x_row_scales = restages() ? space.x_row_scales.data() : nullptr;
-    layer.slot_of_row = nullptr;
     layer.weights_ahead = true;
   } else {
+    layer.x = source.rows;
+    layer.slot_of_row = source.slot_of_row;
+    layer.x_top_k = source.top_k;
     layer.finds_own_rows = rows.rows <= cuda::kHandfulOfSlots;
     if (!taps.staged_x) return;
   }
@@ -316,6 +318,34 @@ void ExpertStages::stage_fused_x(const ExpertSpace& space, const cuda::RowSource
   }
   cuda::stage(stage, step.stream);
   step.finish("stage");
+}
+
+bool ExpertStages::stages_beside(int64_t slots, const MatrixView<const Bf16>& x,
+                                 const ExpertTaps& taps) const {
+  return slots <= cuda::kHandfulOfSlots && (restages() || !can_read_in_place(x)) &&
+         taps.staged_x == nullptr && !is_dynamic_tensor(options_.x_scale);
+}
+
+void ExpertStages::stage_beside(const ExpertSpace& space, const cuda::RowSource& source,
+                                const ExpertRows& rows, FusedLayer& layer, const Step& step) const {
+  const bool by_slot = !stages_by_token();
+  const int64_t staged_rows = by_slot ? rows.rows : source.rows.rows;
+  cuda::RowSource unsorted{source.rows};
+  unsorted.top_k = source.top_k;
+  unsorted.routing = source.routing;
+  cuda::StageArgs stage = stage_x(unsorted, {{}, staged_rows, {}}, space);
+  if (by_slot) stage.by_slot_of_experts = config_.experts;
+  stage.decoded = {space.fused_x, {}, space.x_row_scales.data()};
+  stage.beside_previous = true;
+  stage.cleared = space.fused_counters;
+  cuda::stage(stage, step.stream);
+  step.finish("stage");
+  layer.x = space.fused_x;
+  layer.x_row_scales = restages() ? space.x_row_scales.data() : nullptr;
+  layer.x_top_k = by_slot ? 1 : source.top_k;
+  layer.x_waits = true;
+  layer.slot_of_row = source.slot_of_row;
+  layer.finds_own_rows = true;
 }
 
 void ExpertStages::run_fused(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,

@@ -61,8 +61,10 @@ class ExpertStages {
   bool fuses(int64_t slots) const;
   /// What carve() does, for run_fused().
   void carve_fused(WorkspaceCarver& carver, int64_t slots, ExpertSpace& space) const;
+  /// Whether run_fused() stages x beside the permutation, and sets space.fused_counters to zero itself.
+  bool stages_beside(int64_t slots, const MatrixView<const Bf16>& x, const ExpertTaps& taps) const;
   /// All stages and combine, for as many slots as the space was carved for or fewer. The kernel that permuted
-  /// has set space.fused_counters to zero.
+  /// has set space.fused_counters to zero, unless stages_beside().
   void run_fused(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,
                  const ForwardArgs& args, const ExpertTaps& taps, MatrixView<Bf16> z, const Step& step) const;
 
@@ -91,6 +93,9 @@ class ExpertStages {
   /// Says where the fused kernel finds x, and brings it there.
   void stage_fused_x(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,
                      const ExpertTaps& taps, FusedLayer& layer, const Step& step) const;
+  /// The same where stages_beside(): every token once, or where its experts' scales differ every slot.
+  void stage_beside(const ExpertSpace& space, const cuda::RowSource& source, const ExpertRows& rows,
+                    FusedLayer& layer, const Step& step) const;
   /// What staging a stage's bf16 rows takes, but for where the result goes.
   cuda::StageArgs stage_x(const cuda::RowSource& source, const ExpertRows& rows,
                           const ExpertSpace& space) const;

@@ -20,7 +20,7 @@
 //
 // A handful of slots (finds_own_rows) is sorted by every CTA for itself, while the permutation sorts them for
 // the finishers: all that is used of it before it has ended are the counters, zero before it lets this kernel
-// start.
+// start. Where x is staged beside the permutation, the token warp waits for that, too.
 //
 // No stage waits for the whole of another, so that weights come at the memory's speed from the first byte to
 // the last.
@@ -123,6 +123,8 @@ FusedLayerArgs kernel_args(const FusedLayer& layer) {
   args.ids = cuda::ExpertIds(layer.routing, layer.experts);
   args.x = layer.x.data;
   args.x_stride = layer.x.stride;
+  args.x_top_k = static_cast<int32_t>(layer.x_top_k);
+  args.x_waits = layer.x_waits;
   args.x_row_scales = layer.x_row_scales;
   args.intermediate_scales = layer.intermediate_scales;
   args.intermediate = layer.intermediate.data;

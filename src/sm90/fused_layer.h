@@ -27,9 +27,11 @@ struct FusedMatrix {
 /// Device pointers; M = group_offsets[E] <= tokens * top_k.
 struct FusedLayer {
   int64_t experts = 0, tokens = 0, top_k = 0;
-  /// Staged and decoded rows [M, H]; or [T, H], with slot_of_row. 16-byte aligned, stride a multiple of 8.
+  /// Staged and decoded rows [M, H]; or, with slot_of_row, one for every x_top_k slots in turn: [T, H] or
+  /// [T * top_k, H]. 16-byte aligned, stride a multiple of 8.
   MatrixView<const Bf16> x;
-  const float* x_row_scales = nullptr;  ///< [M]; null: 1
+  int64_t x_top_k = 1;
+  const float* x_row_scales = nullptr;  ///< of the rows of x; null: 1
   const int32_t* group_offsets = nullptr;
   const int32_t* slot_of_row = nullptr;
   const int32_t* row_of_slot = nullptr;
@@ -48,10 +50,11 @@ struct FusedLayer {
   /// Weights, group_offsets and counters are complete before the previous kernel lets this one start, as in
   /// ExpertGemm::overlap_previous: weights are fetched before that kernel ends.
   bool weights_ahead = false;
-  /// x is as it was before the slots, a handful, were permuted, and by the kernel that did counters were set
-  /// to zero before it let another start. Then this one finds its rows by the router's ids, and begins before
-  /// group_offsets are there.
+  /// Of a handful of slots, whose counters were set to zero before the kernel before this one let it start:
+  /// rows are found by the router's ids, before group_offsets are there. x is as it was before the slots were
+  /// permuted, unless x_waits.
   bool finds_own_rows = false;
+  bool x_waits = false;  ///< x is complete when the kernel before this one has ended
 };
 
 /// What the kernel's lists in shared memory have room for.

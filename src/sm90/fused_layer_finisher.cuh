@@ -98,7 +98,9 @@ class FusedFinisher {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (args_.x_row_scales != nullptr && token(i) < work.rows) {
-        scales[i] = args_.x_row_scales[work.first_row + token(i)];
+        const int row = work.first_row + token(i);
+        scales[i] =
+            args_.x_row_scales[args_.slot_of_row != nullptr ? args_.slot_of_row[row] / args_.x_top_k : row];
       }
     }
     const int first_channel = work.row_tile * (kUnitRows / 2) + lane_ / 4;

@@ -236,12 +236,12 @@ __device__ __forceinline__ void run_fused_weights(const FusedLayerArgs& args, co
   }
 }
 
-/// Where a row of ours is in x, in elements.
+/// Which row of x a row of ours is.
 __device__ __forceinline__ int64_t x_row(const FusedLayerArgs& args, uint32_t own_slots, int row) {
-  if (args.slot_of_row == nullptr) return row * args.x_stride;
+  if (args.slot_of_row == nullptr) return row;
   const int slot =
       args.finds_own_rows ? __float_as_int(ptx::ld_shared_f32(own_slots + row * 4)) : args.slot_of_row[row];
-  return slot / args.slots.top_k * args.x_stride;
+  return slot / args.x_top_k;
 }
 
 /// Rows of x for tiles of gate and up; for tiles of down those of the activation, once they are complete.
@@ -249,7 +249,7 @@ __device__ __forceinline__ int64_t x_row(const FusedLayerArgs& args, uint32_t ow
 __device__ __forceinline__ void run_fused_tokens(const FusedLayerArgs& args, const FusedShared& layout,
                                                  uint32_t shared) {
   const int lane = threadIdx.x % 32;
-  if (!args.finds_own_rows) ptx::griddepcontrol_wait();
+  if (args.x_waits || !args.finds_own_rows) ptx::griddepcontrol_wait();
   int buffer = 0, complete_row = -1;
   uint32_t phase = 0;
   for (int n = 0;; ++n) {
@@ -267,7 +267,7 @@ __device__ __forceinline__ void run_fused_tokens(const FusedLayerArgs& args, con
     uint32_t to = shared + layout.tokens + buffer * layout.token_buffer_bytes + lane * 16;
     for (int row = tile.work.first_row; row < tile.work.first_row + tile.work.rows; ++row, to += row_bytes) {
       const Bf16* from = (tile.down ? args.intermediate + row * args.activated_stride
-                                    : args.x + x_row(args, shared + layout.own_slots, row)) +
+                                    : args.x + x_row(args, shared + layout.own_slots, row) * args.x_stride) +
                          lane * 8;
       for (int left = matrix.depth_units * (kUnitDepth / 8) - lane, i = 0; left > 0; left -= 32, ++i) {
         ptx::cp_async_cg_16(to + i * 512, from + i * 256);

@@ -236,8 +236,8 @@ run_counters() {
     note 'not run' counters 0 'ncu (Nsight Compute) is not on the PATH nor in /usr/local/cuda/bin'
     return
   fi
-  attempt counters 120 python3 "$here/gpu_counters.py" --fourfold "$fourfold" --ncu "$ncu" --backend "$backend" \
-    --json "$out/counters.json" B:1 B:16 C:1 B:64 B:1024 C:1024 A:4096 B:16384
+  attempt counters 150 python3 "$here/gpu_counters.py" --fourfold "$fourfold" --ncu "$ncu" --backend "$backend" \
+    --json "$out/counters.json" {A,B,C}:{1,16,64,256,1024} A:4096 B:16384 C:8192
   show counters
 }
 

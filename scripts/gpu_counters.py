@@ -14,7 +14,8 @@ For every kernel of the last whole call that was seen of each case:
 
 A call begins with its permutation. What `fourfold bench` checks comes before, with other kernels where taps want them.
 
-Counting replays a kernel several times, with its memory as it was. Exit status: 0 done, 1 error, 2 usage.
+Counting replays a kernel several times, with its memory as it was. Every case runs twice, the first time to see which
+launches there are. Exit status: 0 done, 1 error, 2 usage.
 """
 
 from __future__ import annotations
@@ -68,12 +69,14 @@ def stalls_of(row: dict[str, str]) -> dict[str, float]:
     return dict(sorted(shares.items(), key=lambda item: -item[1])[:3])
 
 
-def measure(options: argparse.Namespace, case: str) -> list[dict[str, Any]]:
+def profile(options: argparse.Namespace, case: str, first: int, count: int, metrics: list[str]) -> list[dict[str, str]]:
+    """The launches [first, first + count) of the case, or as many of them as there are; their times in seconds."""
     shape, _, tokens = case.partition(":")
     bench = [options.fourfold, "bench", "--shape", shape, "--tokens", tokens, "--backend", options.backend]
     bench += ["--activations", options.activations, "--repeats", "1", "--min-time", "0"]
-    command = [options.ncu, "--clock-control", "none", "--kernel-name", KERNELS, "--launch-count", str(MOST_LAUNCHES)]
-    command += ["--metrics", ",".join([TIME, *METRICS.values(), STALLS]), "--page", "raw", "--csv", *map(str, bench)]
+    command = [options.ncu, "--clock-control", "none", "--kernel-name", KERNELS]
+    command += ["--launch-skip", str(first), "--launch-count", str(count)]
+    command += ["--metrics", ",".join([TIME, *metrics]), "--page", "raw", "--csv", *map(str, bench)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in ran.stdout.splitlines() if line.startswith('"')]
     if len(lines) < 3:
@@ -81,13 +84,26 @@ def measure(options: argparse.Namespace, case: str) -> list[dict[str, Any]]:
     names, units, *rows = csv.reader(io.StringIO("\n".join(lines)))
     second = SECONDS[units[names.index(TIME)]]
     launches = [dict(zip(names, values, strict=True)) for values in rows]
-    starts = [i for i, row in enumerate(launches) if re.search(FIRST_OF_CALL, row["Kernel Name"])]
+    for row in launches:
+        row[TIME] = str(number(row, TIME) * second)
+    return launches
+
+
+def measure(options: argparse.Namespace, case: str) -> list[dict[str, Any]]:
+    """By one run that tells where the last whole call is, and one that counts it: all counters take many replays."""
+    seen = profile(options, case, 0, MOST_LAUNCHES, [])
+    starts = [i for i, row in enumerate(seen) if re.search(FIRST_OF_CALL, row["Kernel Name"])]
     if len(starts) < 2:
         sys.exit(f"error: {case}: expected two calls within {MOST_LAUNCHES} launches, found {len(starts)} permutations")
+    begin, end = starts[-2:]
+    launches = profile(options, case, begin, end - begin, [*METRICS.values(), STALLS])
+    expected, counted = ([short(row["Kernel Name"]) for row in rows] for rows in (seen[begin:end], launches))
+    if expected != counted:
+        sys.exit(f"error: {case}: expected the launches of the first run in the second, {expected}; found {counted}")
     found = []
-    for row in launches[starts[-2] : starts[-1]]:
+    for row in launches:
         entry: dict[str, Any] = {"case": case, "activations": options.activations, "kernel": short(row["Kernel Name"])}
-        entry["us"] = number(row, TIME) * second * 1e6
+        entry["us"] = number(row, TIME) * 1e6
         entry |= {what: number(row, metric) for what, metric in METRICS.items()}
         entry["sm_ghz"] *= 1e-9
         entry["stalls_pct"] = stalls_of(row)

@@ -32,6 +32,7 @@ TORCH = "torch grouped_mm bf16"
 PEER_NAMES = {"marlin": "Marlin (vLLM)", "triton_kernels": "triton_kernels (MXFP4)", "humming": "humming"}
 README_TOKENS = (1, 16, 256, 4096, 16384)
 UNTUNED_TOKENS = (1, 16, 256, 1024, 4096)
+LEAST_SHARE = 0.02
 ROUTINGS = ("zipf", "one-expert", "sequences")  # beside the grid's uniform ones
 TITLES = {
     "deepseek-v3": "A: DeepSeek-V3 (H 7168, I 2048, E 256, top-8)",
@@ -223,9 +224,16 @@ def routing_table(of: Path) -> str:
 
 
 def counter_table(of: Path) -> str:
+    """Without kernels that take less than LEAST_SHARE of their case."""
     columns = {"SM GHz": "sm_ghz", "issue": "issue_pct", "tensor": "tensor_pct", "DRAM": "dram_pct", "L2": "l2_pct"}
     text = row(["case", "kernel", "us", *columns, "stalls"]) + row(["---"] * (4 + len(columns)))
-    for entry in json.loads(of.read_text())["counters"]:
+    entries = json.loads(of.read_text())["counters"]
+    whole: dict[str, float] = {}
+    for entry in entries:
+        whole[entry["case"]] = whole.get(entry["case"], 0.0) + entry["us"]
+    for entry in entries:
+        if entry["us"] < LEAST_SHARE * whole[entry["case"]]:
+            continue
         kernel = entry["kernel"].partition("<")[0]
         values = [f"{entry[key]:.2f}" if key == "sm_ghz" else f"{entry[key]:.0f}" for key in columns.values()]
         stalls = ", ".join(f"{name} {share:.0f}" for name, share in entry["stalls_pct"].items())

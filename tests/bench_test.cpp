@@ -440,6 +440,44 @@ TEST(Report, SaysWhenAFloorIsBeaten) {
   EXPECT_NE(format_case(result).find("50.0%"), std::string::npos) << format_case(result);
 }
 
+TEST(Report, SaysWhenThePeakIsLowerBetweenCalls) {
+  BenchResult result;
+  result.bench_case = {"b", "m", 8, 64, 32, 2, 10, ActivationFormat::kBf16, 1};
+  result.peak = Ceiling{"bf16-amx", 2e12, ""};
+  result.work.operations = 4e9;
+  result.floor = floor_of(result.work, 1e12, 2e12);
+  result.seconds = Spread{5e-3, 5e-3, 5e-3, 3};
+  EXPECT_EQ(format_case(result).find("between"), std::string::npos);
+  const auto with_peak_between = [&](double peak) {
+    result.peak_between = peak;
+    result.floor_between = floor_of(result.work, 1e12, peak);
+    return format_case(result);
+  };
+  EXPECT_EQ(with_peak_between(1.95e12).find("between"), std::string::npos);
+  EXPECT_NE(
+      with_peak_between(1.6e12).find(
+          "bf16-amx between the calls is 1.6 TFLOP/s, 80.0% of the ceiling; beside that 50.0% of the floor"),
+      std::string::npos)
+      << format_case(result);
+  result.work.bytes = 4e9;  // memory binds, whatever the peak
+  result.floor = floor_of(result.work, 1e12, 2e12);
+  EXPECT_EQ(with_peak_between(1.6e12).find("between"), std::string::npos);
+}
+
+TEST(Ceilings, OfThePeakBehindSomeWorkIsOfThatPeak) {
+  const std::vector<Ceiling> peaks = measure_cpu_peaks(0.001);
+  int calls = 0;
+  for (const Ceiling& peak : peaks) {
+    const std::optional<double> behind = measure_cpu_peak_behind(peak, [&] { ++calls; });
+    ASSERT_EQ(behind.has_value(), peak.per_second.has_value()) << peak.name;
+    if (!behind) continue;
+    EXPECT_GT(*behind, 0.1 * *peak.per_second) << peak.name;  // a busy machine's
+    EXPECT_LT(*behind, 10 * *peak.per_second) << peak.name;
+  }
+  EXPECT_GE(calls, 5);
+  EXPECT_FALSE(measure_cpu_peak_behind({"cuBLAS", 1e12, ""}, [] {}));
+}
+
 /// A request for a few small cases.
 BenchRequest small_request(const Backend& backend) {
   BenchRequest request;

@@ -241,8 +241,10 @@ class BenchRun {
     listener_.progress(result.bench_case.name() + ": timing");
     const std::vector<double> samples = testbed.time(calls, request_.timing);
     result.peak = peak_for(testbed, prepared, plans.front(), machine, bench_case);
-    result.floor = floor_of(result.work, machine.read_bandwidth.per_second.value_or(0.0),
-                            result.peak ? result.peak->per_second : std::nullopt);
+    const double bandwidth = machine.read_bandwidth.per_second.value_or(0.0);
+    result.floor = floor_of(result.work, bandwidth, result.peak ? result.peak->per_second : std::nullopt);
+    if (result.peak) result.peak_between = testbed.peak_between(calls, *result.peak);
+    if (result.peak_between) result.floor_between = floor_of(result.work, bandwidth, result.peak_between);
     if (request_.stages) result.stages = testbed.time_stages(calls);
     result.seconds = spread_of(samples);
   }

@@ -67,6 +67,7 @@ void add_times(const BenchResult& result, Json& json) {
                    {"fraction", result.floor.seconds / seconds.median},
                    {"beaten", result.beats_floor()}};
   json["peak"] = result.peak ? ceiling_json(*result.peak) : Json(nullptr);
+  json["peak_between_calls"] = optional_number(result.peak_between);
   Json stages = Json::array();
   for (const StageTime& stage : result.stages) {
     stages.push_back({{"stage", stage.stage}, {"seconds", stage.seconds}});
@@ -132,6 +133,16 @@ std::string timed_line(const BenchResult& result) {
                      check_text(result.check), result.cold ? "" : ", warm");
 }
 
+/// Where the floor would be longer by more than a twentieth, were the peak what it is between calls.
+std::string between_line(const BenchResult& result) {
+  if (!result.peak_between || result.floor_between.seconds <= 1.05 * result.floor.seconds) return "";
+  return fmt::format(
+      "      {} between the calls is {:.4g} TFLOP/s, {} of the ceiling; beside that {} of the floor\n",
+      result.peak->name, 1e-12 * *result.peak_between,
+      percent(*result.peak_between / result.peak->per_second.value_or(0.0)),
+      percent(result.floor_between.seconds / result.seconds->median));
+}
+
 std::string stage_lines(const BenchResult& result) {
   double total = 0.0;
   for (const StageTime& stage : result.stages) total += stage.seconds;
@@ -191,7 +202,7 @@ std::string format_case(const BenchResult& result) {
                                         : "its weights came from a cache, or a ceiling is too low")) +
             "\n";
   }
-  return text + stage_lines(result);
+  return text + between_line(result) + stage_lines(result);
 }
 
 std::string format_bench_json(const BenchRequest& request, const std::vector<MachineReport>& machines,

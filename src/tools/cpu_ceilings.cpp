@@ -79,6 +79,15 @@ double time_read(const HugeMapping& mapping, size_t& bytes_read) {
   return seconds;
 }
 
+/// Operations a second of one run by all threads.
+double time_peak(const CpuPeak& peak, int64_t iterations) {
+  const auto start = Clock::now();
+#pragma omp parallel
+  peak.run(iterations);
+  const double operations = static_cast<double>(iterations) * peak.operations_an_iteration;
+  return operations * omp_get_max_threads() / seconds_since(start);
+}
+
 /// "32K", "2M" -> bytes.
 int64_t parse_cache_size(const std::string& text) {
   size_t end = 0;
@@ -147,16 +156,29 @@ std::vector<Ceiling> measure_cpu_peaks(double min_seconds) {
       start = Clock::now();
     }
     std::vector<double> rates;
-    for (int run = 0; run < kRuns; ++run) {
-      const auto start = Clock::now();
-#pragma omp parallel
-      peak.run(iterations);
-      const double operations = static_cast<double>(iterations) * peak.operations_an_iteration;
-      rates.push_back(operations * omp_get_max_threads() / seconds_since(start));
-    }
+    for (int run = 0; run < kRuns; ++run) rates.push_back(time_peak(peak, iterations));
     ceilings.push_back({peak.name, best(rates), ""});
   }
   return ceilings;
+}
+
+std::optional<double> measure_cpu_peak_behind(const Ceiling& peak, const std::function<void()>& work) {
+  constexpr size_t kRuns = 5;
+  constexpr double kEnoughSeconds = 1.0;
+  const std::vector<CpuPeak> peaks = cpu_peaks();
+  const auto known = std::find_if(peaks.begin(), peaks.end(), [&](const CpuPeak& candidate) {
+    return candidate.name == peak.name && candidate.why_not.empty();
+  });
+  if (known == peaks.end() || !peak.per_second) return std::nullopt;
+  const double an_iteration = known->operations_an_iteration * omp_get_max_threads() / *peak.per_second;
+  const auto iterations = static_cast<int64_t>(kCeilingRunSeconds / 10 / an_iteration) + 1;
+  std::vector<double> rates;
+  for (const auto start = Clock::now();
+       rates.empty() || (rates.size() < kRuns && seconds_since(start) < kEnoughSeconds);) {
+    work();
+    rates.push_back(time_peak(*known, iterations));
+  }
+  return best(rates);
 }
 
 }  // namespace fourfold

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -40,5 +41,10 @@ inline constexpr double kCeilingRunSeconds = 0.005;
 ///   int8-amx, bf16-amx             tile multiplication
 /// Those that can't run are listed without a number, with the reason.
 std::vector<Ceiling> measure_cpu_peaks(double min_seconds);
+
+/// Operations a second that one of these peaks reaches right behind `work`, at the clock that `work` leaves:
+/// the best of up to five runs of kCeilingRunSeconds / 10, before the clock recovers, each behind a run of
+/// `work`, as many as a second allows. Nothing where `peak` is none of them, or was not measured.
+std::optional<double> measure_cpu_peak_behind(const Ceiling& peak, const std::function<void()>& work);
 
 }  // namespace fourfold

@@ -82,6 +82,12 @@ class CpuTestbed final : public Testbed {
   }
   std::optional<Ceiling> operand_peak(const OperandSample&) const override { return std::nullopt; }
 
+  std::optional<double> peak_between(std::span<const LayerCall> rotation,
+                                     const Ceiling& peak) const override {
+    size_t turn = 0;
+    return measure_cpu_peak_behind(peak, [&] { rotation[turn++ % rotation.size()](nullptr, nullptr); });
+  }
+
   std::vector<double> time(std::span<const LayerCall> rotation, const TimingLimits& limits) const override {
     std::vector<double> samples;
     double total = 0.0;

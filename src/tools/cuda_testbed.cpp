@@ -37,6 +37,10 @@ class CudaTestbed final : public Testbed {
   }
 
   std::vector<Ceiling> peaks(const TimingLimits&) const override { return {}; }
+  /// The operands' peak is measured long enough for the chip's power to limit it.
+  std::optional<double> peak_between(std::span<const LayerCall>, const Ceiling&) const override {
+    return std::nullopt;
+  }
   std::optional<Ceiling> operand_peak(const OperandSample& sample) const override {
     // Generated codes are one array, and so are scales: gate of the first expert is where both start.
     const ExpertWeights& weights = *sample.weights;

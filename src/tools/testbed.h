@@ -50,6 +50,11 @@ class Testbed {
   /// The peak on operands of a case; nullopt where it does not depend on them.
   virtual std::optional<Ceiling> operand_peak(const OperandSample& sample) const = 0;
 
+  /// Operations a second that `peak` reaches between calls, at the clock that these leave; nullopt where that
+  /// is not measured.
+  virtual std::optional<double> peak_between(std::span<const LayerCall> rotation,
+                                             const Ceiling& peak) const = 0;
+
   /// Seconds of a call, sample by sample, the calls of `rotation` taking turns; one turn before the clock
   /// starts.
   virtual std::vector<double> time(std::span<const LayerCall> rotation, const TimingLimits& limits) const = 0;

@@ -31,7 +31,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-KERNELS = "regex:expert_gemm|fused_layer|combine|stage_|permute_|count_slots"
+KERNELS = "regex:expert_gemm|fused_layer|combine|stage_|permute_|count_slots|sum_chunks|place_slots"
 FIRST_OF_CALL = "permute_|count_slots"
 STALLS = "regex:smsp__average_warps_issue_stalled_.*_per_issue_active"
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")

@@ -52,7 +52,8 @@ struct Block {
 };
 
 /// Sixteen floats and a global scale that cover all exponents: bits of a multiplicative hash, magnitudes near
-/// each other in a block. Some have zeros, infinities or NaN, some such a global scale.
+/// each other in a block. Some have zeros, infinities or NaN, some such a global scale; some are subnormal,
+/// and so nearly is the global scale: the reciprocal may be infinite where the block's scale is ordinary.
 FOURFOLD_HOST_DEVICE Block block_of(uint32_t index) {
   Block block{};
   for (uint32_t i = 0; i < kNvfp4Block; ++i) {
@@ -60,11 +61,13 @@ FOURFOLD_HOST_DEVICE Block block_of(uint32_t index) {
     const uint32_t exponent = (index % 250) + (hash & 3);
     block.x[i] = float_from_bits((hash & 0x807FFFFFu) | (exponent << 23));
     if (index % 41 == 7) block.x[i] = i % 2 == 0 ? 0.0f : -0.0f;
+    if (index % 31 == 3) block.x[i] = float_from_bits(hash & 0x803FFFFFu);  // subnormal
   }
   constexpr uint32_t kSpecial[7] = {0,           0x80000000u, 0x7F800000u, 0xFF800000u,
                                     0x7FC00000u, 0x00000123u, 0xBFC00000u};
   if (index % 43 == 11) block.x[index % 16] = float_from_bits(kSpecial[index % 7]);
   block.global = float_from_bits(((index >> 8) % 250) << 23 | (index * 40503u & 0x7FFFFFu));
+  if (index % 31 == 3) block.global = float_from_bits((index % 9) << 23 | (index * 40503u & 0x7FFFFFu));
   if (index % 37 == 5) block.global = float_from_bits(kSpecial[index / 37 % 7]);
   return block;
 }

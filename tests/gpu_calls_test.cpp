@@ -28,11 +28,13 @@ std::unique_ptr<MoeLayer> make(const RandomLayer& layer, const LayerOptions& opt
 /// Buffers for forward() at fixed addresses, whose contents can change between calls.
 class Call {
  public:
-  Call(const MoeLayer& layer, int64_t max_tokens)
+  /// `late`: elements by which rows of x start after multiples of 16 bytes.
+  Call(const MoeLayer& layer, int64_t max_tokens, int64_t late = 0)
       : layer_(layer),
         plan_(layer.plan(max_tokens)),
         workspace_(plan_.workspace_bytes, gpu()),
-        x_(elements(max_tokens, layer.config().hidden)),
+        late_(late),
+        x_(elements(max_tokens, layer.config().hidden + late) + static_cast<size_t>(late)),
         ids_(elements(max_tokens, layer.config().top_k)),
         wide_ids_(elements(max_tokens, layer.config().top_k)),
         weights_(elements(max_tokens, layer.config().top_k)),
@@ -43,18 +45,31 @@ class Call {
 
   void set(const LayerInputs& inputs) {
     tokens_ = inputs.tokens;
-    x_.set(inputs.x);
+    std::vector<Bf16> x(static_cast<size_t>(late_));
+    for (int64_t token = 0; token < tokens_; ++token) {
+      x.insert(x.end(), inputs.x.begin() + token * inputs.hidden,
+               inputs.x.begin() + (token + 1) * inputs.hidden);
+      x.resize(x.size() + static_cast<size_t>(late_));
+    }
+    x_.set(x);
     ids_.set(inputs.topk_ids);
     wide_ids_.set({inputs.topk_ids.begin(), inputs.topk_ids.end()});
     weights_.set(inputs.topk_weights);
     gpu().synchronize();
   }
 
+  size_t workspace_bytes() const { return plan_.workspace_bytes; }
+
   void enqueue(void* stream, const StageTaps& taps = {}, std::span<const int32_t> local_experts = {},
                bool wide_ids = false) const {
+    enqueue_in(workspace_.span(), stream, taps, local_experts, wide_ids);
+  }
+  void enqueue_in(std::span<std::byte> workspace, void* stream, const StageTaps& taps,
+                  std::span<const int32_t> local_experts, bool wide_ids) const {
     const LayerConfig& config = layer_.config();
     ForwardArgs args;
-    args.x = x_.matrix(tokens_, config.hidden);
+    args.x = x_.matrix(tokens_, config.hidden, config.hidden + late_);
+    args.x.data += late_;
     args.routing.topk_ids = MatrixView<const int32_t>(ids_.matrix(tokens_, config.top_k));
     if (wide_ids) {
       args.routing.topk_ids = MatrixView<const int64_t>(wide_ids_.matrix(tokens_, config.top_k));
@@ -62,7 +77,7 @@ class Call {
     args.routing.topk_weights = weights_.matrix(tokens_, config.top_k);
     args.routing.local_experts = local_experts;
     args.y = y_.matrix(tokens_, config.hidden);
-    args.workspace = workspace_.span();
+    args.workspace = workspace;
     args.stream = stream;
     args.taps = taps;
     layer_.forward(plan_, args);
@@ -80,7 +95,7 @@ class Call {
   const MoeLayer& layer_;
   LayerPlan plan_;
   AlignedWorkspace workspace_;
-  int64_t tokens_ = 0;
+  int64_t tokens_ = 0, late_;
   DeviceArray<Bf16> x_;
   DeviceArray<int32_t> ids_;
   DeviceArray<int64_t> wide_ids_;
@@ -145,9 +160,10 @@ TEST(GpuCalls, CapturedOnceGiveForEveryRoutingWhatEagerCallsGive) {
 }
 
 /// Kernels begin while those before them end, some of them with what they need not wait for: here each call
-/// has other rows than the one before, whose kernels are just ending, and every other one ids of 64 bits.
-/// Some ids are no expert's.
-void expect_right_behind_each_other(int64_t most_tokens) {
+/// has other rows than the one before, whose kernels are just ending, in the same workspace, so that whoever
+/// reads too early finds another call's, or writes into it. Every other one has ids of 64 bits. Some ids are
+/// no expert's.
+void expect_right_behind_each_other(int64_t most_tokens, int64_t late) {
   const RandomLayer layer(
       {.tokens = most_tokens, .hidden = 256, .intermediate = 128, .experts = 40, .top_k = 4}, test_seed());
   std::vector<LayerOptions> every_option = options_of_formats();
@@ -162,22 +178,25 @@ void expect_right_behind_each_other(int64_t most_tokens) {
     const auto moe = make(layer, options);
     std::vector<std::unique_ptr<Call>> calls;
     std::vector<std::vector<Bf16>> alone;
+    size_t workspace_bytes = 0;
     for (uint64_t number = 0; number < 12; ++number) {
       LayerInputs inputs = other_inputs(layer, 30 + number);
       inputs.tokens = most_tokens - static_cast<int64_t>(number) % 5;
       inputs.x.resize(static_cast<size_t>(inputs.tokens * inputs.hidden));
       inputs.topk_ids.resize(static_cast<size_t>(inputs.tokens * inputs.top_k));
       inputs.topk_weights.resize(static_cast<size_t>(inputs.tokens * inputs.top_k));
-      calls.push_back(std::make_unique<Call>(*moe, inputs.tokens));
+      calls.push_back(std::make_unique<Call>(*moe, inputs.tokens, late));
+      workspace_bytes = std::max(workspace_bytes, calls.back()->workspace_bytes());
       if (number % 3 == 2) inputs.topk_ids[1] = number % 2 == 0 ? 40 : -2;
       calls.back()->set(inputs);
       for (int32_t& id : inputs.topk_ids) id = id < 0 || id >= 40 ? -1 : known[static_cast<size_t>(id)];
       alone.push_back(trace(*moe, inputs, nullptr, gpu()).y);
     }
+    const AlignedWorkspace workspace(workspace_bytes, gpu());
     CapturedGraph graph([&](void* stream) {
       for (int repeat = 0; repeat < 5; ++repeat) {
         for (size_t i = 0; i < calls.size(); ++i) {
-          calls[i]->enqueue(stream, {}, local_experts.span(), i % 2 == 1);
+          calls[i]->enqueue_in(workspace.span(), stream, {}, local_experts.span(), i % 2 == 1);
         }
       }
     });
@@ -185,15 +204,17 @@ void expect_right_behind_each_other(int64_t most_tokens) {
       graph.replay();
       for (size_t i = 0; i < calls.size(); ++i) {
         ASSERT_EQ(calls[i]->y(), alone[i])
-            << to_string(options.activations) << ", " << to_string(options.x_scale) << ", call " << i;
+            << to_string(options.activations) << ", " << to_string(options.x_scale) << ", call " << i << ", "
+            << most_tokens << " tokens, " << late << " late";
       }
     }
   }
 }
 
 TEST(GpuCalls, RightBehindEachOtherGiveWhatEachGivesAlone) {
-  expect_right_behind_each_other(5);
-  expect_right_behind_each_other(100);
+  for (const int64_t most_tokens : {5, 100}) {
+    for (const int64_t late : {0, 3}) expect_right_behind_each_other(most_tokens, late);
+  }
 }
 
 TEST(GpuCalls, RepeatToTheLastBit) {

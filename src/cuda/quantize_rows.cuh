@@ -9,8 +9,8 @@
 
 namespace fourfold::cuda {
 
-/// Which codes are written beside decoded values: none, those that QuantizedRows has room for, or also where
-/// tensor cores read them.
+/// Which codes of NVFP4 are written beside decoded values: none, those that QuantizedRows has room for, or
+/// also where tensor cores read them.
 enum class CodesWanted : uint8_t { kNone, kTapped, kStacked };
 
 /// What is null is not written.

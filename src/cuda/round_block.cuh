@@ -1,5 +1,6 @@
 // Rounding of values to NVFP4 on the GPU: what decode(encode(x)) gives, by what the GPU does in few
-// instructions. The same bits as numeric/block_quantizer.h.
+// instructions. The same bits as numeric/block_quantizer.h, but for the signs of zeros where they are not
+// asked for.
 #pragma once
 
 #include <cstdint>

@@ -367,7 +367,7 @@ void stage(const StageArgs& args, void* stream) {
       return launch_nvfp4.template operator()<ActivationFormat::kNvfp4>();
     case ActivationFormat::kNvfp4x2:
       return launch_nvfp4.template operator()<ActivationFormat::kNvfp4x2>();
-    case ActivationFormat::kFp8:
+    case ActivationFormat::kFp8:  // whose codes are written where they are tapped, by the same kernel
       return launch.template operator()<ActivationFormat::kFp8, CodesWanted::kNone>();
     case ActivationFormat::kBf16:
       return launch.template operator()<ActivationFormat::kBf16, CodesWanted::kNone>();

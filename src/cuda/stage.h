@@ -1,5 +1,6 @@
 // Staging of activations on the GPU: bf16 rows -> quantized -> the bf16 rows that a GEMM reads, bit for bit
-// what the quantizers of fourfold/quantize.h give.
+// what the quantizers of fourfold/quantize.h give, but for the signs of NVFP4's zeros where no codes are
+// written: no sum depends on them.
 //
 // Every product e2m1 x e4m3 is exact in bf16 (docs/formats.md, section 1), and so is every e4m3 value: a GEMM
 // without FP4 units multiplies decoded rows. nvfp4x2 gives two of them, not their sum, which is not exact.
@@ -48,10 +49,12 @@ struct StageArgs {
   /// For GEMMs of native FP4: nvfp4 and nvfp4x2 alone. Padding of the scales is the caller's to clear.
   StackedRows stacked = {};
   /// Row s is the token of slot s, with the scale of its expert, one of so many, instead of what the
-  /// permutation tells, of which nothing is read. Slots without an expert here are not written. 0: not so.
+  /// permutation tells, of which nothing is read; for policies static and max-over-experts. Slots without an
+  /// expert here are not written. 0: not so.
   int64_t by_slot_of_experts = 0;
-  /// The kernel before this one neither writes what is read here nor touches what is written here, as the
-  /// permutation does where rows are tokens or slots: staging begins beside it, and ends after it.
+  /// The kernel before this one neither writes what is read here nor touches what is written here, and had
+  /// waited for those before it when it let this one start: so the permutation, where rows are tokens or
+  /// slots. Staging begins beside it, and ends after it.
   bool beside_previous = false;
   /// Set to zero before the kernel lets the next one start (programmatic dependent launch).
   std::span<int32_t> cleared = {};

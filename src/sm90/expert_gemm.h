@@ -98,9 +98,10 @@ struct ExpertGemm {
   /// second of launch_expert_gemms). A kernel that gathers its rows waits first. Others need:
   /// group_offsets and the weights are complete when the previous kernel calls
   /// griddepcontrol.launch_dependents (or ends, where it has no such call). That holds when the previous
-  /// kernel did not write them and itself waits before that call, or was started by one that had waited, as
-  /// the kernels launched here do: a plan's second launch, and those of launch_expert_gemms' second, read and
-  /// write at once what they may, and wait at their end, so that what comes after one comes after all.
+  /// kernel did not write them and itself waits before that call (staging beside the permutation does not),
+  /// or was started by one that had waited when they were complete, as the kernels launched here do: a plan's
+  /// second launch, and those of launch_expert_gemms' second, read and write at once what they may, and wait
+  /// at their end, so that what comes after one comes after all.
   bool overlap_previous = false;
 };
 

@@ -309,7 +309,7 @@ void ExpertStages::stage_fused_x(const ExpertSpace& space, const cuda::RowSource
   } else {
     layer.x = source.rows;
     layer.slot_of_row = source.slot_of_row;
-    layer.x_top_k = source.top_k;
+    layer.slots_of_x_row = source.top_k;
     layer.finds_own_rows = rows.rows <= cuda::kHandfulOfSlots;
     if (!taps.staged_x) return;
   }
@@ -342,8 +342,8 @@ void ExpertStages::stage_beside(const ExpertSpace& space, const cuda::RowSource&
   step.finish("stage");
   layer.x = space.fused_x;
   layer.x_row_scales = restages() ? space.x_row_scales.data() : nullptr;
-  layer.x_top_k = by_slot ? 1 : source.top_k;
-  layer.x_waits = true;
+  layer.slots_of_x_row = by_slot ? 1 : source.top_k;
+  layer.waits_for_x = true;
   layer.slot_of_row = source.slot_of_row;
   layer.finds_own_rows = true;
 }

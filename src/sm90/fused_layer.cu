@@ -123,8 +123,8 @@ FusedLayerArgs kernel_args(const FusedLayer& layer) {
   args.ids = cuda::ExpertIds(layer.routing, layer.experts);
   args.x = layer.x.data;
   args.x_stride = layer.x.stride;
-  args.x_top_k = static_cast<int32_t>(layer.x_top_k);
-  args.x_waits = layer.x_waits;
+  args.slots_of_x_row = static_cast<int32_t>(layer.slots_of_x_row);
+  args.waits_for_x = layer.waits_for_x;
   args.x_row_scales = layer.x_row_scales;
   args.intermediate_scales = layer.intermediate_scales;
   args.intermediate = layer.intermediate.data;

@@ -27,10 +27,10 @@ struct FusedMatrix {
 /// Device pointers; M = group_offsets[E] <= tokens * top_k.
 struct FusedLayer {
   int64_t experts = 0, tokens = 0, top_k = 0;
-  /// Staged and decoded rows [M, H]; or, with slot_of_row, one for every x_top_k slots in turn: [T, H] or
-  /// [T * top_k, H]. 16-byte aligned, stride a multiple of 8.
+  /// Staged and decoded rows [M, H]; or, with slot_of_row, one for every slots_of_x_row slots in turn: [T, H]
+  /// or [T * top_k, H]. 16-byte aligned, stride a multiple of 8.
   MatrixView<const Bf16> x;
-  int64_t x_top_k = 1;
+  int64_t slots_of_x_row = 1;
   const float* x_row_scales = nullptr;  ///< of the rows of x; null: 1
   const int32_t* group_offsets = nullptr;
   const int32_t* slot_of_row = nullptr;
@@ -52,9 +52,9 @@ struct FusedLayer {
   bool weights_ahead = false;
   /// Of a handful of slots, whose counters were set to zero before the kernel before this one let it start:
   /// rows are found by the router's ids, before group_offsets are there. x is as it was before the slots were
-  /// permuted, unless x_waits.
+  /// permuted, unless waits_for_x.
   bool finds_own_rows = false;
-  bool x_waits = false;  ///< x is complete when the kernel before this one has ended
+  bool waits_for_x = false;  ///< x is complete when the kernel before this one has ended
 };
 
 /// What the kernel's lists in shared memory have room for.

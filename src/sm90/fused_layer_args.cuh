@@ -32,11 +32,11 @@ struct FusedLayerArgs {
   const int32_t* group_offsets;
   const int32_t* slot_of_row;  ///< null: x has a row for each of ours
   bool finds_own_rows;         ///< by `ids`; group_offsets and slot_of_row may not be there yet
-  bool x_waits;                ///< for the previous kernel
+  bool waits_for_x;            ///< for the previous kernel
   cuda::ExpertIds ids;
   const Bf16* x;
   int64_t x_stride;
-  int32_t x_top_k;
+  int32_t slots_of_x_row;
   const float* x_row_scales;         ///< null: 1
   const float* intermediate_scales;  ///< null: the activation's output stays bf16
   Bf16* intermediate;                ///< what down multiplies; strides as of `activated`

@@ -100,7 +100,8 @@ class FusedFinisher {
       if (args_.x_row_scales != nullptr && token(i) < work.rows) {
         const int row = work.first_row + token(i);
         scales[i] =
-            args_.x_row_scales[args_.slot_of_row != nullptr ? args_.slot_of_row[row] / args_.x_top_k : row];
+            args_.x_row_scales[args_.slot_of_row != nullptr ? args_.slot_of_row[row] / args_.slots_of_x_row
+                                                            : row];
       }
     }
     const int first_channel = work.row_tile * (kUnitRows / 2) + lane_ / 4;

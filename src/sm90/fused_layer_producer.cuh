@@ -241,7 +241,7 @@ __device__ __forceinline__ int64_t x_row(const FusedLayerArgs& args, uint32_t ow
   if (args.slot_of_row == nullptr) return row;
   const int slot =
       args.finds_own_rows ? __float_as_int(ptx::ld_shared_f32(own_slots + row * 4)) : args.slot_of_row[row];
-  return slot / args.x_top_k;
+  return slot / args.slots_of_x_row;
 }
 
 /// Rows of x for tiles of gate and up; for tiles of down those of the activation, once they are complete.
@@ -249,7 +249,7 @@ __device__ __forceinline__ int64_t x_row(const FusedLayerArgs& args, uint32_t ow
 __device__ __forceinline__ void run_fused_tokens(const FusedLayerArgs& args, const FusedShared& layout,
                                                  uint32_t shared) {
   const int lane = threadIdx.x % 32;
-  if (args.x_waits || !args.finds_own_rows) ptx::griddepcontrol_wait();
+  if (args.waits_for_x || !args.finds_own_rows) ptx::griddepcontrol_wait();
   int buffer = 0, complete_row = -1;
   uint32_t phase = 0;
   for (int n = 0;; ++n) {

@@ -3,7 +3,8 @@
 
     scripts/hopper_figures.py record FOLDER --commit SUBJECT   FOLDER: gpu_check's --out -> docs/measured/hopper.json,
                                                                or h200.json where that is the GPU
-    scripts/hopper_figures.py write                            the tables of README.md and docs/hopper.md, and the plots
+    scripts/hopper_figures.py write                            the tables of README.md, docs/hopper.md and
+                                                               docs/hopper-h100.md, and the plots
     scripts/hopper_figures.py check                            exit status 1 where those are not what the JSON says
 
 docs/measured/hopper.json (an H100's) and h200.json hold medians and fractions of the floor as measured, and nothing else
@@ -26,6 +27,7 @@ from measured_pages import ROOT, digest, pyplot, report_stale, row, save_plot, w
 MEASURED = ROOT / "docs/measured/hopper.json"
 MEASURED_H200 = ROOT / "docs/measured/h200.json"
 PEERS = ROOT / "docs/measured/hopper_peers.json"
+PAGES = {ROOT / "docs/hopper.md": MEASURED_H200, ROOT / "docs/hopper-h100.md": MEASURED}
 PLOTS = {MEASURED: ROOT / "docs/measured/hopper.svg", MEASURED_H200: ROOT / "docs/measured/h200.svg"}
 FORMATS = ("bf16", "nvfp4")
 TORCH = "torch grouped_mm bf16"
@@ -255,12 +257,12 @@ def readme_table() -> str:
 
 def documents() -> dict[Path, str]:
     """The files that hold tables, as they have to be."""
-    tables = {}
-    for prefix, of in {"measured": MEASURED, "measured on an H200": MEASURED_H200}.items():
-        tables |= {f"{prefix}: {model}": lambda model=model, of=of: table_of(model, of) for model in TITLES}
+    files = {ROOT / "README.md": {"measured: hopper": readme_table}}
+    for page, of in PAGES.items():
+        tables = {f"measured: {model}": lambda model=model, of=of: table_of(model, of) for model in TITLES}
         for name, table in {"untuned": untuned_table, "routings": routing_table, "counters": counter_table}.items():
-            tables[f"{prefix}: {name}"] = lambda table=table, of=of: table(of)
-    files = {ROOT / "README.md": {"measured: hopper": readme_table}, ROOT / "docs/hopper.md": tables}
+            tables[f"measured: {name}"] = lambda table=table, of=of: table(of)
+        files[page] = tables
     return {file: with_tables(file, sections) for file, sections in files.items()}
 
 

@@ -236,8 +236,8 @@ run_counters() {
     note 'not run' counters 0 'ncu (Nsight Compute) is not on the PATH nor in /usr/local/cuda/bin'
     return
   fi
-  attempt counters 150 python3 "$here/gpu_counters.py" --fourfold "$fourfold" --ncu "$ncu" --backend "$backend" \
-    --json "$out/counters.json" {A,B,C}:{1,16,64,256,1024} A:4096 B:16384 C:8192
+  attempt counters 180 python3 "$here/gpu_counters.py" --fourfold "$fourfold" --ncu "$ncu" --backend "$backend" \
+    --json "$out/counters.json" {A,B,C}:{1,4,16,64,256,1024} A:4096 B:16384 C:8192
   show counters
 }
 

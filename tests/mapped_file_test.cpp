@@ -16,6 +16,7 @@
 
 #include "base/files.h"
 #include "fourfold/error.h"
+#include "refusals.h"
 
 namespace fourfold {
 namespace {
@@ -37,16 +38,6 @@ class MappedFileTest : public ::testing::Test {
   static int sum(const MappedFile& file) {
     return std::accumulate(file.bytes().begin(), file.bytes().end(), 0,
                            [](int total, std::byte byte) { return total + static_cast<int>(byte); });
-  }
-
-  template <class Function>
-  static std::string error_of(Function&& function) {
-    try {
-      function();
-    } catch (const Error& error) {
-      return error.what();
-    }
-    return "no error";
   }
 
   std::filesystem::path folder_, path_;
@@ -75,14 +66,14 @@ TEST_F(MappedFileTest, TruncationWithinThePageIsSeen) {
   const MappedFile file(path_);
   std::filesystem::resize_file(path_, 4 * kPage - 10);
   EXPECT_EQ(sum(file), 4 * kPage - 10);
-  EXPECT_NE(error_of([&] { file.require_intact(); }).find(path_.string()), std::string::npos);
+  EXPECT_NE(message_of([&] { file.require_intact(); }).find(path_.string()), std::string::npos);
 }
 
 TEST_F(MappedFileTest, ReadAtTellsTheEnd) {
   const MappedFile file(path_);
   std::filesystem::resize_file(path_, kPage);
   std::vector<std::byte> out(2 * kPage);
-  EXPECT_NE(error_of([&] { file.read_at(out, 0); }).find("truncated"), std::string::npos);
+  EXPECT_NE(message_of([&] { file.read_at(out, 0); }).find("truncated"), std::string::npos);
 }
 
 TEST_F(MappedFileTest, AReplacedFileIsStillTheOldOne) {
@@ -101,10 +92,10 @@ TEST_F(MappedFileDeathTest, GuardedPagesReadAsZeros) {
     const MappedFile other(folder_ / "file");
     std::filesystem::resize_file(path_, kPage + 1);
     if (sum(*file) != kPage + 1) std::exit(10);
-    if (error_of([&] { file->require_intact(); }).find("truncated") == std::string::npos) std::exit(11);
+    if (message_of([&] { file->require_intact(); }).find("truncated") == std::string::npos) std::exit(11);
     file.reset();  // what is gone is remembered
     write_file(path_, "whole again");
-    if (error_of(require_mapped_files_intact).find(path_.string()) == std::string::npos) std::exit(12);
+    if (message_of(require_mapped_files_intact).find(path_.string()) == std::string::npos) std::exit(12);
     std::exit(0);
   };
   EXPECT_EXIT(run(), testing::ExitedWithCode(0), "");

@@ -10,18 +10,10 @@
 #include "fourfold/quantize.h"
 #include "fourfold/reference.h"
 #include "fourfold/routing.h"
+#include "refusals.h"
 
 namespace fourfold {
 namespace {
-
-std::string message_of(const auto& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
 
 ModelConfig config_of(const std::string& model_type) {
   ModelConfig config;

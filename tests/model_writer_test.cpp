@@ -15,6 +15,7 @@
 #include "base/new_directory.h"
 #include "fourfold/checkpoint.h"
 #include "fourfold/error.h"
+#include "refusals.h"
 
 namespace fourfold {
 namespace {
@@ -63,16 +64,6 @@ class ModelWriterTest : public ::testing::Test {
     }
     std::sort(found.begin(), found.end());
     return found;
-  }
-
-  template <class Function>
-  static std::string error_of(Function&& function) {
-    try {
-      function();
-    } catch (const Error& error) {
-      return error.what();
-    }
-    return "no error";
   }
 
   std::filesystem::path folder_;
@@ -137,14 +128,14 @@ TEST_F(ModelWriterTest, LeavesNoShardEmptyBehindATensorLargerThanOne) {
 TEST_F(ModelWriterTest, LeavesNothingWhereATaskFails) {
   ModelPlan broken = plan();
   broken.tasks[1].run = [](const WritePart&) { throw Error(ErrorCode::kBadFile, "a bad block"); };
-  EXPECT_EQ(error_of([&] { write_model(folder_ / "m", broken); }), "a bad block");
+  EXPECT_EQ(message_of([&] { write_model(folder_ / "m", broken); }), "a bad block");
   EXPECT_EQ(names(), std::vector<std::string>{"tokens"});
 }
 
 TEST_F(ModelWriterTest, LeavesNothingWhereATensorWasNotWritten) {
   ModelPlan partial = plan();
   partial.tasks.pop_back();
-  EXPECT_NE(error_of([&] { write_model(folder_ / "m", partial); }).find("tensor 'b' was declared and not"),
+  EXPECT_NE(message_of([&] { write_model(folder_ / "m", partial); }).find("tensor 'b' was declared and not"),
             std::string::npos);
   EXPECT_EQ(names(), std::vector<std::string>{"tokens"});
 }
@@ -152,13 +143,13 @@ TEST_F(ModelWriterTest, LeavesNothingWhereATensorWasNotWritten) {
 TEST_F(ModelWriterTest, RefusesPartsThatDoNotFit) {
   ModelPlan long_part = plan();
   long_part.tasks[0].run = [this](const WritePart& write) { write("b", 9, std::span(bytes_).first(8)); };
-  EXPECT_NE(error_of([&] { write_model(folder_ / "m", long_part); }).find("expected a part of 16 bytes"),
+  EXPECT_NE(message_of([&] { write_model(folder_ / "m", long_part); }).find("expected a part of 16 bytes"),
             std::string::npos);
 }
 
 TEST_F(ModelWriterTest, NeverReplacesWhatIsThere) {
   std::filesystem::create_directory(folder_ / "m");
-  EXPECT_NE(error_of([&] { write_model(folder_ / "m", plan()); }).find("expected nothing of that name"),
+  EXPECT_NE(message_of([&] { write_model(folder_ / "m", plan()); }).find("expected nothing of that name"),
             std::string::npos);
   EXPECT_EQ(names(), (std::vector<std::string>{"m", "tokens"}));
 }
@@ -176,14 +167,14 @@ TEST_F(ModelWriterTest, TakesOverWhatAKilledRunLeft) {
 TEST_F(ModelWriterTest, LeavesOtherPeoplesFilesAlone) {
   std::filesystem::create_directory(folder_ / "m.partial");
   write_file(folder_ / "m.partial/thesis", "x");
-  EXPECT_NE(error_of([&] { write_model(folder_ / "m", plan()); }).find("found something else"),
+  EXPECT_NE(message_of([&] { write_model(folder_ / "m", plan()); }).find("found something else"),
             std::string::npos);
   EXPECT_EQ(read_file(folder_ / "m.partial/thesis", 10), "x");
 }
 
 TEST_F(ModelWriterTest, LetsOneWriterAtATime) {
   NewDirectory first(folder_ / "m");
-  EXPECT_NE(error_of([&] { NewDirectory second(folder_ / "m/"); }).find("another process is making it"),
+  EXPECT_NE(message_of([&] { NewDirectory second(folder_ / "m/"); }).find("another process is making it"),
             std::string::npos);
   first.commit();
   EXPECT_EQ(names(), std::vector<std::string>{"m"});

@@ -11,6 +11,7 @@
 #include "fourfold/error.h"
 #include "fourfold/quantize.h"
 #include "fourfold/reference.h"
+#include "refusals.h"
 #include "tools/layer_inputs.h"
 #include "tools/layer_trace.h"
 #include "tools/random.h"
@@ -19,15 +20,6 @@ namespace fourfold {
 namespace {
 
 constexpr int64_t kHidden = 64, kIntermediate = 48, kExperts = 5, kTopK = 2, kTokens = 23;
-
-std::string message_of(const auto& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
 
 /// A layer of random NVFP4 experts that owns its weights.
 struct TestLayer {

@@ -8,6 +8,7 @@
 #include "fourfold/quantize.h"
 #include "fourfold/reference.h"
 #include "fourfold/scale_layout.h"
+#include "refusals.h"
 #include "tools/gemmtest.h"
 #include "tools/random.h"
 
@@ -129,22 +130,11 @@ TEST(Gemm, RefusesArgumentsThatDoNotFit) {
   EXPECT_NO_THROW(reference::grouped_gemm({activations_of(a), one, good, out}));
 }
 
-/// Runs `call`, which must be refused: the message.
-template <class Call>
-std::string refusal_of(const Call& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "not refused";
-}
-
 TEST(Gemm, NamesTheScalesThatDoNotFit) {
   const BlockScaledMatrix a = random_matrix(5, 32, 1), b = random_matrix(8, 32, 2);
   const std::vector<float> four(4, 1.0f), five(5, 1.0f);
   const auto refusal_of_activations = [&](const ActivationView& view) {
-    return refusal_of([&] { validate(view, 2); });
+    return message_of([&] { validate(view, 2); });
   };
   ActivationView view = activations_of(a);
   view.row_scales = four;
@@ -161,7 +151,7 @@ TEST(Gemm, NamesTheScalesThatDoNotFit) {
   std::vector<float> d(40);
   const MatrixView<float> out(d.data(), 5, 8);
   const auto refusal_of_weight = [&](const WeightView& weight) {
-    return refusal_of([&] { validate(GemmArgs{activations_of(a), weight, out}); });
+    return message_of([&] { validate(GemmArgs{activations_of(a), weight, out}); });
   };
   BlockScaledView blocks = b.view();
   blocks.scale_stride = 1;
@@ -170,7 +160,7 @@ TEST(Gemm, NamesTheScalesThatDoNotFit) {
   const std::vector<float> values(8 * 32, 1.0f);
   const Fp8Matrix matrix = quantize_fp8_tiles({values.data(), 8, 32}, TileScaleType::kF32);
   Fp8View fp8 = matrix.view();
-  EXPECT_EQ(refusal_of_weight(fp8), "not refused");
+  EXPECT_EQ(refusal_of_weight(fp8), "no error");
   fp8.tile_cols = 0;
   EXPECT_TRUE(refusal_of_weight(fp8).ends_with("expected tiles of at least one value, found [128, 0]"))
       << refusal_of_weight(fp8);

@@ -16,7 +16,17 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from measured_pages import ROOT, digest, pyplot, report_stale, row, save_plot, with_tables
+from measured_pages import (
+    ROOT,
+    digest,
+    measured_times,
+    pyplot,
+    report_stale,
+    require_checked,
+    row,
+    save_plot,
+    with_tables,
+)
 
 MEASURED = ROOT / "docs/measured/cpu.json"
 PLOT = ROOT / "docs/measured/cpu.svg"
@@ -69,8 +79,7 @@ def record(grid_file: Path, peers_file: Path, commit: str) -> None:
     grid = report_in(grid_file, "fourfold bench", (*common, "status", "activations"))
     peers = report_in(peers_file, "ggml_peers.py", (*common, "peer", "rel_l2"))
     for case in grid["cases"]:
-        if case["status"] != "ok" or not case["check"]["stages"] or case["check"]["findings"]:
-            sys.exit(f"error: {grid_file}: {case['case']}: expected a checked time, found {case['status']}")
+        require_checked(grid_file, case)
     layers = {(case["model"], case["experts"]) for case in (*grid["cases"], *peers["cases"])}
     if len(layers) != 1:
         found = ", ".join(f"{model} with {experts} experts" for model, experts in sorted(layers))
@@ -106,15 +115,7 @@ def record(grid_file: Path, peers_file: Path, commit: str) -> None:
         "commit": commit,
         "ggml": peers["ggml"],
         "cases": [
-            {key: case[key] for key in ("threads", "tokens", "activations", "kernel")}
-            | {
-                "seconds": case["seconds"]["median"],
-                "p10": case["seconds"]["p10"],
-                "p90": case["seconds"]["p90"],
-                "floor_seconds": case["floor"]["seconds"],
-                "floor_by": case["floor"]["by"],
-                "worst_stage_rel_l2": max(stage["rel_l2"] for stage in case["check"]["stages"]),
-            }
+            {key: case[key] for key in ("threads", "tokens", "activations", "kernel")} | measured_times(case)
             for case in grid["cases"]
         ],
         "peers": [{key: case[key] for key in kept} for case in peers["cases"]],

@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from bench_shapes import ALIASES, SHAPES
+from bench_shapes import SHAPES, models_of, names_of, numbers_of
 
 ROUTINGS = 8
 MOST_LAYERS = 32
@@ -493,23 +493,6 @@ def line(case: dict, beside: dict[str, float]) -> str:
     return text
 
 
-def numbers(parser: argparse.ArgumentParser, option: str, text: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < 1:
-        parser.error(f"{option}: expected positive numbers with commas, found {text}")
-    return values
-
-
-def names(parser: argparse.ArgumentParser, option: str, text: str, known: Iterable[str]) -> list[str]:
-    for name in text.split(","):
-        if name not in known:
-            parser.error(f"{option}: expected names of {', '.join(known)}, with commas, found {name}")
-    return text.split(",")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ggml", type=Path, help="folder of ggml's libraries; without it, llama-cpp-python's")
@@ -522,10 +505,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results as JSON")
     parser.add_argument("--beside", type=Path, help="JSON of `fourfold bench` to print beside")
     arguments = parser.parse_args()
-    types = names(parser, "--types", arguments.types, list(FORMATS))
-    models = [ALIASES.get(name, name) for name in names(parser, "--shape", arguments.shape, [*ALIASES, *SHAPES])]
-    tokens = numbers(parser, "--tokens", arguments.tokens)
-    threads = numbers(parser, "--threads", arguments.threads)
+    types = names_of(parser, "--types", arguments.types, list(FORMATS))
+    models = models_of(parser, arguments.shape)
+    tokens = numbers_of(parser, "--tokens", arguments.tokens)
+    threads = numbers_of(parser, "--threads", arguments.threads)
     if arguments.experts is not None and arguments.experts < 1:
         parser.error(f"--experts: expected a positive number, found {arguments.experts}")
     if not arguments.min_time >= 0:

@@ -51,6 +51,7 @@ if [ -z "$binaries" ]; then
   binaries=$build_folder/release
   out=${out:-$build_folder/gpu_check}
 fi
+[ -d "$binaries" ] || { printf 'error: --binaries: expected a folder, found none at %s\n' "$binaries" >&2; exit 2; }
 out=${out:-gpu_check}
 mkdir -p "$out"
 binaries=$(cd "$binaries" && pwd) && out=$(cd "$out" && pwd) || exit 2

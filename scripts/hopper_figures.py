@@ -22,7 +22,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from measured_pages import ROOT, digest, pyplot, report_stale, row, save_plot, with_tables
+from measured_pages import (
+    ROOT,
+    digest,
+    measured_times,
+    pyplot,
+    report_stale,
+    require_checked,
+    row,
+    save_plot,
+    with_tables,
+)
 
 MEASURED = ROOT / "docs/measured/hopper.json"
 MEASURED_H200 = ROOT / "docs/measured/h200.json"
@@ -91,12 +101,6 @@ def microseconds(seconds: float | None) -> str:
 # ---- recording ----
 
 
-def require_checked(case: dict) -> None:
-    """A time counts when its results were compared in the same run."""
-    if case["status"] != "ok" or not case["check"]["stages"] or case["check"]["findings"]:
-        sys.exit(f"error: {case['case']} {case['activations']}: expected a checked time, found {case['status']}")
-
-
 def result_of(folder: Path, name: str) -> str:
     """The text of one of gpu_check's files."""
     if not (folder / name).is_file():
@@ -108,7 +112,7 @@ def fractions(folder: Path, name: str) -> list[dict]:
     """Of each case of one of gpu_check's files: the share of its floor."""
     cases = json.loads(result_of(folder, name))["cases"]
     for case in cases:
-        require_checked(case)
+        require_checked(folder / name, case)
     return [
         {key: case[key] for key in ("model", "tokens", "activations")}
         | {"seconds": case["seconds"]["median"], "floor_seconds": case["floor"]["seconds"], "shape": shape_text(case)}
@@ -152,7 +156,7 @@ def counters_of(folder: Path, commit: str, target: Path) -> dict:
 def record(folder: Path, commit: str) -> None:
     grid, control = json.loads(result_of(folder, "grid.json")), json.loads(result_of(folder, "control.json"))
     for case in grid["cases"]:
-        require_checked(case)
+        require_checked(folder / "grid.json", case)
     machine = grid["machines"][0]
     target = target_of(machine["machine"])
     driver = re.search(r"^fourfold on .*, ([\d.]+)$", result_of(folder, "summary.txt"), re.MULTILINE)
@@ -163,15 +167,7 @@ def record(folder: Path, commit: str) -> None:
         "commit": commit,
         "torch_version": control["torch"],
         "cases": [
-            {key: case[key] for key in ("model", "tokens", "activations")}
-            | {
-                "seconds": case["seconds"]["median"],
-                "p10": case["seconds"]["p10"],
-                "p90": case["seconds"]["p90"],
-                "floor_seconds": case["floor"]["seconds"],
-                "floor_by": case["floor"]["by"],
-                "worst_stage_rel_l2": max(stage["rel_l2"] for stage in case["check"]["stages"]),
-            }
+            {key: case[key] for key in ("model", "tokens", "activations")} | measured_times(case)
             for case in grid["cases"]
         ],
         "torch": [{key: case[key] for key in ("model", "tokens", "seconds")} for case in control["cases"]],

@@ -1,4 +1,4 @@
-"""Pages whose tables and plots come from docs/measured/*.json: what hopper_figures.py and evaluation_figures.py share.
+"""Pages whose tables and plots come from docs/measured/*.json: what the scripts *_figures.py share.
 
 A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`. A plot carries the digest of the data it shows.
 """
@@ -37,6 +37,26 @@ def with_tables(file: Path, sections: dict[str, Callable[[], str]]) -> str:
 
 def digest(*files: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def require_checked(file: Path, case: dict) -> None:
+    """A time of `fourfold bench`, in `file`, counts when its results were compared in the same run."""
+    if case["status"] != "ok" or not case["check"]["stages"] or case["check"]["findings"]:
+        sys.exit(
+            f"error: {file}: {case['case']} {case['activations']}: expected a checked time, found {case['status']}"
+        )
+
+
+def measured_times(case: dict) -> dict:
+    """What is kept of such a time."""
+    return {
+        "seconds": case["seconds"]["median"],
+        "p10": case["seconds"]["p10"],
+        "p90": case["seconds"]["p90"],
+        "floor_seconds": case["floor"]["seconds"],
+        "floor_by": case["floor"]["by"],
+        "worst_stage_rel_l2": max(stage["rel_l2"] for stage in case["check"]["stages"]),
+    }
 
 
 def pyplot():

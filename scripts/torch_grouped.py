@@ -18,7 +18,7 @@ try:
     import torch
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: expected PyTorch with CUDA: pip install torch")
-from bench_shapes import ALIASES, SHAPES
+from bench_shapes import SHAPES, models_of, numbers_of
 
 ROTATION = 8
 MIN_SECONDS = 0.05
@@ -141,17 +141,15 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results as JSON")
     parser.add_argument("--beside", type=Path, help="JSON of `fourfold bench` to print beside")
     arguments = parser.parse_args()
+    models, numbers = models_of(parser, arguments.shape), numbers_of(parser, "--tokens", arguments.tokens)
     torch.manual_seed(0)
     beside = times_beside(arguments.beside) if arguments.beside else {}
     print(f"torch {torch.__version__} grouped_mm, bf16 weights, {torch.cuda.get_device_name()}")
     results = []
-    for alias in arguments.shape.split(","):
-        name = ALIASES.get(alias, alias)
-        if name not in SHAPES:
-            parser.error(f"--shape: expected one of {', '.join([*ALIASES, *SHAPES])}, found {alias}")
+    for name in models:
         experts, hidden, intermediate, top_k = SHAPES[name]
         layer = Layer(experts, hidden, intermediate)
-        for tokens in map(int, arguments.tokens.split(",")):
+        for tokens in numbers:
             results.append(measure(layer, name, tokens, hidden, top_k))
             print(line(results[-1], beside.get((name, tokens), {})), flush=True)
             if arguments.json:

@@ -49,7 +49,7 @@ try:
     import triton.language as tl
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: expected PyTorch with CUDA, and Triton, which comes with it: pip install torch")
-from bench_shapes import ALIASES, SHAPES
+from bench_shapes import SHAPES, models_of, names_of, numbers_of
 from torch_grouped import MOST_ERROR, ROTATION, line, routing, time_rotation, times_beside
 
 DEVICE = "cuda"
@@ -569,13 +569,6 @@ def run_model(
         write()
 
 
-def names_of(parser: argparse.ArgumentParser, option: str, text: str, known: dict) -> list[str]:
-    for name in text.split(","):
-        if name not in known:
-            parser.error(f"{option}: expected names of {', '.join(known)}, with commas, found {name}")
-    return text.split(",")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="A,B,C", help="names or aliases, with commas")
@@ -586,13 +579,9 @@ def main() -> int:
     parser.add_argument("--vllm", type=Path, help="vLLM's package folder; without it, the installed package's")
     parser.add_argument("--routing", default="uniform", choices=["uniform"])
     arguments = parser.parse_args()
-    shapes = names_of(parser, "--shape", arguments.shape, {**ALIASES, **SHAPES})
-    models = [ALIASES.get(name, name) for name in shapes]
+    models = models_of(parser, arguments.shape)
     peers = names_of(parser, "--peers", arguments.peers, PEERS)
-    try:
-        tokens = [int(count) for count in arguments.tokens.split(",")]
-    except ValueError:
-        parser.error(f"--tokens: expected numbers with commas, found {arguments.tokens}")
+    tokens = numbers_of(parser, "--tokens", arguments.tokens)
     try:
         folder = vllm_folder(arguments.vllm)
     except FileNotFoundError as error:

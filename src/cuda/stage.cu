@@ -333,13 +333,17 @@ StageParams params_of(const StageArgs& args) {
 void stage(const StageArgs& args, void* stream) {
   const int64_t cols = args.source.rows.cols;
   if (args.max_rows == 0 || cols == 0) return;
-  const StageParams params = params_of(args);
   const bool by_slot = args.by_slot_of_experts > 0;
   const bool by_token = by_slot || (args.source.row_of_slot != nullptr && args.source.weights.empty());
   if (args.group_offsets.empty() && !by_slot && args.source.slot_of_row != nullptr) {
     throw Error(ErrorCode::kInvalidArgument,
                 "stage: group_offsets: expected [E + 1] beside slot_of_row, found none");
   }
+  if (by_slot && (args.source.routing == nullptr || args.expert_scales == nullptr)) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "stage: by_slot_of_experts: expected source.routing and expert_scales beside it, found none");
+  }
+  const StageParams params = params_of(args);
   const auto launch = [&]<ActivationFormat kFormat, CodesWanted kCodes> {
     if (!by_token) {
       return launch_after_previous("stage_rows", stage_rows<kFormat, kCodes>, row_blocks(args.max_rows, cols),

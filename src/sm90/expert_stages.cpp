@@ -171,7 +171,7 @@ void ExpertStages::gather_x(const ExpertSpace& space, const cuda::RowSource& sou
   cuda::StageArgs stage = stage_x({source.rows}, {{}, tokens, {}}, space);
   const MatrixView<Bf16> x = (space.token_x.empty() ? space.x[0] : space.token_x).rows_from(0, tokens);
   stage.decoded = {x, {}, space.x_row_scales.data()};
-  stage.beside_previous = !is_dynamic_tensor(options_.x_scale);  // which the kernel before found
+  stage.beside_previous = !is_dynamic_tensor(options_.x_scale);  // a scale that the kernel before finds
   cuda::stage(stage, step.stream);
   step.finish("stage");
   gate_up.tokens[0] = x;

@@ -19,8 +19,8 @@
 //              some columns combines them into y
 //
 // A handful of slots (finds_own_rows) is sorted by every CTA for itself, while the permutation sorts them for
-// the finishers: all that is used of it before it has ended are the counters, zero before it lets this kernel
-// start. Where x is staged beside the permutation, the token warp waits for that, too.
+// the finishers: nothing of it is used before it has ended but the counters, which are zero before this
+// kernel is let start. Where x is staged beside the permutation, the token warp waits for that, too.
 //
 // No stage waits for the whole of another, so that weights come at the memory's speed from the first byte to
 // the last.

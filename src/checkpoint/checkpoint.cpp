@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <system_error>
@@ -28,6 +29,26 @@ bool file_exists(const std::filesystem::path& path) {
   if (type == std::filesystem::file_type::not_found) return false;
   if (error) fail(ErrorCode::kIo, "{}: can't look for it: {}", path.string(), error.message());
   return true;
+}
+
+/// "; its folders A, B have one", where folders right in `directory` are models: what was meant, perhaps. Of
+/// many the first few.
+std::string models_among_folders_of(const std::filesystem::path& directory) {
+  constexpr size_t kMost = 3;
+  std::set<std::string> models;
+  std::error_code error;
+  for (std::filesystem::directory_iterator entry(directory, error), end; !error && entry != end;
+       entry.increment(error)) {
+    std::error_code ignored;
+    if (std::filesystem::exists(entry->path() / kIndexName, ignored) ||
+        std::filesystem::exists(entry->path() / kSingleName, ignored)) {
+      models.insert(entry->path().filename().string());
+      if (models.size() > kMost) models.erase(std::prev(models.end()));
+    }
+  }
+  if (models.empty()) return "";
+  return fmt::format("; its folder{} {} {} one", models.size() > 1 ? "s" : "", fmt::join(models, ", "),
+                     models.size() > 1 ? "have" : "has");
 }
 
 bool lies_in(const std::filesystem::path& file, const std::filesystem::path& folder) {
@@ -132,8 +153,8 @@ std::shared_ptr<const Checkpoint> Checkpoint::open_any(const std::filesystem::pa
   } else if (file_exists(path / kSingleName)) {
     checkpoint->add_file(path / kSingleName);
   } else {
-    fail(ErrorCode::kNotFound, "{}: expected {} or {}, found neither", path.string(), kIndexName,
-         kSingleName);
+    fail(ErrorCode::kNotFound, "{}: expected {} or {}, found neither{}", path.string(), kIndexName,
+         kSingleName, models_among_folders_of(path));
   }
   checkpoint->read_config();
   checkpoint->damage_ = nullptr;

@@ -61,6 +61,11 @@ def test_sound_pairs_of_either_profile_are_clean(tmp_path: Path, original: str, 
     for scheme in SCHEMES:
         _, report = inspect(tmp_path, tmp_path / "pair" / scheme)
         assert not report["findings"]
+    assert_refused(run("inspect", tmp_path / "pair"), "found neither; its folders nvfp4, original have one")
+    shutil.rmtree(tmp_path / "pair" / "original")
+    assert_refused(run("inspect", tmp_path / "pair"), "found neither; its folder nvfp4 has one")
+    shutil.rmtree(tmp_path / "pair" / "nvfp4")
+    assert_refused(run("inspect", tmp_path / "pair"), "found neither\n")
 
 
 # ---- damaged files ----

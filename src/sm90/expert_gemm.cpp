@@ -240,10 +240,6 @@ bool can_gather(const ExpertGemm& args) {
          planned_launches(args).main().gathers;
 }
 
-bool should_requantize(const ExpertGemm& args) {
-  return activates_in_epilogue(args) && planned_launches(args).main().requantizes;
-}
-
 size_t workspace_bytes(const ExpertGemm& args) {
   if (!needs_own_activation(args) || !args.h.empty()) return 0;
   return static_cast<size_t>(args.max_rows * args.weights.rows()) * sizeof(Bf16);

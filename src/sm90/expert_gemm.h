@@ -113,8 +113,6 @@ size_t workspace_bytes(const ExpertGemm& args);
 /// Whether the epilogue computes this activation, and so can quantize what it gives: kSwiglu with a limit
 /// that bf16 holds, or none.
 bool activates_in_epilogue(const ExpertGemm& args);
-/// Whether it should quantize, too: that is faster than a kernel of its own.
-bool should_requantize(const ExpertGemm& args);
 
 /// Whether the kernel for these shapes and bounds can gather token rows by slot_of_row.
 bool can_gather(const ExpertGemm& args);

@@ -89,7 +89,7 @@ bool ExpertStages::keeps_tokens_apart(int64_t rows) const {
     return false;
   }
   const ExpertGemm gate_up = gate_up_gemm(rows);
-  return can_gather(gate_up) && should_requantize(gate_up);
+  return can_gather(gate_up) && activates_in_epilogue(gate_up);
 }
 
 ExpertGemm ExpertStages::gate_up_gemm(int64_t max_rows) const {
@@ -209,7 +209,7 @@ void ExpertStages::run_staged(const ExpertSpace& space, const ActivationView& st
 }
 
 bool ExpertStages::restages_in_epilogue(const ExpertGemm& gate_up, const ExpertTaps& taps) const {
-  return is_nvfp4(options_.activations) && knows_intermediate_scale() && should_requantize(gate_up) &&
+  return is_nvfp4(options_.activations) && knows_intermediate_scale() && activates_in_epilogue(gate_up) &&
          taps.activation.empty() && taps.staged_intermediate == nullptr;
 }
 

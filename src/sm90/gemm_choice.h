@@ -24,9 +24,6 @@ struct GemmKernelShape {
   /// Largest average of rows an expert, max_rows / experts, for which the kernel is taken; 0: by
   /// choose_gemm_kernel's rules alone, as kNarrow up to kMostRowsOfManyNarrow.
   double most_rows_per_expert;
-  /// Whether quantizing what SwiGLU gives costs less in the epilogue than in a kernel of its own: where
-  /// memory is what the GEMM waits for.
-  bool requantizes;
   /// Whether the kernel of one term can gather its token rows itself: where the copy of them, sorted, costs
   /// more than a plain load for each 16 bytes.
   bool gathers;
@@ -41,12 +38,11 @@ struct GemmKernelShape {
 /// In order of preference. Measured on an H200, docs/hopper.md: tiles of 256 rows keep four warpgroups at one
 /// matrix, and the fewer tokens a tile has room for, the more weights are in flight.
 inline constexpr GemmKernelShape kGemmKernels[] = {
-    {GemmKernel::kFew, "few: 64 rows x 8 tokens, k split over 4 warpgroups", 1, 1, 4, 8, 8, 8, 0.0, true,
-     false},
-    {GemmKernel::kNarrow, "narrow: 256 rows x 32 tokens, 4 warpgroups", 4, 1, 1, 4, 32, 8, 12.0, true, true},
-    {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 4, 64, 8, 52.0, true, true},
-    {GemmKernel::kBroad, "broad: 256 rows x 96 tokens, 4 warpgroups", 4, 1, 1, 2, 96, 8, 84.0, true, true},
-    {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 2, 160, 16, 1e30, false, true},
+    {GemmKernel::kFew, "few: 64 rows x 8 tokens, k split over 4 warpgroups", 1, 1, 4, 8, 8, 8, 0.0, false},
+    {GemmKernel::kNarrow, "narrow: 256 rows x 32 tokens, 4 warpgroups", 4, 1, 1, 4, 32, 8, 12.0, true},
+    {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 4, 64, 8, 52.0, true},
+    {GemmKernel::kBroad, "broad: 256 rows x 96 tokens, 4 warpgroups", 4, 1, 1, 2, 96, 8, 84.0, true},
+    {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 2, 160, 16, 1e30, true},
 };
 
 constexpr const GemmKernelShape& shape_of(GemmKernel kernel) {

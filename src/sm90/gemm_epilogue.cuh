@@ -338,19 +338,20 @@ class Epilogue {
     auto* d = static_cast<uint16_t*>(args_.d) + row * args_.d_stride + channel;
     const uint32_t from = staged<kChunks>(staging_buffer(round), first, chunk);
     constexpr int kStep = kStride * (kChunks + 1) * 16;
-    if constexpr (kPaired) {
-      if (args_.requantize_scales != nullptr) {
-#pragma unroll 1
-        for (int i = 0; i * kStride < left; ++i)
-          write_quantized(ptx::ld_shared_v4(from + i * kStep), d + i * kStride * args_.d_stride,
-                          row + i * kStride, channel);
-        return;
-      }
-    }
     uint4 values[kWrites];
 #pragma unroll
     for (int i = 0; i < kWrites; ++i) {
       values[i] = ptx::ld_shared_v4(from + i * kStep);
+    }
+    if constexpr (kPaired) {
+      if (args_.requantize_scales != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kWrites; ++i) {
+          if (i * kStride < left)
+            write_quantized(values[i], d + i * kStride * args_.d_stride, row + i * kStride, channel);
+        }
+        return;
+      }
     }
 #pragma unroll
     for (int i = 0; i < kWrites; ++i) {

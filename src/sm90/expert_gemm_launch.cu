@@ -94,12 +94,13 @@ MatrixView<Bf16> h_rows(const ExpertGemm& args) {
 
 TokenMaps token_maps(const ExpertGemm& args, const GemmKernelShape& shape) {
   const int terms = args.tokens[1].empty() ? 1 : 2, stage_units = shape.stage_units(terms);
+  const int granule = box_granule(shape.tokens, shape.granule);
   TokenMaps maps;
   maps.stage_in_a_box = stage_units > 1 && args.weights.depth % kUnitDepth == 0;
   for (int term = 0; term < terms; ++term) {
-    for (int i = 0; i < shape.tokens / shape.granule; ++i) {
-      maps.of[term][i] =
-          token_map(args.tokens[term], (i + 1) * shape.granule, maps.stage_in_a_box ? stage_units : 1);
+    for (int rows = granule; rows <= shape.tokens; rows += granule) {
+      maps.of[term][rows / granule - 1] =
+          token_map(args.tokens[term], rows, maps.stage_in_a_box ? stage_units : 1);
     }
   }
   return maps;

@@ -12,6 +12,15 @@
 
 namespace fourfold::sm90 {
 
+/// Boxes of tokens that a launch has, of different sizes.
+inline constexpr int kMostTokenMaps = 12;
+
+/// What the tokens of a tile are rounded up to in shared memory: where there are more granules than boxes,
+/// two of them.
+constexpr int box_granule(int tokens, int granule) {
+  return tokens / granule <= kMostTokenMaps ? granule : 2 * granule;
+}
+
 enum class GemmKernel : uint8_t { kFew, kNarrow, kMedium, kBroad, kWide };
 
 /// The shapes of the kernels, as their sources instantiate GemmTraits.
@@ -42,7 +51,7 @@ inline constexpr GemmKernelShape kGemmKernels[] = {
     {GemmKernel::kNarrow, "narrow: 256 rows x 32 tokens, 4 warpgroups", 4, 1, 1, 4, 32, 8, 12.0, true},
     {GemmKernel::kMedium, "medium: 256 rows x 64 tokens, 4 warpgroups", 4, 1, 1, 4, 64, 8, 52.0, true},
     {GemmKernel::kBroad, "broad: 256 rows x 96 tokens, 4 warpgroups", 4, 1, 1, 2, 96, 8, 84.0, true},
-    {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 2, 160, 16, 1e30, true},
+    {GemmKernel::kWide, "wide: 256 rows x 160 tokens, 2 warpgroups", 2, 2, 1, 2, 160, 8, 1e30, true},
 };
 
 constexpr const GemmKernelShape& shape_of(GemmKernel kernel) {

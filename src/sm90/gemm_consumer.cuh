@@ -71,7 +71,8 @@ class Consumer {
 
   /// Tokens of one k unit in shared memory, in the descriptor's units of 16 bytes.
   template <int kN>
-  static constexpr uint32_t kUnitTokens = kN* kUnitDepth * 2 / 16;
+  static constexpr uint32_t kUnitTokens =
+      (kN + Traits::kBoxGranule - 1) / Traits::kBoxGranule* Traits::kBoxGranule* kUnitDepth * 2 / 16;
 
   __device__ __forceinline__ uint32_t full_barrier(int stage) const {
     return shared_ + Traits::kFullOffset + stage * 8;
@@ -251,8 +252,9 @@ class Consumer {
     // What is left, where K is no multiple of kUnrolled units, by the instruction for most tokens: one for
     // each number would be a third of the code. Columns of tokens that the tile does not have hold whatever
     // lies there, and are not stored.
-    const uint32_t unit_tokens = static_cast<uint32_t>((rows + Traits::kGranule - 1) / Traits::kGranule) *
-                                 kUnitTokens<Traits::kGranule>;
+    const uint32_t unit_tokens =
+        static_cast<uint32_t>((rows + Traits::kBoxGranule - 1) / Traits::kBoxGranule) *
+        kUnitTokens<Traits::kBoxGranule>;
 #pragma unroll 1
     for (int unit = 0; left > 0; ++unit, --left)
       multiply_units<Traits::kTokens, 1>(packed, a, unit % kMyStageUnits, left, unit_tokens, sums);

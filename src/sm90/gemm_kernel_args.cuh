@@ -6,17 +6,16 @@
 #include <cstdint>
 
 #include "fourfold/number_formats.h"
+#include "sm90/gemm_choice.h"
 #include "sm90/packed_decode.h"
 #include "sm90/swiglu.cuh"
 #include "sm90/tile_schedule.h"
 
 namespace fourfold::sm90 {
 
-inline constexpr int kMostTokenMaps = 12;
-
-/// How a kernel reads the token rows of a stage: of[term][i] has boxes of 64 k x (i + 1) granules of tokens,
-/// of as many k units as a stage has. The matrix is then seen as (64, rows, K / 64); where K is no multiple
-/// of 64, it is (K, rows, 1) and a box has one unit.
+/// How a kernel reads the token rows of a stage: of[term][i] has boxes of 64 k x (i + 1) box granules of
+/// tokens, of as many k units as a stage has. The matrix is then seen as (64, rows, K / 64); where K is no
+/// multiple of 64, it is (K, rows, 1) and a box has one unit.
 struct TokenMaps {
   CUtensorMap of[2][kMostTokenMaps];
   bool stage_in_a_box = false;
@@ -87,7 +86,8 @@ struct GemmTraits {
   static constexpr int kStageUnits = kStageUnits_;                 ///< k units of a stage, of all depth parts
   static constexpr int kMyStageUnits = kStageUnits / kDepthParts;  ///< those of one
   static constexpr int kTokens = kTokens_;                         ///< most tokens of a tile
-  static constexpr int kGranule = kGranule_;  ///< what the tokens of a tile are rounded up to
+  static constexpr int kGranule = kGranule_;  ///< what the tokens that a tile multiplies are rounded up to
+  static constexpr int kBoxGranule = box_granule(kTokens, kGranule);  ///< and those that it has room for
   static constexpr int kTerms = kTerms_;
   static constexpr bool kMayGather = kMayGather_;  ///< GemmKernelArgs::gathers may be set
   static constexpr int kGatherThreads = 64;        ///< of the producer warpgroup
@@ -140,8 +140,7 @@ struct GemmTraits {
   static_assert(kStageUnits % kDepthParts == 0 && kUnrolled % kMyStageUnits == 0);
   static_assert(!kMayGather || (kTerms == 1 && kDepthParts == 1));
   static_assert(kTokens % kStagingTokens == 0);
-  static_assert(kTokens % kGranule == 0 && kTokens / kGranule <= kMostTokenMaps &&
-                kTokenBoxBytes % 1024 == 0);
+  static_assert(kTokens % kBoxGranule == 0 && kBoxGranule % kGranule == 0 && kTokenBoxBytes % 1024 == 0);
   static_assert(kStages >= 3 && kStages < kQueuedTiles && kSharedBytes <= kMaxSharedBytes);
   static_assert(kStagingBytes % 32 == 0 && kWeightOffset % 128 == 0 && kUnitBytes % 128 == 0);
 };

@@ -69,10 +69,10 @@ class Consumer {
   static constexpr int kMyStageUnits = Traits::kMyStageUnits;
   static_assert(kBurst % kUnrolled == 0);
 
-  /// Tokens of one k unit in shared memory, in the descriptor's units of 16 bytes.
-  template <int kN>
-  static constexpr uint32_t kUnitTokens =
-      (kN + Traits::kBoxGranule - 1) / Traits::kBoxGranule* Traits::kBoxGranule* kUnitDepth * 2 / 16;
+  /// The tokens of a tile of one k unit in shared memory, in the descriptor's units of 16 bytes.
+  static __device__ __forceinline__ constexpr uint32_t unit_tokens_of(int tokens) {
+    return static_cast<uint32_t>(Traits::box_rows(tokens)) * kUnitDepth * 2 / 16;
+  }
 
   __device__ __forceinline__ uint32_t full_barrier(int stage) const {
     return shared_ + Traits::kFullOffset + stage * 8;
@@ -123,7 +123,7 @@ class Consumer {
     }
   }
 
-  /// Gives decoded k-steps to WGMMA as one commit group. `unit_tokens`: kUnitTokens of the tile.
+  /// Gives decoded k-steps to WGMMA as one commit group. `unit_tokens`: unit_tokens_of the tile.
   template <int kFirst, int kN>
   __device__ __forceinline__ void issue(const DecodedRegisters<Traits>& a, uint64_t tokens,
                                         uint32_t unit_tokens, Sums<Traits>& sums) const {
@@ -142,7 +142,7 @@ class Consumer {
   }
 
   /// kUnits units by the instruction for kN tokens, without a branch between: kUnrolled, from the beginning
-  /// of a stage on, or one, the stage's unit `first`. `unit_tokens`: kUnitTokens of the tile, whose tokens
+  /// of a stage on, or one, the stage's unit `first`. `unit_tokens`: unit_tokens_of the tile, whose tokens
   /// may be fewer than kN. One commit group multiplies while the next is decoded: `a` comes with the first
   /// group and leaves with that of the unit after, `other` takes turns with it. Nothing is in flight at the
   /// end. Only so may the caller branch: with WGMMA in flight around a loop, ptxas gives each kN accumulators
@@ -222,7 +222,7 @@ class Consumer {
   __device__ __forceinline__ int multiply_burst(PackedRegisters<Traits>& packed, DecodedRegisters<Traits>& a,
                                                 int left, Sums<Traits>& sums) {
     for (const int last = max(left - kBurst, 0) + kUnrolled; left >= last; left -= kUnrolled)
-      multiply_units<kN, kUnrolled>(packed, a, 0, left, kUnitTokens<kN>, sums);
+      multiply_units<kN, kUnrolled>(packed, a, 0, left, unit_tokens_of(kN), sums);
     return left;
   }
 
@@ -252,9 +252,7 @@ class Consumer {
     // What is left, where K is no multiple of kUnrolled units, by the instruction for most tokens: one for
     // each number would be a third of the code. Columns of tokens that the tile does not have hold whatever
     // lies there, and are not stored.
-    const uint32_t unit_tokens =
-        static_cast<uint32_t>((rows + Traits::kBoxGranule - 1) / Traits::kBoxGranule) *
-        kUnitTokens<Traits::kBoxGranule>;
+    const uint32_t unit_tokens = unit_tokens_of(rows);
 #pragma unroll 1
     for (int unit = 0; left > 0; ++unit, --left)
       multiply_units<Traits::kTokens, 1>(packed, a, unit % kMyStageUnits, left, unit_tokens, sums);

@@ -87,7 +87,11 @@ struct GemmTraits {
   static constexpr int kMyStageUnits = kStageUnits / kDepthParts;  ///< those of one
   static constexpr int kTokens = kTokens_;                         ///< most tokens of a tile
   static constexpr int kGranule = kGranule_;  ///< what the tokens that a tile multiplies are rounded up to
-  static constexpr int kBoxGranule = box_granule(kTokens, kGranule);  ///< and those that it has room for
+  static constexpr int kBoxGranule = box_granule(kTokens, kGranule);  ///< and those that it has in memory
+  /// Rows that the tokens of a tile take in shared memory.
+  static FOURFOLD_HOST_DEVICE constexpr int box_rows(int tokens) {
+    return (tokens + kBoxGranule - 1) / kBoxGranule * kBoxGranule;
+  }
   static constexpr int kTerms = kTerms_;
   static constexpr bool kMayGather = kMayGather_;  ///< GemmKernelArgs::gathers may be set
   static constexpr int kGatherThreads = 64;        ///< of the producer warpgroup

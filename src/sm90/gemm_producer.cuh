@@ -225,8 +225,7 @@ class Producer {
 
   /// One box a term and stage, or a box a k unit where K is no multiple of 64 (TokenMaps).
   __device__ void load_tokens(const WorkTile& tile) {
-    const int boxes_of_size = (tile.rows + Traits::kBoxGranule - 1) / Traits::kBoxGranule;
-    const int unit_bytes = boxes_of_size * Traits::kBoxGranule * kUnitDepth * 2;
+    const int box_rows = Traits::box_rows(tile.rows), unit_bytes = box_rows * kUnitDepth * 2;
     for (int unit = 0; unit < args_.depth_units; unit += Traits::kStageUnits) {
       const int boxes = maps_.stage_in_a_box ? 1 : min(Traits::kStageUnits, args_.depth_units - unit);
       const int box_bytes = maps_.stage_in_a_box ? Traits::kStageUnits * unit_bytes : unit_bytes;
@@ -237,7 +236,8 @@ class Producer {
         const uint32_t to =
             shared_ + slot_ * Traits::kTokenStageBytes + term * Traits::kStageUnits * unit_bytes;
         for (int box = 0; box < boxes; ++box) {
-          ptx::cp_async_bulk_tensor_3d(to + box * box_bytes, &maps_.of[term][boxes_of_size - 1],
+          ptx::cp_async_bulk_tensor_3d(to + box * box_bytes,
+                                       &maps_.of[term][box_rows / Traits::kBoxGranule - 1],
                                        maps_.stage_in_a_box ? 0 : (unit + box) * kUnitDepth, tile.first_row,
                                        maps_.stage_in_a_box ? unit : 0, full_barrier());
         }
@@ -266,8 +266,7 @@ class Producer {
       const int slot = mine < tile.rows ? gathered.slot_of_row[tile.first_row + mine] : 0;
       from[i] = static_cast<uint32_t>(slot / gathered.top_k) * static_cast<uint32_t>(gathered.stride / 8);
     }
-    const int unit_bytes =
-        (tile.rows + Traits::kBoxGranule - 1) / Traits::kBoxGranule * Traits::kBoxGranule * 128;
+    const int unit_bytes = Traits::box_rows(tile.rows) * 128;
     const int whole_units = gathered.cols / kUnitDepth;  // K may end within the last unit
     const auto* chunks = reinterpret_cast<const uint4*>(gathered.rows) + chunk;
     for (int unit = 0; unit < args_.depth_units; unit += Traits::kStageUnits) {

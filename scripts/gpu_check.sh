@@ -13,14 +13,14 @@
 # --peers LIST    of marlin,triton_kernels,humming (default: the first two)
 # --out DIR       where summary.txt, summary.json, grid.json and the logs go (default: build/gpu_check)
 # --backend NAME  default: sm90
-# --steps LIST    of tests,layertest,grid,control,untuned,peers,counters,sanitizer (default: all, in this order)
+# --steps LIST    of tests,layertest,grid,control,untuned,peers,sanitizer,counters (default: all, in this order)
 #
 # Steps that this machine can't run are reported as "not run". Exit code 0 when nothing failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 binaries='' real='' vllm='' peers='' out='' backend=sm90
-steps=tests,layertest,grid,control,untuned,peers,counters,sanitizer
+steps=tests,layertest,grid,control,untuned,peers,sanitizer,counters
 while [ $# -gt 0 ]; do
   case $1 in
     --binaries) binaries=${2:?--binaries needs a folder}; shift ;;

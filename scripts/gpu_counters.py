@@ -3,7 +3,7 @@
 
 usage: gpu_counters.py --fourfold FILE [--backend NAME] [--activations FORMAT] [--json FILE] SHAPE:TOKENS...
 
-For every kernel of the last whole call that was seen of each case:
+For every kernel of a call of each case (`fourfold bench --profile`):
 
     us         as profiled: alone, at the clock of that moment, so not the time of the grid
     SM GHz     the clock meanwhile
@@ -12,15 +12,14 @@ For every kernel of the last whole call that was seen of each case:
     DRAM, L2   of peak throughput, in per cent
     stalls     what warps waited for, the three largest, in per cent of their cycles
 
-A call begins with its permutation. What `fourfold bench` checks comes before, with other kernels where taps want them.
-
-Counting replays a kernel several times, with its memory as it was. Every case runs twice, the first time to see which
-launches there are. Exit status: 0 done, 1 error, 2 usage.
+Counting replays a kernel several times, with its memory as it was. Cases of one shape are counted by one run, in which a
+call begins with its permutation. Exit status: 0 done, 1 error, 2 usage.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import csv
 import io
 import json
@@ -45,7 +44,6 @@ METRICS = {
 }
 TIME = "gpu__time_duration.sum"
 SECONDS = {"ns": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3, "nsecond": 1e-9}
-MOST_LAUNCHES = 40  # of a case, the check's among them
 
 
 def number(row: dict[str, str], metric: str) -> float:
@@ -69,18 +67,16 @@ def stalls_of(row: dict[str, str]) -> dict[str, float]:
     return dict(sorted(shares.items(), key=lambda item: -item[1])[:3])
 
 
-def profile(options: argparse.Namespace, case: str, first: int, count: int, metrics: list[str]) -> list[dict[str, str]]:
-    """The launches [first, first + count) of the case, or as many of them as there are; their times in seconds."""
-    shape, _, tokens = case.partition(":")
-    bench = [options.fourfold, "bench", "--shape", shape, "--tokens", tokens, "--backend", options.backend]
-    bench += ["--activations", options.activations, "--repeats", "1", "--min-time", "0"]
-    command = [options.ncu, "--clock-control", "none", "--kernel-name", KERNELS]
-    command += ["--launch-skip", str(first), "--launch-count", str(count)]
-    command += ["--metrics", ",".join([TIME, *metrics]), "--page", "raw", "--csv", *map(str, bench)]
+def profile(options: argparse.Namespace, shape: str, tokens: list[str]) -> list[dict[str, str]]:
+    """The launches of a call for each number of tokens, in order; their times in seconds."""
+    bench = [options.fourfold, "bench", "--shape", shape, "--tokens", ",".join(tokens), "--backend", options.backend]
+    bench += ["--activations", options.activations, "--repeats", "1", "--min-time", "0", "--profile"]
+    command = [options.ncu, "--profile-from-start", "off", "--clock-control", "none", "--kernel-name", KERNELS]
+    command += ["--metrics", ",".join([TIME, *METRICS.values(), STALLS]), "--page", "raw", "--csv", *map(str, bench)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in ran.stdout.splitlines() if line.startswith('"')]
     if len(lines) < 3:
-        sys.exit(f"error: {case}: ncu gave no counters (exit status {ran.returncode}):\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+        sys.exit(f"error: {shape}: ncu gave no counters (exit status {ran.returncode}):\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
     names, units, *rows = csv.reader(io.StringIO("\n".join(lines)))
     second = SECONDS[units[names.index(TIME)]]
     launches = [dict(zip(names, values, strict=True)) for values in rows]
@@ -89,19 +85,15 @@ def profile(options: argparse.Namespace, case: str, first: int, count: int, metr
     return launches
 
 
-def measure(options: argparse.Namespace, case: str) -> list[dict[str, Any]]:
-    """By one run that tells where the last whole call is, and one that counts it: all counters take many replays."""
-    seen = profile(options, case, 0, MOST_LAUNCHES, [])
-    starts = [i for i, row in enumerate(seen) if re.search(FIRST_OF_CALL, row["Kernel Name"])]
-    if len(starts) < 2:
-        sys.exit(f"error: {case}: expected two calls within {MOST_LAUNCHES} launches, found {len(starts)} permutations")
-    begin, end = starts[-2:]
-    launches = profile(options, case, begin, end - begin, [*METRICS.values(), STALLS])
-    expected, counted = ([short(row["Kernel Name"]) for row in rows] for rows in (seen[begin:end], launches))
-    if expected != counted:
-        sys.exit(f"error: {case}: expected the launches of the first run in the second, {expected}; found {counted}")
+def measure(options: argparse.Namespace, shape: str, tokens: list[str]) -> list[dict[str, Any]]:
+    launches = profile(options, shape, tokens)
+    starts = [i for i, row in enumerate(launches) if re.search(FIRST_OF_CALL, row["Kernel Name"])]
+    if len(starts) != len(tokens) or starts[0] != 0:
+        kernels = [short(row["Kernel Name"]) for row in launches]
+        sys.exit(f"error: {shape}: expected {len(tokens)} calls, each from a permutation on; found {kernels}")
     found = []
-    for row in launches:
+    for i, row in enumerate(launches):
+        case = f"{shape}:{tokens[bisect.bisect(starts, i) - 1]}"
         entry: dict[str, Any] = {"case": case, "activations": options.activations, "kernel": short(row["Kernel Name"])}
         entry["us"] = number(row, TIME) * 1e6
         entry |= {what: number(row, metric) for what, metric in METRICS.items()}
@@ -130,13 +122,17 @@ def main() -> int:
         sys.exit(f"error: Nsight Compute: expected {options.ncu}, found none; name it with --ncu")
     if not options.fourfold.is_file():
         sys.exit(f"error: --fourfold: expected the command, found no file {options.fourfold}")
-    rows = []
+    tokens_of: dict[str, list[str]] = {}
     for case in options.cases:
-        for row in measure(options, case):
+        shape, _, tokens = case.rpartition(":")
+        tokens_of.setdefault(shape, []).append(tokens)
+    rows = []
+    for shape, tokens in tokens_of.items():
+        for row in measure(options, shape, tokens):
             rows.append(row)
             stalls = ", ".join(f"{name} {share:.0f}" for name, share in row["stalls_pct"].items())
             print(
-                f"{case:<14} {row['kernel'][:44]:<44} {row['us']:9.1f} us  {row['sm_ghz']:5.2f} GHz  issue {row['issue_pct']:4.0f}  "
+                f"{row['case']:<14} {row['kernel'][:44]:<44} {row['us']:9.1f} us  {row['sm_ghz']:5.2f} GHz  issue {row['issue_pct']:4.0f}  "
                 f"tensor {row['tensor_pct']:4.0f}  DRAM {row['dram_pct']:4.0f}  L2 {row['l2_pct']:4.0f}  {stalls}",
                 flush=True,
             )

@@ -161,6 +161,17 @@ TEST(StageTimes, AddUpToTheCall) {
   }
 }
 
+TEST(ProfiledCall, IsRunOnceAndItsErrorIsTheCallers) {
+  constexpr size_t kBytes = 1 << 20;
+  const DeviceArray<uint8_t> array(kBytes);
+  int calls = 0;
+  cuda::profile_call(fill_call(array, calls));
+  EXPECT_EQ(calls, 1);
+  EXPECT_EQ(array.get()[kBytes - 1], 2);
+  EXPECT_THROW(cuda::profile_call([](void*, StageObserver*) { throw Error(ErrorCode::kDevice, "no"); }),
+               Error);
+}
+
 TEST(ReplayTimer, RefusesCallsThatCannotBeCaptured) {
   const std::vector<cuda::EnqueueCall> rotation = {
       [](void* stream, StageObserver*) { cuda::synchronize(stream); }};

@@ -1,5 +1,7 @@
 #include "cuda/bench_device.h"
 
+#include <cuda_profiler_api.h>
+
 #include <algorithm>
 #include <iterator>
 #include <memory>
@@ -291,6 +293,20 @@ std::vector<std::pair<std::string, double>> time_stages(std::span<const EnqueueC
   std::vector<std::pair<std::string, double>> result;
   for (size_t i = 0; i < stages.size(); ++i) result.emplace_back(stages[i], median(seconds[i]));
   return result;
+}
+
+void profile_call(const EnqueueCall& call) {
+  struct Range {
+    Range() { check(cudaProfilerStart(), "cudaProfilerStart"); }
+    ~Range() { cudaProfilerStop(); }
+    Range(const Range&) = delete;
+    Range& operator=(const Range&) = delete;
+  };
+  const Stream stream;
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  const Range range;
+  call(stream.get(), nullptr);
+  check(cudaStreamSynchronize(stream.get()), "a profiled call");
 }
 
 }  // namespace fourfold::cuda

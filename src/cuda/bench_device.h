@@ -55,4 +55,8 @@ class ReplayTimer {
 /// all calls; the median of several replays.
 std::vector<std::pair<std::string, double>> time_stages(std::span<const EnqueueCall> calls);
 
+/// Runs a call between cudaProfilerStart and cudaProfilerStop, for which profilers can be told to wait (ncu's
+/// --profile-from-start off).
+void profile_call(const EnqueueCall& call);
+
 }  // namespace fourfold::cuda

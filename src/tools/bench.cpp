@@ -238,6 +238,7 @@ class BenchRun {
         layer.forward(plan, args);
       });
     }
+    if (request_.profile) testbed.profile(calls.front());
     listener_.progress(result.bench_case.name() + ": timing");
     const std::vector<double> samples = testbed.time(calls, request_.timing);
     result.peak = peak_for(testbed, prepared, plans.front(), machine, bench_case);

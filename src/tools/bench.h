@@ -38,6 +38,7 @@ struct BenchRequest {
   std::vector<int> threads;  ///< for backends of the host; empty: as many as OpenMP takes
   TimingLimits timing;
   bool stages = false;
+  bool profile = false;  ///< a call of every case once more, for a profiler (Testbed::profile)
   uint64_t seed = 0;
 };
 

@@ -21,7 +21,7 @@ struct BenchArguments {
   int64_t experts = 0;
   int repeats = TimingLimits{}.min_samples;
   double min_time = TimingLimits{}.min_seconds;
-  bool stages = false;
+  bool stages = false, profile = false;
   uint64_t seed = 0;
 };
 
@@ -101,6 +101,19 @@ void require_extents(const LayerShape& shape) {
   }
 }
 
+/// Where no backend is named, of the best one here.
+void require_gpu(const BenchRequest& request) {
+  std::vector<const Backend*> backends = request.backends;
+  if (backends.empty()) backends.push_back(choose_backend("").backend);
+  for (const Backend* backend : backends) {
+    if (!backend->why_unavailable().empty()) continue;  // its cases say so
+    if (backend->memory().device().kind != Device::Kind::kHost) continue;
+    throw CLI::ValidationError(
+        "--profile",
+        fmt::format("expected a backend on a GPU, found '{}'; --backend names one", backend->name()));
+  }
+}
+
 BenchRequest request_of(const BenchArguments& arguments) {
   BenchRequest request;
   request.shapes = parse_shapes(arguments.shape);
@@ -116,10 +129,12 @@ BenchRequest request_of(const BenchArguments& arguments) {
   }
   request.timing = {arguments.min_time, arguments.repeats};
   request.stages = arguments.stages;
+  request.profile = arguments.profile;
   request.seed = arguments.seed;
   if (!arguments.backends.empty()) {
     for (const std::string& name : split(arguments.backends)) request.backends.push_back(&find_backend(name));
   }
+  if (request.profile) require_gpu(request);
   return request;
 }
 
@@ -216,6 +231,9 @@ void add_bench(CLI::App& app, int& exit_code) {
       ->capture_default_str()
       ->check(CLI::Range(0.0, 3600.0));
   command->add_flag("--stages", arguments->stages, "time the stages of a call, too");
+  command->add_flag("--profile", arguments->profile,
+                    "on a GPU: run a call of each case once more, between cudaProfilerStart and "
+                    "cudaProfilerStop (ncu --profile-from-start off)");
   command->add_option("--seed", arguments->seed, "seed of weights, inputs and routings")
       ->capture_default_str()
       ->check(whole_number<uint64_t>());

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <numeric>
 
+#include "base/fail.h"
 #include "reference/sampled_multiply.h"
 #include "tools/testbed.h"
 
@@ -119,6 +120,13 @@ class CpuTestbed final : public Testbed {
       call(nullptr, &clock);
     }
     return sums.means(rotation.size());
+  }
+
+  void profile(const LayerCall&) const override {
+    fail(
+        ErrorCode::kInvalidArgument,
+        "--profile: expected a backend on a GPU, found one that computes on the CPU, whose profilers need no "
+        "mark");
   }
 
   std::vector<float> multiply(const ExpertWeights& weights, ExpertGemm gemm, const SampledRows& rows,

@@ -74,6 +74,8 @@ class CudaTestbed final : public Testbed {
     return sums.means(rotation.size());
   }
 
+  void profile(const LayerCall& call) const override { cuda::profile_call(call); }
+
   std::vector<float> multiply(const ExpertWeights& weights, ExpertGemm gemm, const SampledRows& rows,
                               std::span<const int64_t> columns) const override {
     return cuda::multiply_sampled(memory_, weights, gemm, rows, columns);

@@ -64,6 +64,9 @@ class Testbed {
   /// Captures a call into a graph; what comes back replays it and waits. Empty where there are no graphs.
   virtual std::function<void()> capture(const LayerCall& call) const = 0;
   virtual std::vector<StageTime> time_stages(std::span<const LayerCall> rotation) const = 0;
+  /// Runs a call so that a profiler can be told to see nothing else. Throws Error where there is no such
+  /// mark.
+  virtual void profile(const LayerCall& call) const = 0;
 
   /// The GEMM of sampled rows in float64; reference/sampled_multiply.h is the contract.
   virtual std::vector<float> multiply(const ExpertWeights& weights, ExpertGemm gemm, const SampledRows& rows,

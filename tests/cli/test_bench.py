@@ -205,6 +205,7 @@ def test_routing_file_that_is_not_there() -> None:
         (("--seed", "-1"), "--seed"),
         (("--routing", ""), "--routing"),
         (("--json", ""), "--json"),
+        (("--profile", "--backend", "reference,cpu"), "expected a backend on a GPU, found 'reference'"),
         (("extra",), "extra"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -12,7 +12,8 @@
 
 namespace fourfold::sm90 {
 
-/// Boxes of tokens that a launch has, of different sizes.
+/// Boxes of tokens that a launch has, of different sizes: two terms' maps, 128 bytes each, fit the 4 KB of a
+/// kernel's parameters.
 inline constexpr int kMostTokenMaps = 12;
 
 /// What the tokens of a tile are rounded up to in shared memory: where there are more granules than boxes,

@@ -144,7 +144,8 @@ struct GemmTraits {
   static_assert(kStageUnits % kDepthParts == 0 && kUnrolled % kMyStageUnits == 0);
   static_assert(!kMayGather || (kTerms == 1 && kDepthParts == 1));
   static_assert(kTokens % kStagingTokens == 0);
-  static_assert(kTokens % kBoxGranule == 0 && kBoxGranule % kGranule == 0 && kTokenBoxBytes % 1024 == 0);
+  static_assert(kTokens % kBoxGranule == 0 && kTokens / kBoxGranule <= kMostTokenMaps &&
+                kTokenBoxBytes % 1024 == 0);
   static_assert(kStages >= 3 && kStages < kQueuedTiles && kSharedBytes <= kMaxSharedBytes);
   static_assert(kStagingBytes % 32 == 0 && kWeightOffset % 128 == 0 && kUnitBytes % 128 == 0);
 };

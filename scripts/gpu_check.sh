@@ -38,8 +38,8 @@ done
 
 for step in ${steps//,/ }; do
   case $step in
-    tests | layertest | grid | control | untuned | peers | counters | sanitizer) ;;
-    *) printf 'error: --steps: expected some of tests, layertest, grid, control, untuned, peers, counters and sanitizer, found %s\n' \
+    tests | layertest | grid | control | untuned | peers | sanitizer | counters) ;;
+    *) printf 'error: --steps: expected some of tests, layertest, grid, control, untuned, peers, sanitizer and counters, found %s\n' \
       "'$step'" >&2; exit 2 ;;
   esac
 done
@@ -237,6 +237,7 @@ run_counters() {
     note 'not run' counters 0 'ncu (Nsight Compute) is not on the PATH nor in /usr/local/cuda/bin'
     return
   fi
+  rm -f "$out/counters.json" # an older run's
   attempt counters 180 python3 "$here/gpu_counters.py" --fourfold "$fourfold" --ncu "$ncu" --backend "$backend" \
     --json "$out/counters.json" {A,B,C}:{1,4,16,64,256,1024} A:4096 B:16384 C:8192
   show counters
@@ -293,7 +294,7 @@ for step in ${steps//,/ }; do
     tests) run_tests ;;
     control) run_control ;;
     peers) run_peers ;;
-    layertest | grid | untuned | counters | sanitizer)
+    layertest | grid | untuned | sanitizer | counters)
       if [ -n "$why_not" ]; then note 'not run' "$step" 0 "$why_not"; else "run_$step"; fi ;;
   esac
 done

@@ -12,14 +12,14 @@ For every kernel of a call of each case (`fourfold bench --profile`):
     DRAM, L2   of peak throughput, in per cent
     stalls     what warps waited for, the three largest, in per cent of their cycles
 
-Counting replays a kernel several times, with its memory as it was. Cases of one shape are counted by one run, in which a
-call begins with its permutation. Exit status: 0 done, 1 error, 2 usage.
+A call of more than 65,536 slots is run in parts, each with kernels of its own. Counting replays a kernel several times,
+with its memory as it was. What is known is printed, and written to the JSON file, case by case. Exit status: 0 done,
+1 error, 2 usage.
 """
 
 from __future__ import annotations
 
 import argparse
-import bisect
 import csv
 import io
 import json
@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 KERNELS = "regex:expert_gemm|fused_layer|combine|stage_|permute_|count_slots|sum_chunks|place_slots"
-FIRST_OF_CALL = "permute_|count_slots"
 STALLS = "regex:smsp__average_warps_issue_stalled_.*_per_issue_active"
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 # Metrics by what they are called here; in per cent, but for the clock.
@@ -67,16 +66,17 @@ def stalls_of(row: dict[str, str]) -> dict[str, float]:
     return dict(sorted(shares.items(), key=lambda item: -item[1])[:3])
 
 
-def profile(options: argparse.Namespace, shape: str, tokens: list[str]) -> list[dict[str, str]]:
-    """The launches of a call for each number of tokens, in order; their times in seconds."""
-    bench = [options.fourfold, "bench", "--shape", shape, "--tokens", ",".join(tokens), "--backend", options.backend]
+def profile(options: argparse.Namespace, case: str) -> list[dict[str, str]]:
+    """The launches of a call of the case; their times in seconds."""
+    shape, _, tokens = case.rpartition(":")
+    bench = [options.fourfold, "bench", "--shape", shape, "--tokens", tokens, "--backend", options.backend]
     bench += ["--activations", options.activations, "--repeats", "1", "--min-time", "0", "--profile"]
     command = [options.ncu, "--profile-from-start", "off", "--clock-control", "none", "--kernel-name", KERNELS]
     command += ["--metrics", ",".join([TIME, *METRICS.values(), STALLS]), "--page", "raw", "--csv", *map(str, bench)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in ran.stdout.splitlines() if line.startswith('"')]
-    if len(lines) < 3:
-        sys.exit(f"error: {shape}: ncu gave no counters (exit status {ran.returncode}):\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+    if ran.returncode != 0 or len(lines) < 3:
+        sys.exit(f"error: {case}: ncu gave no counters (exit status {ran.returncode}):\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
     names, units, *rows = csv.reader(io.StringIO("\n".join(lines)))
     second = SECONDS[units[names.index(TIME)]]
     launches = [dict(zip(names, values, strict=True)) for values in rows]
@@ -85,15 +85,9 @@ def profile(options: argparse.Namespace, shape: str, tokens: list[str]) -> list[
     return launches
 
 
-def measure(options: argparse.Namespace, shape: str, tokens: list[str]) -> list[dict[str, Any]]:
-    launches = profile(options, shape, tokens)
-    starts = [i for i, row in enumerate(launches) if re.search(FIRST_OF_CALL, row["Kernel Name"])]
-    if len(starts) != len(tokens) or starts[0] != 0:
-        kernels = [short(row["Kernel Name"]) for row in launches]
-        sys.exit(f"error: {shape}: expected {len(tokens)} calls, each from a permutation on; found {kernels}")
+def measure(options: argparse.Namespace, case: str) -> list[dict[str, Any]]:
     found = []
-    for i, row in enumerate(launches):
-        case = f"{shape}:{tokens[bisect.bisect(starts, i) - 1]}"
+    for row in profile(options, case):
         entry: dict[str, Any] = {"case": case, "activations": options.activations, "kernel": short(row["Kernel Name"])}
         entry["us"] = number(row, TIME) * 1e6
         entry |= {what: number(row, metric) for what, metric in METRICS.items()}
@@ -101,6 +95,12 @@ def measure(options: argparse.Namespace, shape: str, tokens: list[str]) -> list[
         entry["stalls_pct"] = stalls_of(row)
         found.append(entry)
     return found
+
+
+def write(rows: list[dict[str, Any]], to: Path) -> None:
+    part = to.with_name(to.name + ".part")
+    part.write_text(json.dumps(rows, indent=1) + "\n")
+    part.replace(to)
 
 
 def case_of(text: str) -> str:
@@ -122,24 +122,18 @@ def main() -> int:
         sys.exit(f"error: Nsight Compute: expected {options.ncu}, found none; name it with --ncu")
     if not options.fourfold.is_file():
         sys.exit(f"error: --fourfold: expected the command, found no file {options.fourfold}")
-    tokens_of: dict[str, list[str]] = {}
-    for case in options.cases:
-        shape, _, tokens = case.rpartition(":")
-        tokens_of.setdefault(shape, []).append(tokens)
     rows = []
-    for shape, tokens in tokens_of.items():
-        for row in measure(options, shape, tokens):
+    for case in options.cases:
+        for row in measure(options, case):
             rows.append(row)
             stalls = ", ".join(f"{name} {share:.0f}" for name, share in row["stalls_pct"].items())
             print(
-                f"{row['case']:<14} {row['kernel'][:44]:<44} {row['us']:9.1f} us  {row['sm_ghz']:5.2f} GHz  issue {row['issue_pct']:4.0f}  "
+                f"{case:<14} {row['kernel'][:44]:<44} {row['us']:9.1f} us  {row['sm_ghz']:5.2f} GHz  issue {row['issue_pct']:4.0f}  "
                 f"tensor {row['tensor_pct']:4.0f}  DRAM {row['dram_pct']:4.0f}  L2 {row['l2_pct']:4.0f}  {stalls}",
                 flush=True,
             )
-    if options.json:
-        part = options.json.with_name(options.json.name + ".part")
-        part.write_text(json.dumps(rows, indent=1) + "\n")
-        part.replace(options.json)
+        if options.json:
+            write(rows, options.json)
     return 0
 
 

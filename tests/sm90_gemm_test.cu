@@ -649,6 +649,15 @@ std::vector<Case> all_cases(uint64_t seed) {
     cases.push_back({"deep K", ragged(4, 100, seed + 8), 800, {kPlain, 512, 7168}, 1, true});
     cases.back().kernel = kernel;
   }
+  // Every choice of the instruction.
+  for (const GemmKernel kernel : {GemmKernel::kMedium, GemmKernel::kBroad, GemmKernel::kWide}) {
+    for (const int terms : {1, 2}) {
+      std::vector<int> groups(static_cast<size_t>(shape_of(kernel).tokens));
+      std::iota(groups.begin(), groups.end(), 1);
+      cases.push_back({"every number of tokens", groups, sum(groups), {kPlain, 80, 192}, terms, true});
+      cases.back().kernel = kernel;
+    }
+  }
   // Plans of two launches: experts far from the mean, and none of them.
   const size_t first_planned = cases.size();
   for (const int mean : {8, 40, 70, 100}) {
@@ -661,7 +670,7 @@ std::vector<Case> all_cases(uint64_t seed) {
     cases.push_back(
         {"uneven, " + name, skewed, bound, {kPaired, channels / 32 * 16 + 16, 128}, 1, true, true});
     cases.back().activation = function(ActivationKind::kSwiglu);
-    cases.push_back({"uneven, two terms, " + name, skewed, bound, {kPlain, channels, 64}, 2});
+    cases.push_back({"uneven, two terms, " + name, skewed, bound, {kPlain, channels, 128}, 2});
   }
   for (size_t i = first_planned; i < cases.size(); ++i) cases[i].launches = 2;
   cases.push_back(

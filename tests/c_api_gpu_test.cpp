@@ -2,11 +2,9 @@
 // from the workspace's, on streams and captured. Exit code 77: no GPU here.
 #include <fourfold/fourfold.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
@@ -15,6 +13,7 @@
 #include "fourfold/checkpoint.h"
 #include "fourfold/model_family.h"
 #include "fourfold/moe_layer.h"
+#include "temporary_folder.h"
 #include "tools/synthesize.h"
 
 namespace fourfold {
@@ -70,12 +69,10 @@ std::vector<std::string> formats_of(const std::string& backend) {
 }
 
 /// A Qwen3-MoE of one layer, routed at random; some slots are empty.
-class CApiOnGpu : public ::testing::Test {
+class CApiOnGpu : public TestInFolder {
  protected:
   void SetUp() override {
-    std::string folder = (std::filesystem::temp_directory_path() / "fourfold-XXXXXX").string();
-    ASSERT_NE(mkdtemp(folder.data()), nullptr);
-    folder_ = folder;
+    ASSERT_NO_FATAL_FAILURE(TestInFolder::SetUp());
     SynthesizeRequest request;
     request.directory = folder_;
     request.family = "qwen3-moe";
@@ -97,7 +94,6 @@ class CApiOnGpu : public ::testing::Test {
       weights_.push_back(static_cast<float>(1 + below(random, 100)) / 64.0f);
     }
   }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
 
   std::string model() const { return (folder_ / "nvfp4").string(); }
 
@@ -147,7 +143,6 @@ class CApiOnGpu : public ::testing::Test {
     return y.get();
   }
 
-  std::filesystem::path folder_;
   CheckpointHandle checkpoint_;
   std::vector<Bf16> x_;
   std::vector<int32_t> ids_;

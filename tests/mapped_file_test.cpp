@@ -2,7 +2,6 @@
 #include "base/mapped_file.h"
 
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <array>
 #include <csignal>
@@ -17,6 +16,7 @@
 #include "base/files.h"
 #include "fourfold/error.h"
 #include "refusals.h"
+#include "temporary_folder.h"
 
 namespace fourfold {
 namespace {
@@ -24,23 +24,20 @@ namespace {
 constexpr size_t kPage = 4096;
 
 /// A file of `pages` pages of ones that goes away with the test.
-class MappedFileTest : public ::testing::Test {
+class MappedFileTest : public TestInFolder {
  protected:
   void SetUp() override {
-    std::string folder = (std::filesystem::temp_directory_path() / "fourfold-XXXXXX").string();
-    ASSERT_NE(mkdtemp(folder.data()), nullptr);
-    folder_ = folder;
+    ASSERT_NO_FATAL_FAILURE(TestInFolder::SetUp());
     path_ = folder_ / "file";
     write_file(path_, std::string(4 * kPage, '\1'));
   }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
 
   static int sum(const MappedFile& file) {
     return std::accumulate(file.bytes().begin(), file.bytes().end(), 0,
                            [](int total, std::byte byte) { return total + static_cast<int>(byte); });
   }
 
-  std::filesystem::path folder_, path_;
+  std::filesystem::path path_;
 };
 
 using MappedFileDeathTest = MappedFileTest;

@@ -2,9 +2,7 @@
 #include "checkpoint/model_writer.h"
 
 #include <gtest/gtest.h>
-#include <unistd.h>
 
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <numeric>
@@ -16,22 +14,19 @@
 #include "fourfold/checkpoint.h"
 #include "fourfold/error.h"
 #include "refusals.h"
+#include "temporary_folder.h"
 
 namespace fourfold {
 namespace {
 
-/// A folder of its own that goes away with the test.
-class ModelWriterTest : public ::testing::Test {
+class ModelWriterTest : public TestInFolder {
  protected:
   void SetUp() override {
-    std::string folder = (std::filesystem::temp_directory_path() / "fourfold-XXXXXX").string();
-    ASSERT_NE(mkdtemp(folder.data()), nullptr);
-    folder_ = folder;
+    ASSERT_NO_FATAL_FAILURE(TestInFolder::SetUp());
     bytes_.resize(96);
     std::iota(reinterpret_cast<uint8_t*>(bytes_.data()),
               reinterpret_cast<uint8_t*>(bytes_.data() + bytes_.size()), uint8_t{1});
   }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
 
   /// Two carried tensors, one that two tasks write half each, a config and a copied file.
   ModelPlan plan() {
@@ -66,7 +61,6 @@ class ModelWriterTest : public ::testing::Test {
     return found;
   }
 
-  std::filesystem::path folder_;
   std::vector<std::byte> bytes_;
 };
 

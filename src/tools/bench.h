@@ -78,7 +78,7 @@ struct BenchResult {
   std::optional<Spread> seconds;  ///< of a call; absent where the check failed
   std::optional<Ceiling> peak;    ///< which arithmetic peak the floor takes
   Floor floor;
-  std::optional<double> peak_between;  ///< operations a second of `peak` between calls, at their clock
+  std::optional<double> peak_between;  ///< operations a second of `peak` right behind calls
   Floor floor_between;                 ///< the floor, were that the peak
   int rotations = 0, layer_copies = 0;
   double rotating_bytes = 0.0;  ///< distinct weight bytes that the rotation touches

@@ -42,9 +42,10 @@ inline constexpr double kCeilingRunSeconds = 0.005;
 /// Those that can't run are listed without a number, with the reason.
 std::vector<Ceiling> measure_cpu_peaks(double min_seconds);
 
-/// Operations a second that one of these peaks reaches right behind `work`, at the clock that `work` leaves:
-/// the best of up to five runs of kCeilingRunSeconds / 10, before the clock recovers, each behind a run of
-/// `work`, as many as a second allows. Nothing where `peak` is none of them, or was not measured.
+/// Operations a second that one of these peaks reaches right behind `work`, at the clock that `work` may
+/// have left, beside whoever shares the core then: the best of up to five runs of kCeilingRunSeconds / 10,
+/// each behind a run of `work`, as many as a second allows. Nothing where `peak` is none of them, or was not
+/// measured.
 std::optional<double> measure_cpu_peak_behind(const Ceiling& peak, const std::function<void()>& work);
 
 }  // namespace fourfold

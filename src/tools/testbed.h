@@ -50,7 +50,7 @@ class Testbed {
   /// The peak on operands of a case; nullopt where it does not depend on them.
   virtual std::optional<Ceiling> operand_peak(const OperandSample& sample) const = 0;
 
-  /// Operations a second that `peak` reaches between calls, at the clock that these leave; nullopt where that
+  /// Operations a second that `peak` reaches between calls, as these leave the core; nullopt where that
   /// is not measured.
   virtual std::optional<double> peak_between(std::span<const LayerCall> rotation,
                                              const Ceiling& peak) const = 0;

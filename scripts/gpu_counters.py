@@ -12,7 +12,7 @@ For every kernel of a call of each case (`fourfold bench --profile`):
     DRAM, L2   of peak throughput, in per cent
     stalls     what warps waited for, the three largest, in per cent of their cycles
 
-A call of more than 65,536 slots is run in parts, each with kernels of its own. Counting replays a kernel several times,
+A call of more than 131,072 slots is run in parts, each with kernels of its own. Counting replays a kernel several times,
 with its memory as it was. What is known is printed, and written to the JSON file, case by case. Exit status: 0 done,
 1 error, 2 usage.
 """

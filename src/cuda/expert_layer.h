@@ -18,9 +18,10 @@
 
 namespace fourfold::cuda {
 
-/// Tokens are taken in parts of at most this many slots, so that the workspace stays bounded: 8192 tokens at
-/// top-8.
-inline constexpr int64_t kMostRowsAtOnce = 65536;
+/// Tokens are taken in parts of at most this many slots, so that the workspace stays bounded: 16384 tokens at
+/// top-8. Every part reads the weights again, and begins and ends its kernels: halves take 2 to 5% longer
+/// (docs/hopper.md).
+inline constexpr int64_t kMostRowsAtOnce = 131072;
 
 template <class T>
 bool is_aligned(const MatrixView<T>& matrix) {

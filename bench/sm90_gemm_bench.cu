@@ -25,7 +25,7 @@
 namespace fourfold::sm90 {
 namespace {
 
-constexpr double kReadBandwidth = 3.11e12, kPeakFlops = 726e12;  // measured on one H100: docs/hopper.md
+constexpr double kReadBandwidth = 3.11e12, kPeakFlops = 726e12;  // measured on one H100: docs/hopper-h100.md
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;

@@ -66,7 +66,7 @@ int32_t fused_tile_tokens(int64_t hidden, int64_t intermediate);
 
 /// Weights of the experts of all slots, were each hit once, up to which one kernel is faster: with more, what
 /// it saves in launches is less than what separate kernels gain by streaming faster. Of a handful of slots it
-/// may be more, as the permutation of more takes longer (an H200, docs/hopper.md).
+/// may be more, as the permutation of more takes longer (an H200, docs/hopper-tried.md).
 inline constexpr int64_t kMostFusedBytes = 100'000'000, kMostFusedBytesOfHandful = 200'000'000;
 
 /// Whether the kernel computes such a layer, and sooner than separate kernels do: weights are few, and

@@ -45,8 +45,8 @@ struct GemmKernelShape {
   }
 };
 
-/// In order of preference. Measured on an H200, docs/hopper.md: tiles of 256 rows keep four warpgroups at one
-/// matrix, and the fewer tokens a tile has room for, the more weights are in flight.
+/// In order of preference. Measured on an H200, docs/hopper-tried.md: tiles of 256 rows keep four warpgroups
+/// at one matrix, and the fewer tokens a tile has room for, the more weights are in flight.
 inline constexpr GemmKernelShape kGemmKernels[] = {
     {GemmKernel::kFew, "few: 64 rows x 8 tokens, k split over 4 warpgroups", 1, 1, 4, 8, 8, 8, 0.0, false},
     {GemmKernel::kNarrow, "narrow: 256 rows x 32 tokens, 4 warpgroups", 4, 1, 1, 4, 32, 8, 12.0, true},
@@ -85,8 +85,8 @@ constexpr int64_t gemm_waves(const GemmKernelShape& shape, int64_t max_rows, int
 inline constexpr double kMostRowsOfManyNarrow = 20.0;
 
 /// Whether a GEMM has so many tiles of a kernel that other tiles may be a launch of their own: beginning and
-/// ending one costs about a tile's time. Measured on an H200, docs/hopper.md: at 6 waves of kWide it is worth
-/// it, of others not; at 12 waves and more of any.
+/// ending one costs about a tile's time. Measured on an H200, docs/hopper-tried.md: at 6 waves of kWide it is
+/// worth it, of others not; at 12 waves and more of any.
 constexpr bool has_many_waves(const GemmKernelShape& shape, int64_t max_rows, int64_t experts,
                               int64_t row_blocks) {
   const int64_t many = shape.kernel == GemmKernel::kWide ? 5 : 10;

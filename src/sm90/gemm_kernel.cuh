@@ -9,7 +9,7 @@
 //
 // One persistent CTA an SM: warpgroup 0 produces (three warps of it work; all four where they gather token
 // rows), the others consume. The weights are the register operand of WGMMA, so the tile is rows of weights by
-// columns of tokens. docs/hopper.md tells why it is built this way and what was measured.
+// columns of tokens. docs/hopper.md has a picture and times, docs/hopper-tried.md why it is built this way.
 #pragma once
 
 #include "sm90/gemm_consumer.cuh"

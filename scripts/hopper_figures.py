@@ -3,12 +3,15 @@
 
     scripts/hopper_figures.py record FOLDER --commit SUBJECT   FOLDER: gpu_check's --out -> docs/measured/hopper.json,
                                                                or h200.json where that is the GPU
+    scripts/hopper_figures.py record-humming GRID PEERS --commit SUBJECT
+                                                               bench's and vllm_peers.py's JSON of one machine ->
+                                                               docs/measured/h200_humming.json
     scripts/hopper_figures.py write                            the tables of README.md, docs/hopper.md and
                                                                docs/hopper-h100.md, and the plots
     scripts/hopper_figures.py check                            exit status 1 where those are not what the JSON says
 
-docs/measured/hopper.json (an H100's) and h200.json hold medians and fractions of the floor as measured, and nothing else
-may stand in the tables; docs/measured/hopper_peers.json holds figures of programs that were measured elsewhere, on an H100, with
+docs/measured/hopper.json (an H100's), h200.json and h200_humming.json hold times and floors as measured, and but for the
+targets, below, nothing else may stand in the tables; docs/measured/hopper_peers.json holds figures of programs that were measured elsewhere, on an H100, with
 their source. An H200's peers are of its own run.
 `write` needs matplotlib (pip install matplotlib), the others Python alone.
 """
@@ -36,6 +39,7 @@ from measured_pages import (
 
 MEASURED = ROOT / "docs/measured/hopper.json"
 MEASURED_H200 = ROOT / "docs/measured/h200.json"
+HUMMING = ROOT / "docs/measured/h200_humming.json"
 PEERS = ROOT / "docs/measured/hopper_peers.json"
 PAGES = {ROOT / "docs/hopper.md": MEASURED_H200, ROOT / "docs/hopper-h100.md": MEASURED}
 PLOTS = {MEASURED: ROOT / "docs/measured/hopper.svg", MEASURED_H200: ROOT / "docs/measured/h200.svg"}
@@ -191,6 +195,28 @@ def record(folder: Path, commit: str) -> None:
     target.write_text(json.dumps(measured, indent=1) + "\n")
 
 
+def record_humming(grid_file: Path, peers_file: Path, commit: str) -> None:
+    """Of a session that had no time for gpu_check."""
+    grid, peers = json.loads(grid_file.read_text()), json.loads(peers_file.read_text())
+    machine = grid["machines"][0]
+    if peers["gpu"] not in machine["machine"]:
+        sys.exit(f"error: {peers_file}: expected a run on {machine['machine']}, as {grid_file}'s, found {peers['gpu']}")
+    for case in grid["cases"]:
+        require_checked(grid_file, case)
+    measured = {
+        "machine": machine["machine"],
+        "read_bytes_per_second": machine["read_bandwidth"]["per_second"],
+        "commit": commit,
+        "versions": peers["peers"],
+        "cases": [
+            {key: case[key] for key in ("model", "tokens", "activations")} | measured_times(case)
+            for case in grid["cases"]
+        ],
+        "humming": [{key: case[key] for key in ("model", "tokens", "seconds", "rel_l2")} for case in peers["cases"]],
+    }
+    HUMMING.write_text(json.dumps(measured, indent=1) + "\n")
+
+
 # ---- tables ----
 
 
@@ -210,7 +236,7 @@ def target_table(of: Path) -> str:
     found = cells(of)
     columns = [f"{title[:1]} {what}" for title in TITLES.values() for what in ("target", *FORMATS)]
     text = row(["T", *columns]) + row(["---"] * (1 + len(columns)))
-    for tokens in TARGETS["deepseek-v3"]:
+    for tokens in found["deepseek-v3"]:
         line = [str(tokens)]
         for model in TITLES:
             cell, target = found[model][tokens], TARGETS[model][tokens]
@@ -218,6 +244,23 @@ def target_table(of: Path) -> str:
             for name in FORMATS:
                 share = f"{100 * cell.fraction(name):.0f} ({100 * cell.floor[name] / cell.fastest[name]:.0f})"
                 line.append(f"**{share}**" if 100 * cell.fraction(name) >= target else share)
+        text += row(line)
+    return text
+
+
+def humming_table() -> str:
+    """Of a machine of its own: fourfold's times with per cent of the floor, and humming's."""
+    measured = json.loads(HUMMING.read_text())
+    ours = {(case["model"], case["tokens"], case["activations"]): case for case in measured["cases"]}
+    theirs = {(case["model"], case["tokens"]): case["seconds"] for case in measured["humming"]}
+    columns = [f"{title[:1]} {what}" for title in TITLES.values() for what in (*FORMATS, "humming")]
+    text = row(["T", *columns]) + row(["---"] * (1 + len(columns)))
+    for tokens in dict.fromkeys(case["tokens"] for case in measured["cases"]):
+        line = [str(tokens)]
+        for model in TITLES:
+            for case in (ours[model, tokens, name] for name in FORMATS):
+                line.append(f"{microseconds(case['seconds'])} ({100 * case['floor_seconds'] / case['seconds']:.0f}%)")
+            line.append(microseconds(theirs[model, tokens]))
         text += row(line)
     return text
 
@@ -288,6 +331,8 @@ def documents() -> dict[Path, str]:
         others = {"targets": target_table, "untuned": untuned_table, "routings": routing_table, "counters": counter_table}
         for name, table in others.items():
             tables[f"measured: {name}"] = lambda table=table, of=of: table(of)
+        if of == MEASURED_H200:
+            tables["measured: humming"] = humming_table
         files[page] = tables
     return {file: with_tables(file, sections) for file, sections in files.items()}
 
@@ -323,7 +368,7 @@ def plot(of: Path) -> None:
 
 def check() -> int:
     plots = {file: digest(of, PEERS) for of, file in PLOTS.items()}
-    return report_stale(documents(), plots, "docs/measured/hopper.json and h200.json", Path(__file__).name)
+    return report_stale(documents(), plots, "docs/measured/hopper.json, h200.json and h200_humming.json", Path(__file__).name)
 
 
 def main() -> int:
@@ -332,11 +377,17 @@ def main() -> int:
     recording = commands.add_parser("record", help="gpu_check's results -> docs/measured/hopper.json or h200.json")
     recording.add_argument("folder", type=Path)
     recording.add_argument("--commit", required=True, help="subject of the commit that was measured")
+    humming = commands.add_parser("record-humming", help="a grid and humming's times -> docs/measured/h200_humming.json")
+    humming.add_argument("grid", type=Path, help="of fourfold bench --json")
+    humming.add_argument("peers", type=Path, help="of vllm_peers.py --peers humming --json")
+    humming.add_argument("--commit", required=True, help="subject of the commit that was measured")
     commands.add_parser("write", help="tables and plots from the JSON")
     commands.add_parser("check", help="whether tables and plots are what the JSON says")
     arguments = parser.parse_args()
     if arguments.command == "record":
         record(arguments.folder, arguments.commit)
+    elif arguments.command == "record-humming":
+        record_humming(arguments.grid, arguments.peers, arguments.commit)
     elif arguments.command == "write":
         for file, text in documents().items():
             file.write_text(text)

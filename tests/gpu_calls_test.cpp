@@ -380,8 +380,8 @@ float largest_activation(const MoeLayer& layer, const LayerInputs& inputs, int64
 
 TEST(GpuCalls, InPartsGiveWhatEachPartGivesWithTheScalesOfTheWhole) {
   // Two parts. The largest x, and so the scale of the whole tensor, is in the second.
-  constexpr int64_t kPart = cuda::kMostRowsAtOnce / 2, kTokens = kPart + 7000;
-  RandomLayer layer({kTokens, 64, 48, 5, 2}, test_seed());
+  constexpr int64_t kTopK = 2, kPart = cuda::kMostRowsAtOnce / kTopK, kTokens = kPart + 7000;
+  RandomLayer layer({kTokens, 64, 48, 5, kTopK}, test_seed());
   layer.inputs.x[static_cast<size_t>((kTokens - 7) * 64 + 3)] = encode_bf16(200.0f);
   const LayerInputs parts[] = {part_of(layer.inputs, 0, kPart),
                                part_of(layer.inputs, kPart, kTokens - kPart)};
@@ -402,7 +402,8 @@ TEST(GpuCalls, InPartsGiveWhatEachPartGivesWithTheScalesOfTheWhole) {
 }
 
 TEST(GpuCalls, RefuseTapsThatDoNotFitOnePart) {
-  const RandomLayer layer({cuda::kMostRowsAtOnce / 2 + 1, 16, 16, 2, 2}, test_seed());
+  constexpr int64_t kTopK = 2;
+  const RandomLayer layer({cuda::kMostRowsAtOnce / kTopK + 1, 16, 16, 2, kTopK}, test_seed());
   EXPECT_THROW(trace(*make(layer), layer.inputs, nullptr, gpu()), Error);
 }
 

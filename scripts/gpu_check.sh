@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and at most 9 minutes: the GPU tests, layertest (--stress too) and
 # gemmtest in all activation formats, compute-sanitizer on small cases, the benchmark's grid, PyTorch's grouped GEMM as
-# a control, shapes and routings that no kernel was tuned on, hardware counters of the cells that miss their target, and
-# vLLM's kernels as peers.
+# a control, shapes and routings that no kernel was tuned on, vLLM's kernels as peers, and hardware counters of every
+# cell of the grid.
 #
 #   scripts/gpu_check.sh [--binaries DIR] [--real DIR] [--vllm DIR] [--peers LIST] [--out DIR] [--backend NAME]
-#                        [--steps LIST]
+#                        [--counters LIST] [--steps LIST]
 #
 # --binaries DIR  prebuilt by scripts/gpu_bundle.sh (or a build folder); else the project is built here
 # --real DIR      a checkpoint of trained weights, as scripts/real_checkpoint.py DIR --layers 15 makes it, for layertest
@@ -13,13 +13,15 @@
 # --peers LIST    of marlin,triton_kernels,humming (default: the first two)
 # --out DIR       where summary.txt, summary.json, grid.json and the logs go (default: build/gpu_check)
 # --backend NAME  default: sm90
+# --counters LIST formats of activations whose hardware counters are read, with commas (default: bf16; each takes two
+#                 minutes, so that the 9 minutes have room for one beside everything else)
 # --steps LIST    of tests,layertest,grid,control,untuned,peers,sanitizer,counters (default: all, in this order)
 #
 # Steps that this machine can't run are reported as "not run". Exit code 0 when nothing failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-binaries='' real='' vllm='' peers='' out='' backend=sm90
+binaries='' real='' vllm='' peers='' out='' backend=sm90 counted=bf16
 steps=tests,layertest,grid,control,untuned,peers,sanitizer,counters
 while [ $# -gt 0 ]; do
   case $1 in
@@ -30,7 +32,8 @@ while [ $# -gt 0 ]; do
     --real) real=${2:?--real needs a folder}; shift ;;
     --vllm) vllm=${2:?--vllm needs a folder}; shift ;;
     --peers) peers=${2:?--peers needs a list}; shift ;;
-    --help | -h) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --counters) counted=${2:?--counters needs a list}; shift ;;
+    --help | -h) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) printf 'error: unknown option %s; see --help\n' "$1" >&2; exit 2 ;;
   esac
   shift
@@ -238,8 +241,8 @@ run_counters() {
     return
   fi
   rm -f "$out/counters.json" # an older run's
-  attempt counters 180 python3 "$here/gpu_counters.py" --fourfold "$fourfold" --ncu "$ncu" --backend "$backend" \
-    --json "$out/counters.json" {A,B,C}:{1,4,16,64,256,1024} A:4096 B:16384 C:8192
+  attempt counters 300 python3 "$here/gpu_counters.py" --fourfold "$fourfold" --ncu "$ncu" --backend "$backend" \
+    --activations "$counted" --json "$out/counters.json" {A,B,C}:{1,4,16,64,256,1024,4096,8192,16384}
   show counters
 }
 

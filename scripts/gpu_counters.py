@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What binds the kernels of `fourfold bench`: hardware counters of single cases, read by Nsight Compute.
 
-usage: gpu_counters.py --fourfold FILE [--backend NAME] [--activations FORMAT] [--json FILE] SHAPE:TOKENS...
+usage: gpu_counters.py --fourfold FILE [--backend NAME] [--activations LIST] [--json FILE] SHAPE:TOKENS...
 
-For every kernel of a call of each case (`fourfold bench --profile`):
+For every kernel of a call of each case (`fourfold bench --profile`), with each format of activations:
 
     us         as profiled: alone, at the clock of that moment, so not the time of the grid
     SM GHz     the clock meanwhile
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import json
 import re
 import shutil
@@ -66,17 +67,17 @@ def stalls_of(row: dict[str, str]) -> dict[str, float]:
     return dict(sorted(shares.items(), key=lambda item: -item[1])[:3])
 
 
-def profile(options: argparse.Namespace, case: str) -> list[dict[str, str]]:
+def profile(options: argparse.Namespace, case: str, activations: str) -> list[dict[str, str]]:
     """The launches of a call of the case; their times in seconds."""
     shape, _, tokens = case.rpartition(":")
     bench = [options.fourfold, "bench", "--shape", shape, "--tokens", tokens, "--backend", options.backend]
-    bench += ["--activations", options.activations, "--repeats", "1", "--min-time", "0", "--profile"]
+    bench += ["--activations", activations, "--repeats", "1", "--min-time", "0", "--profile"]
     command = [options.ncu, "--profile-from-start", "off", "--clock-control", "none", "--kernel-name", KERNELS]
     command += ["--metrics", ",".join([TIME, *METRICS.values(), STALLS]), "--page", "raw", "--csv", *map(str, bench)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in ran.stdout.splitlines() if line.startswith('"')]
     if ran.returncode != 0 or len(lines) < 3:
-        sys.exit(f"error: {case}: ncu gave no counters (exit status {ran.returncode}):\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+        sys.exit(f"error: {case} {activations}: ncu gave no counters (exit status {ran.returncode}):\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
     names, units, *rows = csv.reader(io.StringIO("\n".join(lines)))
     second = SECONDS[units[names.index(TIME)]]
     launches = [dict(zip(names, values, strict=True)) for values in rows]
@@ -85,10 +86,10 @@ def profile(options: argparse.Namespace, case: str) -> list[dict[str, str]]:
     return launches
 
 
-def measure(options: argparse.Namespace, case: str) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, case: str, activations: str) -> list[dict[str, Any]]:
     found = []
-    for row in profile(options, case):
-        entry: dict[str, Any] = {"case": case, "activations": options.activations, "kernel": short(row["Kernel Name"])}
+    for row in profile(options, case, activations):
+        entry: dict[str, Any] = {"case": case, "activations": activations, "kernel": short(row["Kernel Name"])}
         entry["us"] = number(row, TIME) * 1e6
         entry |= {what: number(row, metric) for what, metric in METRICS.items()}
         entry["sm_ghz"] *= 1e-9
@@ -113,7 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fourfold", type=Path, required=True, metavar="FILE", help="the command")
     parser.add_argument("--backend", default="sm90")
-    parser.add_argument("--activations", default="bf16", metavar="FORMAT")
+    parser.add_argument("--activations", default="bf16", metavar="LIST", help="formats, with commas (default: bf16)")
     parser.add_argument("--ncu", default=shutil.which("ncu") or "/usr/local/cuda/bin/ncu", metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     parser.add_argument("cases", nargs="+", type=case_of, metavar="SHAPE:TOKENS")
@@ -123,12 +124,12 @@ def main() -> int:
     if not options.fourfold.is_file():
         sys.exit(f"error: --fourfold: expected the command, found no file {options.fourfold}")
     rows = []
-    for case in options.cases:
-        for row in measure(options, case):
+    for activations, case in itertools.product(options.activations.split(","), options.cases):
+        for row in measure(options, case, activations):
             rows.append(row)
             stalls = ", ".join(f"{name} {share:.0f}" for name, share in row["stalls_pct"].items())
             print(
-                f"{case:<14} {row['kernel'][:44]:<44} {row['us']:9.1f} us  {row['sm_ghz']:5.2f} GHz  issue {row['issue_pct']:4.0f}  "
+                f"{case:<14} {activations:<6} {row['kernel'][:44]:<44} {row['us']:9.1f} us  {row['sm_ghz']:5.2f} GHz  issue {row['issue_pct']:4.0f}  "
                 f"tensor {row['tensor_pct']:4.0f}  DRAM {row['dram_pct']:4.0f}  L2 {row['l2_pct']:4.0f}  {stalls}",
                 flush=True,
             )

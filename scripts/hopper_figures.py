@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Turns a run of scripts/gpu_check.sh into the tables and the plot of the documentation.
 
-    scripts/hopper_figures.py record FOLDER --commit SUBJECT   FOLDER: gpu_check's --out -> docs/measured/hopper.json,
+    scripts/hopper_figures.py record FOLDER --commit SUBJECT [--counters FOLDER]
+                                                               FOLDER: gpu_check's --out -> docs/measured/hopper.json,
                                                                or h200.json where that is the GPU
     scripts/hopper_figures.py record-humming GRID PEERS --commit SUBJECT
                                                                bench's and vllm_peers.py's JSON of one machine ->
                                                                docs/measured/h200_humming.json
-    scripts/hopper_figures.py write                            the tables of README.md, docs/hopper.md and
-                                                               docs/hopper-h100.md, and the plots
+    scripts/hopper_figures.py write                            the tables of README.md, docs/hopper.md,
+                                                               docs/hopper-counters.md and docs/hopper-h100.md, and
+                                                               the plots
     scripts/hopper_figures.py check                            exit status 1 where those are not what the JSON says
 
 docs/measured/hopper.json (an H100's), h200.json and h200_humming.json hold times and floors as measured, and but for the
@@ -42,6 +44,7 @@ MEASURED_H200 = ROOT / "docs/measured/h200.json"
 HUMMING = ROOT / "docs/measured/h200_humming.json"
 PEERS = ROOT / "docs/measured/hopper_peers.json"
 PAGES = {ROOT / "docs/hopper.md": MEASURED_H200, ROOT / "docs/hopper-h100.md": MEASURED}
+COUNTER_PAGES = {ROOT / "docs/hopper-counters.md": MEASURED_H200, ROOT / "docs/hopper-h100.md": MEASURED}
 PLOTS = {MEASURED: ROOT / "docs/measured/hopper.svg", MEASURED_H200: ROOT / "docs/measured/h200.svg"}
 FORMATS = ("bf16", "nvfp4")
 TORCH = "torch grouped_mm bf16"
@@ -169,7 +172,8 @@ def counters_of(folder: Path, commit: str, target: Path) -> dict:
     return {"counters_commit": before.get("counters_commit", before["commit"]), "counters": before["counters"]}
 
 
-def record(folder: Path, commit: str) -> None:
+def record(folder: Path, counters: Path, commit: str) -> None:
+    """`counters`: the folder of another run, of its step counters alone, or `folder`."""
     grid, control = json.loads(result_of(folder, "grid.json")), json.loads(result_of(folder, "control.json"))
     for case in grid["cases"]:
         require_checked(folder / "grid.json", case)
@@ -190,7 +194,7 @@ def record(folder: Path, commit: str) -> None:
         "peers": peers_of(folder, machine["machine"]),
         "untuned": fractions(folder, "untuned.json"),
         "routings": {name: fractions(folder, f"{name}.json") for name in ROUTINGS},
-        **counters_of(folder, commit, target),
+        **counters_of(counters, commit, target),
     }
     target.write_text(json.dumps(measured, indent=1) + "\n")
 
@@ -294,20 +298,24 @@ def routing_table(of: Path) -> str:
 
 
 def counter_table(of: Path) -> str:
-    """Without kernels that take less than LEAST_SHARE of their case."""
+    """Without kernels that take less than LEAST_SHARE of their case; a case's formats follow each other."""
     columns = {"SM GHz": "sm_ghz", "issue": "issue_pct", "tensor": "tensor_pct", "DRAM": "dram_pct", "L2": "l2_pct"}
-    text = row(["case", "kernel", "us", *columns, "stalls"]) + row(["---"] * (4 + len(columns)))
+    text = row(["case", "format", "kernel", "us", *columns, "stalls"]) + row(["---"] * (5 + len(columns)))
     entries = json.loads(of.read_text())["counters"]
-    whole: dict[str, float] = {}
+    cases = list(dict.fromkeys(entry["case"] for entry in entries))
+    entries.sort(key=lambda entry: cases.index(entry["case"]))
+    whole: dict[tuple[str, str], float] = {}
     for entry in entries:
-        whole[entry["case"]] = whole.get(entry["case"], 0.0) + entry["us"]
+        key = entry["case"], entry["activations"]
+        whole[key] = whole.get(key, 0.0) + entry["us"]
     for entry in entries:
-        if entry["us"] < LEAST_SHARE * whole[entry["case"]]:
+        if entry["us"] < LEAST_SHARE * whole[entry["case"], entry["activations"]]:
             continue
         kernel = entry["kernel"].partition("<")[0]
         values = [f"{entry[key]:.2f}" if key == "sm_ghz" else f"{entry[key]:.0f}" for key in columns.values()]
         stalls = ", ".join(f"{name} {share:.0f}" for name, share in entry["stalls_pct"].items())
-        text += row([entry["case"].replace(":", " T "), kernel, f"{entry['us']:.1f}", *values, stalls])
+        case = entry["case"].replace(":", " T ")
+        text += row([case, entry["activations"], kernel, f"{entry['us']:.1f}", *values, stalls])
     return text
 
 
@@ -328,12 +336,14 @@ def documents() -> dict[Path, str]:
     files = {ROOT / "README.md": {"measured: hopper": readme_table}}
     for page, of in PAGES.items():
         tables = {f"measured: {model}": lambda model=model, of=of: table_of(model, of) for model in TITLES}
-        others = {"targets": target_table, "untuned": untuned_table, "routings": routing_table, "counters": counter_table}
+        others = {"targets": target_table, "untuned": untuned_table, "routings": routing_table}
         for name, table in others.items():
             tables[f"measured: {name}"] = lambda table=table, of=of: table(of)
         if of == MEASURED_H200:
             tables["measured: humming"] = humming_table
         files[page] = tables
+    for page, of in COUNTER_PAGES.items():
+        files.setdefault(page, {})["measured: counters"] = lambda of=of: counter_table(of)
     return {file: with_tables(file, sections) for file, sections in files.items()}
 
 
@@ -376,6 +386,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record", help="gpu_check's results -> docs/measured/hopper.json or h200.json")
     recording.add_argument("folder", type=Path)
+    recording.add_argument("--counters", type=Path, metavar="FOLDER", help="of a run with the step counters, if another")
     recording.add_argument("--commit", required=True, help="subject of the commit that was measured")
     humming = commands.add_parser("record-humming", help="a grid and humming's times -> docs/measured/h200_humming.json")
     humming.add_argument("grid", type=Path, help="of fourfold bench --json")
@@ -385,7 +396,7 @@ def main() -> int:
     commands.add_parser("check", help="whether tables and plots are what the JSON says")
     arguments = parser.parse_args()
     if arguments.command == "record":
-        record(arguments.folder, arguments.commit)
+        record(arguments.folder, arguments.counters or arguments.folder, arguments.commit)
     elif arguments.command == "record-humming":
         record_humming(arguments.grid, arguments.peers, arguments.commit)
     elif arguments.command == "write":

@@ -156,7 +156,7 @@ constexpr MultiplyDecoded kMultiplyDecoded[kRowsAtATime + 1] = {nullptr,
                                                                 multiply_decoded<6>};
 
 /// Passes that decode anew rather than decode once for all: where look-ups have execution units that products
-/// can't use, as in Zen 4, decoding costs next to nothing (docs/cpu.md, "What was tried").
+/// can't use, as in Zen 4, decoding costs next to nothing (docs/cpu-tried.md).
 int64_t most_direct_passes() {
   static const int64_t passes = [] {
     __builtin_cpu_init();

@@ -21,7 +21,7 @@ struct PrefetchPlan {
   bool near_to_first_level = false;
 };
 
-/// The plan of the CPU's maker, from sweeps on one machine of each (docs/cpu.md, "What was tried").
+/// The plan of the CPU's maker, from sweeps on one machine of each (docs/cpu-tried.md).
 const PrefetchPlan& prefetch_plan();
 
 /// Before a pair's chunk is read.

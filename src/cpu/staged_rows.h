@@ -43,7 +43,7 @@ constexpr int terms_of(ActivationFormat format) {
 }
 
 /// Rows of NVFP4 operands (operand_rows) of an expert up to which byte products beat tiles: measured on a
-/// machine with AMX, docs/cpu.md. Floats never do: one row of them takes longer than a row tile.
+/// machine with AMX, docs/cpu-tried.md. Floats never do: one row of them takes longer than a row tile.
 inline constexpr int64_t kMostIntRows = 6;
 
 /// The form for a group of `rows` rows. `needs_floats`: the weights are not NVFP4.

@@ -115,7 +115,7 @@ __attribute__((target("amx-tile"))) void load_tile_config() {
 }
 
 /// Sums of zero, and operands that were loaded: tiles that TILEZERO made are multiplied at full speed even
-/// while a neighbour on the same core has the tile unit, when no other tiles are (docs/cpu.md).
+/// while a neighbour on the same core has the tile unit, when no other tiles are (docs/cpu-tried.md).
 __attribute__((target("amx-tile"))) void fill_tiles_amx() {
   alignas(64) uint8_t operand[16 * 64];  // as bf16 0.746, as int8 63
   std::memset(operand, 0x3F, sizeof operand);

@@ -13,8 +13,8 @@
     scripts/hopper_figures.py check                            exit status 1 where those are not what the JSON says
 
 docs/measured/hopper.json (an H100's), h200.json and h200_humming.json hold times and floors as measured, and but for the
-targets, below, nothing else may stand in the tables; docs/measured/hopper_peers.json holds figures of programs that were measured elsewhere, on an H100, with
-their source. An H200's peers are of its own run.
+targets, below, nothing else may stand in the tables; docs/measured/hopper_peers.json holds figures of programs that were
+measured elsewhere, on an H100, with their source. An H200's peers are of its own run, but for humming.
 `write` needs matplotlib (pip install matplotlib), the others Python alone.
 """
 
@@ -172,11 +172,23 @@ def counters_of(folder: Path, commit: str, target: Path) -> dict:
     return {"counters_commit": before.get("counters_commit", before["commit"]), "counters": before["counters"]}
 
 
-def record(folder: Path, counters: Path, commit: str) -> None:
-    """`counters`: the folder of another run, of its step counters alone, or `folder`."""
-    grid, control = json.loads(result_of(folder, "grid.json")), json.loads(result_of(folder, "control.json"))
+def require_all_checked(file: Path, grid: dict) -> None:
     for case in grid["cases"]:
-        require_checked(folder / "grid.json", case)
+        require_checked(file, case)
+
+
+def times_of(grid: dict) -> list[dict]:
+    return [
+        {key: case[key] for key in ("model", "tokens", "activations")} | measured_times(case) for case in grid["cases"]
+    ]
+
+
+def record(folder: Path, counters: Path | None, commit: str) -> None:
+    """`counters`: the folder of another run, of its step counters alone."""
+    if counters and not (counters / "counters.json").is_file():
+        sys.exit(f"error: --counters: expected a run of gpu_check with its step counters, found no {counters}/counters.json")
+    grid, control = json.loads(result_of(folder, "grid.json")), json.loads(result_of(folder, "control.json"))
+    require_all_checked(folder / "grid.json", grid)
     machine = grid["machines"][0]
     target = target_of(machine["machine"])
     driver = re.search(r"^fourfold on .*, ([\d.]+)$", result_of(folder, "summary.txt"), re.MULTILINE)
@@ -186,36 +198,32 @@ def record(folder: Path, counters: Path, commit: str) -> None:
         "read_bytes_per_second": machine["read_bandwidth"]["per_second"],
         "commit": commit,
         "torch_version": control["torch"],
-        "cases": [
-            {key: case[key] for key in ("model", "tokens", "activations")} | measured_times(case)
-            for case in grid["cases"]
-        ],
+        "cases": times_of(grid),
         "torch": [{key: case[key] for key in ("model", "tokens", "seconds")} for case in control["cases"]],
         "peers": peers_of(folder, machine["machine"]),
         "untuned": fractions(folder, "untuned.json"),
         "routings": {name: fractions(folder, f"{name}.json") for name in ROUTINGS},
-        **counters_of(counters, commit, target),
+        **counters_of(counters or folder, commit, target),
     }
     target.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 def record_humming(grid_file: Path, peers_file: Path, commit: str) -> None:
-    """Of a session that had no time for gpu_check."""
+    """Of a run apart from gpu_check's: humming, and fourfold's grid on the same machine."""
+    for file, command in ((grid_file, "fourfold bench"), (peers_file, "vllm_peers.py --peers humming")):
+        if not file.is_file():
+            sys.exit(f"error: {file}: expected what {command} --json wrote, found no such file")
     grid, peers = json.loads(grid_file.read_text()), json.loads(peers_file.read_text())
     machine = grid["machines"][0]
     if peers["gpu"] not in machine["machine"]:
         sys.exit(f"error: {peers_file}: expected a run on {machine['machine']}, as {grid_file}'s, found {peers['gpu']}")
-    for case in grid["cases"]:
-        require_checked(grid_file, case)
+    require_all_checked(grid_file, grid)
     measured = {
         "machine": machine["machine"],
         "read_bytes_per_second": machine["read_bandwidth"]["per_second"],
         "commit": commit,
         "versions": peers["peers"],
-        "cases": [
-            {key: case[key] for key in ("model", "tokens", "activations")} | measured_times(case)
-            for case in grid["cases"]
-        ],
+        "cases": times_of(grid),
         "humming": [{key: case[key] for key in ("model", "tokens", "seconds", "rel_l2")} for case in peers["cases"]],
     }
     HUMMING.write_text(json.dumps(measured, indent=1) + "\n")
@@ -396,7 +404,7 @@ def main() -> int:
     commands.add_parser("check", help="whether tables and plots are what the JSON says")
     arguments = parser.parse_args()
     if arguments.command == "record":
-        record(arguments.folder, arguments.counters or arguments.folder, arguments.commit)
+        record(arguments.folder, arguments.counters, arguments.commit)
     elif arguments.command == "record-humming":
         record_humming(arguments.grid, arguments.peers, arguments.commit)
     elif arguments.command == "write":

@@ -4,6 +4,7 @@
 #include <numeric>
 #include <optional>
 
+#include "cuda/bench_device.h"
 #include "cuda/expert_layer.h"
 #include "cuda_support.h"
 #include "fourfold/error.h"
@@ -399,6 +400,37 @@ TEST(GpuCalls, InPartsGiveWhatEachPartGivesWithTheScalesOfTheWhole) {
   const std::vector<Bf16> second = run(*scaled, parts[1], kTokens);
   expected.insert(expected.end(), second.begin(), second.end());
   EXPECT_EQ(y, expected);
+}
+
+/// The tokens of `inputs` again and again.
+LayerInputs repeated(const LayerInputs& inputs, int64_t tokens) {
+  const auto repeat = [&](auto& values) {
+    const size_t period = values.size();
+    values.resize(period / static_cast<size_t>(inputs.tokens) * static_cast<size_t>(tokens));
+    for (size_t i = period; i < values.size(); ++i) values[i] = values[i - period];
+  };
+  LayerInputs result = inputs;
+  result.tokens = tokens;
+  repeat(result.x);
+  repeat(result.topk_ids);
+  repeat(result.topk_weights);
+  return result;
+}
+
+TEST(GpuCalls, OfMoreElementsThan32BitsCountGiveEveryTokenWhatItGetsElsewhere) {
+  // One part, the largest that there is: its staged rows, and z, have more than 2^31 elements.
+  constexpr int64_t kTopK = 8, kTokens = cuda::kMostRowsAtOnce / kTopK, kHidden = 16400, kDistinct = 100;
+  static_assert(kTokens * kTopK * kHidden > int64_t{1} << 31);
+  constexpr int64_t kNeededBytes = int64_t{24} << 30;
+  if (cuda::free_memory_bytes() < kNeededBytes) GTEST_SKIP() << "needs 24 GB of a GPU's memory";
+  const RandomLayer layer({kDistinct, kHidden, 16, 8, kTopK}, test_seed());
+  const auto moe = make(layer, with_format(ActivationFormat::kNvfp4, ScalePolicy::kStatic));
+  const std::vector<Bf16> expected = run(*moe, layer.inputs, kTokens);
+  const std::vector<Bf16> y = run(*moe, repeated(layer.inputs, kTokens), kTokens);
+  for (int64_t token = 0; token < kTokens; ++token) {
+    const auto row = expected.begin() + token % kDistinct * kHidden;
+    ASSERT_TRUE(std::equal(row, row + kHidden, y.begin() + token * kHidden)) << "token " << token;
+  }
 }
 
 TEST(GpuCalls, RefuseTapsThatDoNotFitOnePart) {

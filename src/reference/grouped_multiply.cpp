@@ -1,9 +1,10 @@
 // Grouped multiplication, written to be read.
 //
 // Rows of a group are taken a tile at a time, decoded to float32 and transposed; then every output column
-// decodes its weight row once and walks along k. The innermost loop runs over the rows of the tile: each row
-// has an accumulator of its own, so that the compiler can vectorise without changing the order of a single
-// sum.
+// decodes its weight row once and walks along k, a few columns beside each other where the tile is narrow.
+// The innermost loops run over columns and the rows of the tile: each of these sums has an accumulator of its
+// own, so that the compiler can vectorise, and additions need not wait for each other, without changing the
+// order of a single sum.
 #include "reference/grouped_multiply.h"
 
 #include <algorithm>
@@ -18,6 +19,12 @@ namespace {
 
 constexpr int kWideTile = 32;   // rows; eight SSE registers of float accumulators
 constexpr int kNarrowTile = 4;  // for groups of a few rows
+
+/// Output columns whose sums are walked together: what a wide tile of floats has accumulators for.
+template <class Sum, int kRows>
+constexpr int kColumns = std::max(kWideTile* static_cast<int>(sizeof(float)) /
+                                      (kRows * static_cast<int>(sizeof(Sum))),
+                                  1);
 
 /// Work below this many multiplications stays on one thread: waking the others would take longer.
 constexpr int64_t kWorthThreads = 100'000;
@@ -94,22 +101,24 @@ void load_tile(const ActivationView& a, const ScaleRows& group, ActivationTile& 
   }
 }
 
-/// sums[r] = sum over k and terms of weight[k] * tile(k, term, r), in that order. Not instrumented by
-/// sanitizers, whose tests would spend half of their time in this loop: the caller checks what it reads as a
-/// whole.
-template <class Sum, int kRows>
-__attribute__((no_sanitize("address", "undefined"))) void dot_rows(const float* weight,
+/// sums[c][r] = sum over k and terms of weights[c * depth + k] * tile(k, term, r), in that order. Not
+/// instrumented by sanitizers, whose tests would spend half of their time in this loop: the caller checks
+/// what it reads as a whole.
+template <int kTerms, class Sum, int kColumns, int kRows>
+__attribute__((no_sanitize("address", "undefined"))) void dot_rows(const float* weights,
                                                                    const ActivationTile& tile, int64_t depth,
-                                                                   Sum* sums) {
-  Sum accumulators[kRows] = {};
+                                                                   Sum (&sums)[kColumns][kRows]) {
+  Sum accumulators[kColumns][kRows] = {};
   const float* values = tile.values.data();
   for (int64_t k = 0; k < depth; ++k) {
-    const Sum factor = weight[k];
-    for (int term = 0; term < tile.terms; ++term, values += kRows) {
-      for (int r = 0; r < kRows; ++r) accumulators[r] += factor * static_cast<Sum>(values[r]);
+    for (int term = 0; term < kTerms; ++term, values += kRows) {
+      for (int c = 0; c < kColumns; ++c) {
+        const Sum factor = weights[c * depth + k];
+        for (int r = 0; r < kRows; ++r) accumulators[c][r] += factor * static_cast<Sum>(values[r]);
+      }
     }
   }
-  std::copy_n(accumulators, kRows, sums);
+  std::copy_n(&accumulators[0][0], kColumns * kRows, &sums[0][0]);
 }
 
 float activation_scale(const ActivationView& a, int64_t row, size_t group) {
@@ -138,24 +147,36 @@ void multiply_tile(const GroupedMultiply& args, size_t group, const ActivationTi
     bias.resize(static_cast<size_t>(columns));
     decode_row(*b.bias, 0, bias.data());
   }
-  ThreadScratch scratch(depth);
+  constexpr int kTogether = kColumns<Sum, kRows>;
+  ThreadScratch scratch(kTogether * depth);
 #pragma omp parallel if (tile.rows * columns * depth > kWorthThreads)
   {
-    const std::span<float> weight = scratch.mine();
-    Sum sums[kRows];
+    const std::span<float> weights = scratch.mine();
+    Sum sums[kTogether][kRows];
 #pragma omp for schedule(static)
-    for (int64_t n = 0; n < columns; ++n) {
-      if (args.dequantize_weights) {
-        dequantize_row(*b.weight, n, weight.data());
-      } else {
-        decode_row(*b.weight, n, weight.data());
+    for (int64_t first = 0; first < columns; first += kTogether) {
+      const int64_t together = std::min<int64_t>(columns - first, kTogether);
+      for (int64_t c = 0; c < together; ++c) {
+        float* const weight = weights.data() + c * depth;
+        if (args.dequantize_weights) {
+          dequantize_row(*b.weight, first + c, weight);
+        } else {
+          decode_row(*b.weight, first + c, weight);
+        }
       }
-      dot_rows<Sum, kRows>(weight.data(), tile, depth, sums);
+      if (tile.terms == 1) {
+        dot_rows<1>(weights.data(), tile, depth, sums);
+      } else {
+        dot_rows<2>(weights.data(), tile, depth, sums);
+      }
       for (int64_t r = 0; r < tile.rows; ++r) {
         const int64_t row = tile.first_row + r;
         const float alpha = activation_scale(args.a, row, group) * weight_global;
-        const float value = alpha * static_cast<float>(sums[r]);
-        store(args.d, row, n, bias.empty() ? value : value + bias[static_cast<size_t>(n)]);
+        for (int64_t c = 0; c < together; ++c) {
+          const int64_t n = first + c;
+          const float value = alpha * static_cast<float>(sums[c][r]);
+          store(args.d, row, n, bias.empty() ? value : value + bias[static_cast<size_t>(n)]);
+        }
       }
     }
   }

@@ -526,6 +526,26 @@ TEST(Comparison, SeesWhatCosineIsBlindTo) {
   EXPECT_DOUBLE_EQ(c.rel_l2, 1.0);
 }
 
+TEST(Comparison, OfManyValuesAtOnceIsThatOfOneAfterTheOther) {
+  for (const size_t size : {0, 1, 7, 8, 9, 16, 1003}) {
+    std::vector<float> references(size), candidates(size);
+    for (size_t i = 0; i < size; ++i) {  // small integers: sums are exact in any order
+      references[i] = static_cast<float>(i % 19) - 9.0f;
+      candidates[i] = static_cast<float>(i % 23) - 11.0f;
+    }
+    ErrorSums one_by_one, at_once;
+    for (size_t i = 0; i < size; ++i) one_by_one.add(references[i], candidates[i]);
+    at_once.add(references, candidates);
+    EXPECT_EQ(at_once.reference_squared, one_by_one.reference_squared) << size;
+    EXPECT_EQ(at_once.candidate_squared, one_by_one.candidate_squared) << size;
+    EXPECT_EQ(at_once.product, one_by_one.product) << size;
+    EXPECT_EQ(at_once.difference_squared, one_by_one.difference_squared) << size;
+  }
+  const std::vector<float> two(2), three(3);
+  ErrorSums sums;
+  EXPECT_THROW(sums.add(two, three), Error);
+}
+
 TEST(Comparison, NamesTheWorstRowAndGroupAndRanksNanFirst) {
   std::vector<float> reference(8, 1.0f), candidate = reference;
   candidate[5] = 2.0f;

@@ -17,6 +17,9 @@ struct ErrorSums {
   double difference_squared = 0.0;
 
   void add(double reference, double candidate);
+  /// Values of the same index, as many of both. Sums of every eighth value are kept apart and added up at the
+  /// end, so that additions need not wait for each other.
+  void add(std::span<const float> references, std::span<const float> candidates);
   ErrorSums& operator+=(const ErrorSums& other);
 
   /// 1 when both are zero, 0 when one is; NaN when something is not finite.

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "base/fail.h"
 
@@ -52,6 +53,30 @@ void ErrorSums::add(double reference, double candidate) {
   candidate_squared += candidate * candidate;
   product += reference * candidate;
   difference_squared += (candidate - reference) * (candidate - reference);
+}
+
+void ErrorSums::add(std::span<const float> references, std::span<const float> candidates) {
+  if (references.size() != candidates.size()) {
+    reject("compare: values", std::to_string(references.size()), static_cast<int64_t>(candidates.size()));
+  }
+  constexpr size_t kApart = 8;
+  double reference_sums[kApart] = {}, candidate_sums[kApart] = {}, products[kApart] = {},
+         differences[kApart] = {};
+  const auto add_at = [&](size_t i, size_t part) {
+    const double reference = references[i], candidate = candidates[i], difference = candidate - reference;
+    reference_sums[part] += reference * reference;
+    candidate_sums[part] += candidate * candidate;
+    products[part] += reference * candidate;
+    differences[part] += difference * difference;
+  };
+  size_t i = 0;
+  for (; i + kApart <= references.size(); i += kApart) {
+    for (size_t part = 0; part < kApart; ++part) add_at(i + part, part);
+  }
+  for (size_t part = 0; i < references.size(); ++i, ++part) add_at(i, part);
+  for (size_t part = 0; part < kApart; ++part) {
+    *this += ErrorSums{reference_sums[part], candidate_sums[part], products[part], differences[part]};
+  }
 }
 
 ErrorSums& ErrorSums::operator+=(const ErrorSums& other) {

@@ -33,7 +33,7 @@ Loss measure(const WeightView& original, const WeightView& quantized, bool count
       dequantize_row(original, row, reference.data());
       dequantize_row(quantized, row, candidate.data());
       Loss& loss = by_row[static_cast<size_t>(row)];
-      for (size_t i = 0; i < reference.size(); ++i) loss.sums.add(reference[i], candidate[i]);
+      loss.sums.add(reference, candidate);
       for (int64_t begin = 0; count_blocks && begin < cols; begin += kBlock) {
         ++loss.blocks.blocks;
         loss.blocks.inexact += !std::equal(reference.begin() + begin, reference.begin() + begin + kBlock,

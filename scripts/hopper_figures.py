@@ -208,12 +208,21 @@ def record(folder: Path, counters: Path | None, commit: str) -> None:
     target.write_text(json.dumps(measured, indent=1) + "\n")
 
 
+def written_by(command: str, file: Path, member: str) -> dict:
+    """What `command` wrote with --json, which has `member`."""
+    try:
+        result = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {file}: expected what {command} --json wrote, found: {error}")
+    if not isinstance(result, dict) or member not in result:
+        sys.exit(f"error: {file}: expected what {command} --json wrote, found JSON without '{member}'")
+    return result
+
+
 def record_humming(grid_file: Path, peers_file: Path, commit: str) -> None:
     """Of a run apart from gpu_check's: humming, and fourfold's grid on the same machine."""
-    for file, command in ((grid_file, "fourfold bench"), (peers_file, "vllm_peers.py --peers humming")):
-        if not file.is_file():
-            sys.exit(f"error: {file}: expected what {command} --json wrote, found no such file")
-    grid, peers = json.loads(grid_file.read_text()), json.loads(peers_file.read_text())
+    grid = written_by("fourfold bench", grid_file, "machines")
+    peers = written_by("vllm_peers.py --peers humming", peers_file, "peers")
     machine = grid["machines"][0]
     if peers["gpu"] not in machine["machine"]:
         sys.exit(f"error: {peers_file}: expected a run on {machine['machine']}, as {grid_file}'s, found {peers['gpu']}")

@@ -17,8 +17,9 @@ struct ErrorSums {
   double difference_squared = 0.0;
 
   void add(double reference, double candidate);
-  /// Values of the same index, as many of both. Sums of every eighth value are kept apart and added up at the
-  /// end, so that additions need not wait for each other.
+  /// Values of the same index; Error where there are not as many of both. Sums of every eighth value are kept
+  /// apart and added up at the end, so that additions need not wait for each other: the last bits may differ
+  /// from those of one value after the other.
   void add(std::span<const float> references, std::span<const float> candidates);
   ErrorSums& operator+=(const ErrorSums& other);
 

@@ -20,11 +20,11 @@ namespace {
 constexpr int kWideTile = 32;   // rows; eight SSE registers of float accumulators
 constexpr int kNarrowTile = 4;  // for groups of a few rows
 
-/// Output columns whose sums are walked together: what a wide tile of floats has accumulators for.
+/// Output columns whose sums are walked together: as many as a wide tile of floats has accumulators for.
 template <class Sum, int kRows>
-constexpr int kColumns = std::max(kWideTile* static_cast<int>(sizeof(float)) /
-                                      (kRows * static_cast<int>(sizeof(Sum))),
-                                  1);
+constexpr int columns_together() {
+  return std::max(kWideTile * static_cast<int>(sizeof(float)) / (kRows * static_cast<int>(sizeof(Sum))), 1);
+}
 
 /// Work below this many multiplications stays on one thread: waking the others would take longer.
 constexpr int64_t kWorthThreads = 100'000;
@@ -147,7 +147,7 @@ void multiply_tile(const GroupedMultiply& args, size_t group, const ActivationTi
     bias.resize(static_cast<size_t>(columns));
     decode_row(*b.bias, 0, bias.data());
   }
-  constexpr int kTogether = kColumns<Sum, kRows>;
+  constexpr int kTogether = columns_together<Sum, kRows>();
   ThreadScratch scratch(kTogether * depth);
 #pragma omp parallel if (tile.rows * columns * depth > kWorthThreads)
   {

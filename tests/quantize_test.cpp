@@ -579,6 +579,39 @@ TEST(Views, DecodeDenseRowsOfEveryType) {
   EXPECT_EQ(dequantize(f32), std::vector<float>(floats.begin(), floats.end()));
 }
 
+/// Decodes every byte of codes beside every scale.
+void expect_code_times_scale(QuantFormat format, float (*decode_scale)(uint8_t)) {
+  const int block = traits_of(format).block_size;
+  std::vector<uint8_t> codes, scales;
+  for (int scale = 0; scale < 256; ++scale) {
+    for (int byte = 0; byte < 256; ++byte) {
+      if (2 * byte % block == 0) scales.push_back(static_cast<uint8_t>(scale));
+      codes.push_back(static_cast<uint8_t>(byte));
+    }
+  }
+  const auto cols = static_cast<int64_t>(2 * codes.size());
+  const BlockScaledView view{
+      format, 1, cols, {codes.data(), 1, cols / 2}, scales.data(), cols / block, ScaleLayout::kRowMajor, {}};
+  std::vector<float> found(static_cast<size_t>(cols));
+  decode_row(view, 0, found.data());
+  for (size_t i = 0; i < found.size(); ++i) {
+    const uint8_t byte = codes[i / 2], scale = scales[i / static_cast<size_t>(block)];
+    const auto code = static_cast<uint8_t>(i % 2 == 0 ? byte & 15 : byte >> 4);
+    const float expected = decode_e2m1(code) * decode_scale(scale);
+    if (std::isnan(expected)) {
+      ASSERT_TRUE(std::isnan(found[i])) << "code " << int{code} << ", scale " << int{scale};
+    } else {
+      ASSERT_EQ(float_bits(found[i]), float_bits(expected))
+          << "code " << int{code} << ", scale " << int{scale};
+    }
+  }
+}
+
+TEST(Views, DecodeEveryCodeBesideEveryScale) {
+  expect_code_times_scale(QuantFormat::kNvfp4, decode_e4m3);
+  expect_code_times_scale(QuantFormat::kMxfp4, decode_e8m0);
+}
+
 TEST(Views, ReadSwizzledScalesLikeRowMajorOnes) {
   std::vector<float> x(130 * 80);
   for (size_t i = 0; i < x.size(); ++i)

@@ -5,8 +5,12 @@
 #include <cstring>
 #include <new>
 
+#include "base/avx2.h"
 #include "fourfold/block_scaled.h"
 #include "fourfold/scale_layout.h"
+#if FOURFOLD_HAS_AVX2_LOOPS
+#include <immintrin.h>
+#endif
 
 namespace fourfold {
 namespace {
@@ -22,6 +26,90 @@ constexpr std::array<std::array<float, 2>, 256> kE2m1Pairs = [] {
 }();
 
 constexpr std::align_val_t kBufferAlignment{64};
+
+template <float (*kDecode)(uint8_t)>
+constexpr std::array<float, 256> kScales = [] {
+  std::array<float, 256> scales{};
+  for (size_t code = 0; code < scales.size(); ++code) scales[code] = kDecode(static_cast<uint8_t>(code));
+  return scales;
+}();
+
+/// The codes of one row, and where its scales come from.
+class RowOfBlocks {
+ public:
+  RowOfBlocks(const BlockScaledView& matrix, int64_t row)
+      : codes(matrix.codes.row(row)),
+        blocks(matrix.blocks_per_row()),
+        block_size(traits_of(matrix.format).block_size),
+        matrix_(matrix),
+        row_(row),
+        scales_(traits_of(matrix.format).scale_type == ScaleType::kE4m3 ? kScales<decode_e4m3>
+                                                                        : kScales<decode_e8m0>),
+        row_major_(matrix.scale_layout == ScaleLayout::kRowMajor ? matrix.scales + row * matrix.scale_stride
+                                                                 : nullptr) {}
+
+  float scale(int64_t block) const {
+    return scales_[row_major_ != nullptr ? row_major_[block] : matrix_.scale_code(row_, block)];
+  }
+
+  const uint8_t* const codes;
+  const int64_t blocks;
+  const int block_size;
+
+ private:
+  const BlockScaledView& matrix_;
+  const int64_t row_;
+  const std::array<float, 256>& scales_;
+  const uint8_t* const row_major_;
+};
+
+void decode_blocks(const RowOfBlocks& row, float* out) {
+  const uint8_t* codes = row.codes;
+  for (int64_t block = 0; block < row.blocks; ++block) {
+    const float scale = row.scale(block);
+    for (int pair = 0; pair < row.block_size / 2; ++pair, ++codes, out += 2) {
+      out[0] = kE2m1Pairs[*codes][0] * scale;
+      out[1] = kE2m1Pairs[*codes][1] * scale;
+    }
+  }
+}
+
+#if FOURFOLD_HAS_AVX2_LOOPS
+constexpr int kCodesAtOnce = 16;  // every block has a multiple of these
+
+/// kCodesAtOnce codes x scale: the upper two bytes of a value's float32 are looked up, the others are zero.
+FOURFOLD_AVX2_LOOP FOURFOLD_IN_BOTH_LOOPS void decode_codes_avx2(const uint8_t* codes, float scale,
+                                                                 float* out) {
+  const __m128i first_bytes =  // of 0, 0.5, 1, 1.5, 2, 3, 4, 6, and with their signs
+      _mm_setr_epi8(0x00, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40,  //
+                    -0x80, -0x41, -0x41, -0x41, -0x40, -0x40, -0x40, -0x40);
+  const __m128i second_bytes = _mm_setr_epi8(0x00, 0x00, -0x80, -0x40, 0x00, 0x40, -0x80, -0x40,  //
+                                             0x00, 0x00, -0x80, -0x40, 0x00, 0x40, -0x80, -0x40);
+  const __m128i low_nibbles = _mm_set1_epi8(0x0F);
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+  const __m128i in_order = _mm_unpacklo_epi8(_mm_and_si128(bytes, low_nibbles),
+                                             _mm_and_si128(_mm_srli_epi16(bytes, 4), low_nibbles));
+  const __m128i firsts = _mm_shuffle_epi8(first_bytes, in_order);
+  const __m128i seconds = _mm_shuffle_epi8(second_bytes, in_order);
+  const __m128i halves[2] = {_mm_unpacklo_epi8(seconds, firsts), _mm_unpackhi_epi8(seconds, firsts)};
+  for (int half = 0; half < 2; ++half) {
+    const __m256 values = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves[half]), 16));
+    _mm256_storeu_ps(out + 8 * half, _mm256_mul_ps(values, _mm256_set1_ps(scale)));
+  }
+}
+
+FOURFOLD_AVX2_LOOP void decode_blocks_avx2(const RowOfBlocks& row, float* out) {
+  const uint8_t* codes = row.codes;
+  for (int64_t block = 0; block < row.blocks; ++block) {
+    const float scale = row.scale(block);
+    for (int value = 0; value < row.block_size; value += kCodesAtOnce) {
+      decode_codes_avx2(codes, scale, out);
+      codes += kCodesAtOnce / 2;
+      out += kCodesAtOnce;
+    }
+  }
+}
+#endif
 
 template <class Bits, class Decode>
 void decode_elements(const std::byte* source, int64_t count, float* out, Decode decode) {
@@ -99,16 +187,11 @@ bool is_stored_as(const WeightView& weight, QuantFormat format) {
 }
 
 void decode_row(const BlockScaledView& matrix, int64_t row, float* out) {
-  const QuantFormatTraits traits = traits_of(matrix.format);
-  const uint8_t* codes = matrix.codes.row(row);
-  for (int64_t block = 0; block < matrix.blocks_per_row(); ++block) {
-    const uint8_t code = matrix.scale_code(row, block);
-    const float scale = traits.scale_type == ScaleType::kE4m3 ? decode_e4m3(code) : decode_e8m0(code);
-    for (int pair = 0; pair < traits.block_size / 2; ++pair, ++codes, out += 2) {
-      out[0] = kE2m1Pairs[*codes][0] * scale;
-      out[1] = kE2m1Pairs[*codes][1] * scale;
-    }
-  }
+  const RowOfBlocks blocks(matrix, row);
+#if FOURFOLD_HAS_AVX2_LOOPS
+  if (has_avx2()) return decode_blocks_avx2(blocks, out);
+#endif
+  decode_blocks(blocks, out);
 }
 
 void decode_row(const Fp8View& matrix, int64_t row, float* out) {

@@ -107,6 +107,39 @@ TEST(GroupedGemm, DoesNotDependOnHowRowsAreTiled) {
   EXPECT_EQ(whole, single);
 }
 
+/// What docs/formats.md, section 7, says of a sum: k ascending, every product and every addition rounded.
+TEST(Gemm, AddsUpOneProductAfterTheOther) {
+  for (const int64_t rows : {1, 4, 5, 33}) {
+    for (const int64_t columns : {1, 8, 19}) {
+      const BlockScaledMatrix a = random_matrix(rows, 80, 1), b = random_matrix(columns, 80, 2);
+      ActivationView view = activations_of(a);
+      BlockScaledView left = a.view(), right = b.view();
+      left.global = right.global = {};
+      std::vector<float> found(static_cast<size_t>(rows * columns)), x(80), w(80);
+      GemmArgs args{view, b.view(), MatrixView<float>(found.data(), rows, columns)};
+      for (const Accumulation accumulation : {Accumulation::kFloat32, Accumulation::kFloat64}) {
+        args.accumulation = accumulation;
+        reference::gemm(args);
+        for (int64_t row = 0; row < rows; ++row) {
+          decode_row(left, row, x.data());
+          for (int64_t column = 0; column < columns; ++column) {
+            decode_row(right, column, w.data());
+            float sum = 0.0f;
+            double exact_sum = 0.0;
+            for (size_t k = 0; k < x.size(); ++k) {
+              sum += w[k] * x[k];
+              exact_sum += double{w[k]} * x[k];
+            }
+            if (accumulation == Accumulation::kFloat64) sum = static_cast<float>(exact_sum);
+            EXPECT_EQ(found[static_cast<size_t>(row * columns + column)], b.global.multiplier() * sum)
+                << rows << " x " << columns << ", row " << row << ", column " << column;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(GroupedGemm, LeavesWhatLiesBesideTheOutputAlone) {
   const BlockScaledMatrix a = random_matrix(3, 32, 1), b = random_matrix(4, 32, 2);
   std::vector<float> d(3 * 10, -7.0f);

@@ -2,15 +2,16 @@
 //
 // Rows of a group are taken a tile at a time, decoded to float32 and transposed; then every output column
 // decodes its weight row once and walks along k, a few columns beside each other where the tile is narrow.
-// The innermost loops run over columns and the rows of the tile: each of these sums has an accumulator of its
-// own, so that the compiler can vectorise, and additions need not wait for each other, without changing the
-// order of a single sum.
+// The innermost loops run over columns and the rows of the tile, these in vectors: each sum has an
+// accumulator of its own, so that additions need not wait for each other and the order of a single sum stays.
 #include "reference/grouped_multiply.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <vector>
 
+#include "base/avx2.h"
 #include "base/thread_scratch.h"
 #include "fourfold/scale_layout.h"
 
@@ -101,24 +102,52 @@ void load_tile(const ActivationView& a, const ScaleRows& group, ActivationTile& 
   }
 }
 
-/// sums[c][r] = sum over k and terms of weights[c * depth + k] * tile(k, term, r), in that order. Not
-/// instrumented by sanitizers, whose tests would spend half of their time in this loop: the caller checks
-/// what it reads as a whole.
-template <int kTerms, class Sum, int kColumns, int kRows>
-__attribute__((no_sanitize("address", "undefined"))) void dot_rows(const float* weights,
-                                                                   const ActivationTile& tile, int64_t depth,
-                                                                   Sum (&sums)[kColumns][kRows]) {
-  Sum accumulators[kColumns][kRows] = {};
-  const float* values = tile.values.data();
+// Sanitizers leave these loops alone, in which their tests would spend half of their time: the caller checks
+// what is read as a whole.
+#define FOURFOLD_NOT_SANITIZED __attribute__((no_sanitize("address", "undefined")))
+
+/// sums[c][r] = sum over k and terms of weights[c * depth + k] * values[(k * kTerms + term) * kRows + r], in
+/// that order. A vector holds kBytes of rows' sums.
+template <int kTerms, int kBytes, class Sum, int kColumns, int kRows>
+FOURFOLD_IN_BOTH_LOOPS FOURFOLD_NOT_SANITIZED void walk_along_k(const float* weights, const float* values,
+                                                                int64_t depth, Sum (&sums)[kColumns][kRows]) {
+  constexpr int kLanes = std::min(kBytes / static_cast<int>(sizeof(Sum)), kRows), kVectors = kRows / kLanes;
+  using Values [[gnu::vector_size(kLanes * sizeof(float))]] = float;
+  using Vector [[gnu::vector_size(kLanes * sizeof(Sum))]] = Sum;
+  Vector accumulators[kColumns][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     for (int term = 0; term < kTerms; ++term, values += kRows) {
+      Vector rows[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        Values of_rows;
+        std::memcpy(&of_rows, values + v * kLanes, sizeof(of_rows));
+        rows[v] = __builtin_convertvector(of_rows, Vector);
+      }
       for (int c = 0; c < kColumns; ++c) {
         const Sum factor = weights[c * depth + k];
-        for (int r = 0; r < kRows; ++r) accumulators[c][r] += factor * static_cast<Sum>(values[r]);
+        for (int v = 0; v < kVectors; ++v) accumulators[c][v] += factor * rows[v];
       }
     }
   }
-  std::copy_n(&accumulators[0][0], kColumns * kRows, &sums[0][0]);
+  std::memcpy(sums, accumulators, sizeof(sums));
+}
+
+#if FOURFOLD_HAS_AVX2_LOOPS
+template <int kTerms, class Sum, int kColumns, int kRows>
+FOURFOLD_AVX2_LOOP FOURFOLD_NOT_SANITIZED void walk_along_k_avx2(const float* weights, const float* values,
+                                                                 int64_t depth,
+                                                                 Sum (&sums)[kColumns][kRows]) {
+  walk_along_k<kTerms, 32>(weights, values, depth, sums);
+}
+#endif
+
+template <int kTerms, class Sum, int kColumns, int kRows>
+FOURFOLD_NOT_SANITIZED void dot_rows(const float* weights, const ActivationTile& tile, int64_t depth,
+                                     Sum (&sums)[kColumns][kRows]) {
+#if FOURFOLD_HAS_AVX2_LOOPS
+  if (has_avx2()) return walk_along_k_avx2<kTerms>(weights, tile.values.data(), depth, sums);
+#endif
+  walk_along_k<kTerms, 16>(weights, tile.values.data(), depth, sums);
 }
 
 float activation_scale(const ActivationView& a, int64_t row, size_t group) {

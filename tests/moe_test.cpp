@@ -546,6 +546,26 @@ TEST(Comparison, OfManyValuesAtOnceIsThatOfOneAfterTheOther) {
   EXPECT_THROW(sums.add(two, three), Error);
 }
 
+TEST(Comparison, OfAValueWithItselfIsNoDifferenceButForWhatIsNotFinite) {
+  for (const size_t size : {1, 8, 1003}) {
+    std::vector<float> values(size);
+    for (size_t i = 0; i < size; ++i) values[i] = static_cast<float>(i % 19) - 9.0f;
+    ErrorSums one_by_one, at_once;
+    for (const float value : values) one_by_one.add(value, value);
+    at_once.add(values, values);
+    EXPECT_EQ(at_once.reference_squared, one_by_one.reference_squared) << size;
+    EXPECT_EQ(at_once.candidate_squared, one_by_one.reference_squared) << size;
+    EXPECT_EQ(at_once.product, one_by_one.reference_squared) << size;
+    EXPECT_EQ(at_once.difference_squared, 0.0) << size;
+    for (const float not_finite : {std::nanf(""), INFINITY}) {
+      values[size / 2] = not_finite;
+      ErrorSums sums;
+      sums.add(values, values);
+      EXPECT_TRUE(std::isnan(sums.relative_l2())) << size << " " << not_finite;
+    }
+  }
+}
+
 TEST(Comparison, NamesTheWorstRowAndGroupAndRanksNanFirst) {
   std::vector<float> reference(8, 1.0f), candidate = reference;
   candidate[5] = 2.0f;

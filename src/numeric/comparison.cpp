@@ -2,9 +2,11 @@
 #include "fourfold/comparison.h"
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 
+#include "base/avx2.h"
 #include "base/fail.h"
 
 namespace fourfold {
@@ -46,6 +48,71 @@ Comparison compare_rows(MatrixView<const T> reference, MatrixView<const T> candi
           worst_row.rel_l2, worst_group.index,  worst_group.rel_l2};
 }
 
+constexpr size_t kApart = 8;  // sums of every eighth value, side by side
+
+FOURFOLD_IN_BOTH_LOOPS ErrorSums sums_of(std::span<const float> references,
+                                         std::span<const float> candidates) {
+  double reference_sums[kApart] = {}, candidate_sums[kApart] = {}, products[kApart] = {},
+         differences[kApart] = {};
+  const size_t count = references.size();
+  const float *reference = references.data(), *candidate = candidates.data();
+  const auto add = [&](size_t part) __attribute__((always_inline)) {
+    const double a = reference[part], b = candidate[part];
+    reference_sums[part] += a * a;
+    candidate_sums[part] += b * b;
+    products[part] += a * b;
+    differences[part] += (b - a) * (b - a);
+  };
+  for (size_t i = 0; i + kApart <= count; i += kApart, reference += kApart, candidate += kApart) {
+    for (size_t part = 0; part < kApart; ++part) add(part);
+  }
+  for (size_t part = 0; part < count % kApart; ++part) add(part);
+  ErrorSums sums;
+  for (size_t part = 0; part < kApart; ++part) {
+    sums += ErrorSums{reference_sums[part], candidate_sums[part], products[part], differences[part]};
+  }
+  return sums;
+}
+
+/// The same where both are the same finite values.
+FOURFOLD_IN_BOTH_LOOPS ErrorSums sums_of_same(std::span<const float> values) {
+  double squares[kApart] = {};
+  const size_t count = values.size();
+  const float* value = values.data();
+  for (size_t i = 0; i + kApart <= count; i += kApart, value += kApart) {
+    for (size_t part = 0; part < kApart; ++part) squares[part] += double{value[part]} * value[part];
+  }
+  for (size_t part = 0; part < count % kApart; ++part) squares[part] += double{value[part]} * value[part];
+  double sum = 0.0;
+  for (const double part : squares) sum += part;
+  return {sum, sum, sum, 0.0};
+}
+
+#if FOURFOLD_HAS_AVX2_LOOPS
+FOURFOLD_AVX2_LOOP ErrorSums sums_of_avx2(std::span<const float> references,
+                                          std::span<const float> candidates) {
+  return sums_of(references, candidates);
+}
+FOURFOLD_AVX2_LOOP ErrorSums sums_of_same_avx2(std::span<const float> values) {
+  return sums_of_same(values);
+}
+#endif
+
+/// As many values of both.
+ErrorSums sums_of_pairs(std::span<const float> references, std::span<const float> candidates) {
+#if FOURFOLD_HAS_AVX2_LOOPS
+  if (has_avx2()) return sums_of_avx2(references, candidates);
+#endif
+  return sums_of(references, candidates);
+}
+
+ErrorSums sums_of_equals(std::span<const float> values) {
+#if FOURFOLD_HAS_AVX2_LOOPS
+  if (has_avx2()) return sums_of_same_avx2(values);
+#endif
+  return sums_of_same(values);
+}
+
 }  // namespace
 
 void ErrorSums::add(double reference, double candidate) {
@@ -59,24 +126,15 @@ void ErrorSums::add(std::span<const float> references, std::span<const float> ca
   if (references.size() != candidates.size()) {
     reject("compare: values", std::to_string(references.size()), static_cast<int64_t>(candidates.size()));
   }
-  constexpr size_t kApart = 8;
-  double reference_sums[kApart] = {}, candidate_sums[kApart] = {}, products[kApart] = {},
-         differences[kApart] = {};
-  const auto add_at = [&](size_t i, size_t part) {
-    const double reference = references[i], candidate = candidates[i], difference = candidate - reference;
-    reference_sums[part] += reference * reference;
-    candidate_sums[part] += candidate * candidate;
-    products[part] += reference * candidate;
-    differences[part] += difference * difference;
-  };
-  size_t i = 0;
-  for (; i + kApart <= references.size(); i += kApart) {
-    for (size_t part = 0; part < kApart; ++part) add_at(i + part, part);
+  if (references.empty()) return;
+  if (std::memcmp(references.data(), candidates.data(), references.size_bytes()) == 0) {
+    const ErrorSums sums = sums_of_equals(references);
+    if (std::isfinite(sums.product)) {
+      *this += sums;
+      return;
+    }
   }
-  for (size_t part = 0; i < references.size(); ++i, ++part) add_at(i, part);
-  for (size_t part = 0; part < kApart; ++part) {
-    *this += ErrorSums{reference_sums[part], candidate_sums[part], products[part], differences[part]};
-  }
+  *this += sums_of_pairs(references, candidates);
 }
 
 ErrorSums& ErrorSums::operator+=(const ErrorSums& other) {

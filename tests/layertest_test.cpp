@@ -6,10 +6,13 @@
 #include <unistd.h>
 
 #include <filesystem>
+#include <optional>
+#include <vector>
 
 #include "fourfold/checkpoint.h"
 #include "planted_faults.h"
 #include "tools/synthesize.h"
+#include "tools/weight_comparison.h"
 
 namespace fourfold {
 namespace {
@@ -37,6 +40,8 @@ class SyntheticPair {
   }
   ~SyntheticPair() { std::filesystem::remove_all(directory_); }
 
+  const ExpertWeights& original() const { return original_.weights; }
+  const ExpertWeights& nvfp4() const { return nvfp4_.weights; }
   Expert& nvfp4_expert(size_t expert) { return nvfp4_.weights.experts[expert]; }
 
   /// layertest with `backend`, on inputs that the calibration has not seen.
@@ -106,6 +111,37 @@ TEST_P(PlantedFault, IsExplainedInTheKernelOfABf16BornCheckpoint) {
 
 INSTANTIATE_TEST_SUITE_P(All, PlantedFault, testing::ValuesIn(kPlantedFaults),
                          [](const auto& fault) { return name_of(fault.param); });
+
+TEST(CompareWeights, CallsALayerIdenticalWhereEveryValueOfItIs) {
+  const SyntheticPair rounded(OriginalFormat::kBf16, 1);
+  EXPECT_FALSE(compare_weights(rounded.original(), rounded.nvfp4()).identical);
+  const SyntheticPair exact(OriginalFormat::kMxfp4, 1);
+  ExpertWeights before = exact.original(), after = exact.nvfp4();
+  EXPECT_TRUE(compare_weights(before, after).identical);
+
+  std::vector<float> bias(96, 0.25f), other_bias = bias;
+  other_bias.back() = 0.5f;
+  const auto view = [](const std::vector<float>& values) {
+    const auto cols = static_cast<int64_t>(values.size());
+    return DenseView{
+        ElementType::kF32, reinterpret_cast<const std::byte*>(values.data()), 1, cols, 4 * cols, {}};
+  };
+  after.experts[3].up_bias = view(bias);
+  EXPECT_FALSE(compare_weights(before, after).identical);
+  before.experts[3].up_bias = view(other_bias);
+  EXPECT_FALSE(compare_weights(before, after).identical);
+  before.experts[3].up_bias = after.experts[3].up_bias;
+  EXPECT_TRUE(compare_weights(before, after).identical);
+
+  after.shared = SharedExpert{after.experts[0], after.intermediate, std::nullopt};
+  EXPECT_FALSE(compare_weights(before, after).identical);
+  before.shared = SharedExpert{before.experts[0], before.intermediate, view(bias)};
+  EXPECT_FALSE(compare_weights(before, after).identical);
+  after.shared->gate = view(bias);
+  EXPECT_TRUE(compare_weights(before, after).identical);
+  before.shared->expert = before.experts[1];
+  EXPECT_FALSE(compare_weights(before, after).identical);
+}
 
 TEST(Layertest, IsSilentOnASoundLayerOverTwentySeeds) {
   const auto sound = make_faulty_backend(Fault::kNone);

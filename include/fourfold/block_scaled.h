@@ -44,6 +44,7 @@ struct GlobalScale {
   float value = 1.0f;
   GlobalScaleKind kind = GlobalScaleKind::kMultiplier;
 
+  bool operator==(const GlobalScale&) const = default;
   /// For a GEMM's alpha.
   constexpr float multiplier() const { return kind == GlobalScaleKind::kMultiplier ? value : 1.0f / value; }
   /// For dequantization: one rounding, the one the writer of the checkpoint had in mind.

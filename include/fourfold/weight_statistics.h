@@ -55,6 +55,8 @@ struct ValueCounts {
 
 /// Counts every byte of `scales`, in whatever layout they lie.
 ScaleCounts count_scales(ScaleType type, MatrixView<const uint8_t> scales);
+/// The scales of a matrix's blocks, without the padding of a swizzled layout. `matrix` must lie on the host.
+ScaleCounts count_scales(const BlockScaledView& matrix);
 
 bool is_nan_scale(ScaleType type, uint8_t byte);
 /// -0 included: no writer means it.

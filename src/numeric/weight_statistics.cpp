@@ -158,6 +158,20 @@ ScaleCounts count_scales(ScaleType type, MatrixView<const uint8_t> scales) {
   return {type, counter.sums()};
 }
 
+ScaleCounts count_scales(const BlockScaledView& matrix) {
+  const ScaleType type = traits_of(matrix.format).scale_type;
+  const int64_t blocks = matrix.blocks_per_row();
+  if (matrix.scale_layout == ScaleLayout::kRowMajor) {
+    return count_scales(type,
+                        MatrixView<const uint8_t>(matrix.scales, matrix.rows, blocks, matrix.scale_stride));
+  }
+  ScaleCounts counts{type, {}};
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    for (int64_t block = 0; block < blocks; ++block) ++counts.by_byte[matrix.scale_code(row, block)];
+  }
+  return counts;
+}
+
 bool is_nan_scale(ScaleType type, uint8_t byte) {
   return type == ScaleType::kE8m0 ? byte == kE8m0NanCode : (byte & 0x7Fu) == kE4m3NanCode;
 }

@@ -78,17 +78,16 @@ std::vector<Histogram> block_scale_histograms(const ExpertWeights& weights) {
        {std::pair("gate", &Expert::gate), std::pair("up", &Expert::up), std::pair("down", &Expert::down)}) {
     // From the smallest subnormal, 2^-9, to 448.
     Histogram histogram{name, 2.0, -9.0, 1.0, std::vector<int64_t>(18)};
-    std::array<int64_t, 256> codes{};
-    int64_t total = 0;
-    for (const Expert& expert : weights.experts) {
-      if (!is_stored_as(expert.*member, QuantFormat::kNvfp4)) continue;
-      const auto& matrix = std::get<BlockScaledView>(expert.*member);
-      total += matrix.rows * matrix.blocks_per_row();
-      for (int64_t row = 0; row < matrix.rows; ++row) {
-        for (int64_t block = 0; block < matrix.blocks_per_row(); ++block)
-          ++codes[matrix.scale_code(row, block)];
-      }
+    std::vector<ScaleCounts> of_expert(weights.experts.size());
+#pragma omp parallel for schedule(static)
+    for (size_t e = 0; e < of_expert.size(); ++e) {
+      const WeightView& weight = weights.experts[e].*member;
+      if (is_stored_as(weight, QuantFormat::kNvfp4))
+        of_expert[e] = count_scales(std::get<BlockScaledView>(weight));
     }
+    ScaleCounts all;
+    for (const ScaleCounts& counts : of_expert) all.add(counts);
+    const std::array<int64_t, 256>& codes = all.by_byte;
     histogram.zeros = codes[0];
     for (size_t code = 1; code < codes.size(); ++code) {
       if (code > kE4m3MaxCode) {
@@ -100,7 +99,7 @@ std::vector<Histogram> block_scale_histograms(const ExpertWeights& weights) {
         histogram.counts[bin] += codes[code];
       }
     }
-    if (total > 0) histograms.push_back(std::move(histogram));
+    if (all.total() > 0) histograms.push_back(std::move(histogram));
   }
   return histograms;
 }

@@ -25,6 +25,13 @@ struct StagedBuffers {
   StagedBuffers(ActivationFormat format, int64_t rows, int64_t cols);
   StagedBuffers(StagedBuffers&&) = default;
   StagedBuffers& operator=(StagedBuffers&&) = default;
+
+  /// Whether the values are the same, bit for bit but for the sign of zero; never where one is NaN.
+  bool operator==(const StagedBuffers& other) const {
+    return values == other.values && codes == other.codes && scales == other.scales &&
+           residual_codes == other.residual_codes && residual_scales == other.residual_scales &&
+           row_scales == other.row_scales;
+  }
 };
 
 /// Outputs of the shared expert's stages, a row a token.

@@ -4,10 +4,12 @@
 #include <array>
 #include <cmath>
 #include <map>
+#include <optional>
 #include <type_traits>
 
 #include "base/fail.h"
 #include "fourfold/reference.h"
+#include "fourfold/weight_statistics.h"
 #include "tools/exit_codes.h"
 #include "tools/explanation.h"
 #include "tools/input_scale_check.h"
@@ -148,8 +150,11 @@ class Layertest {
     if (weights.has_blocks) report_.exact_blocks = weights.blocks;
     judge_matrices(weights);
 
-    const LayerTrace original =
-        run_reference("the reference in the original weights", *request_.original, dequantized);
+    std::optional<LayerTrace> run;  // nothing where it would be dequantized_ again
+    if (!weights.identical) {
+      run = run_reference("the reference in the original weights", *request_.original, dequantized);
+    }
+    const LayerTrace& original = run ? *run : dequantized_;
     const std::vector<StageReport> stages = compare_traces(original, dequantized_, request_);
     judge("checkpoint", stages);
     chart("checkpoint", original, dequantized_);
@@ -159,29 +164,28 @@ class Layertest {
   /// Block scales that are NaN or negative: no writer means them, and tensor cores that read scales without a
   /// sign would compute something else.
   void judge_scale_bytes() {
+    std::vector<const Expert*> experts;
+    for (const Expert& expert : request_.nvfp4->experts) experts.push_back(&expert);
+    if (request_.nvfp4->shared) experts.push_back(&request_.nvfp4->shared->expert);
+    constexpr std::array<std::pair<const char*, WeightView Expert::*>, 3> kMatrices = {
+        {{"gate", &Expert::gate}, {"up", &Expert::up}, {"down", &Expert::down}}};
+    std::vector<ScaleCounts> counts(experts.size() * kMatrices.size());
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < counts.size(); ++i) {
+      const WeightView& weight = experts[i / kMatrices.size()]->*kMatrices[i % kMatrices.size()].second;
+      if (is_stored_as(weight, QuantFormat::kNvfp4))
+        counts[i] = count_scales(std::get<BlockScaledView>(weight));
+    }
     size_t bad_matrices = 0;
-    for (const Expert& expert : request_.nvfp4->experts) judge_scale_bytes(expert, bad_matrices);
-    if (request_.nvfp4->shared) judge_scale_bytes(request_.nvfp4->shared->expert, bad_matrices);
-    add_rest(bad_matrices);
-  }
-
-  void judge_scale_bytes(const Expert& expert, size_t& bad_matrices) {
-    for (const auto& [which, weight] :
-         {std::pair("gate", &expert.gate), std::pair("up", &expert.up), std::pair("down", &expert.down)}) {
-      if (!is_stored_as(*weight, QuantFormat::kNvfp4)) continue;
-      const auto& blocks = std::get<BlockScaledView>(*weight);
-      int64_t bad = 0;
-      for (int64_t row = 0; row < blocks.rows; ++row) {
-        for (int64_t block = 0; block < blocks.blocks_per_row(); ++block) {
-          bad += blocks.scale_code(row, block) > kE4m3MaxCode;
-        }
-      }
+    for (size_t i = 0; i < counts.size(); ++i) {
+      const int64_t bad = counts[i].nan() + counts[i].negative();
       if (bad > 0 && ++bad_matrices <= kShownFindings) {
-        add_finding("checkpoint",
-                    fmt::format("weights: {} {}: {} of {} block scales are NaN or negative", expert.name,
-                                which, bad, blocks.rows * blocks.blocks_per_row()));
+        add_finding("checkpoint", fmt::format("weights: {} {}: {} of {} block scales are NaN or negative",
+                                              experts[i / kMatrices.size()]->name,
+                                              kMatrices[i % kMatrices.size()].first, bad, counts[i].total()));
       }
     }
+    add_rest(bad_matrices);
   }
 
   /// Says how many matrices with findings are not listed.
@@ -293,6 +297,7 @@ class Layertest {
 
   void compare_kernel() {
     ComparisonReport& kernel = report_.kernel_stages;
+    request_.progress(fmt::format("the weights, made ready for the backend {}", request_.backend->name()));
     const auto layer = request_.backend->make_layer(*request_.nvfp4, request_.config, request_.options);
     const LayerPlan plan = layer->plan(request_.inputs->tokens);
     report_.kernel = fmt::format("{} ({})", plan.kernel, plan.reason);
@@ -328,7 +333,7 @@ class Layertest {
   }
 
   std::vector<StageReport> teacher_forced(LayerTrace& run) {
-    LayerTrace expected = expected_stages(run, request_);
+    LayerTrace expected = expected_stages(run, emulation_, request_);
     judge_staging(expected, run);
     settle_nonfinite(expected, run);
     std::vector<StageReport> stages = compare_traces(expected, run, request_);

@@ -14,7 +14,9 @@ std::vector<StageReport> compare_traces(const LayerTrace& reference, const Layer
                                         const LayertestRequest& request);
 
 /// What the specification makes of each stage of `run` when fed with the run's own output of the stage before
-/// ("teacher-forced"). Of the staged arrays, the intermediate's; x is staged from the input.
-LayerTrace expected_stages(const LayerTrace& run, const LayertestRequest& request);
+/// ("teacher-forced"). Of the staged arrays, the intermediate's; x is staged from the input. `emulation` is
+/// the specification's own run: a GEMM that was fed with the same rows there is not computed again.
+LayerTrace expected_stages(const LayerTrace& run, const LayerTrace& emulation,
+                           const LayertestRequest& request);
 
 }  // namespace fourfold

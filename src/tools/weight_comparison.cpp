@@ -1,6 +1,11 @@
 #include "tools/weight_comparison.h"
 
+#include <omp.h>
+
 #include <algorithm>
+#include <array>
+#include <exception>
+#include <optional>
 #include <utility>
 
 #include "base/fail.h"
@@ -34,8 +39,10 @@ Loss measure(const WeightView& original, const WeightView& quantized, bool count
       dequantize_row(quantized, row, candidate.data());
       Loss& loss = by_row[static_cast<size_t>(row)];
       loss.sums.add(reference, candidate);
-      for (int64_t begin = 0; count_blocks && begin < cols; begin += kBlock) {
-        ++loss.blocks.blocks;
+      if (!count_blocks) continue;
+      loss.blocks.blocks = cols / kBlock;
+      if (loss.sums.difference_squared == 0.0) continue;  // every value is the same
+      for (int64_t begin = 0; begin < cols; begin += kBlock) {
         loss.blocks.inexact += !std::equal(reference.begin() + begin, reference.begin() + begin + kBlock,
                                            candidate.begin() + begin);
       }
@@ -63,31 +70,98 @@ BlockScaledMatrix convert(const WeightView& original, const std::string& name) {
   }
 }
 
-/// What a sound converter loses on `before` where the result is stored like `after`.
-ErrorSums sound_loss(const WeightView& before, const WeightView& after, const std::string& name) {
-  if (is_stored_as(after, QuantFormat::kNvfp4))
-    return measure(before, convert(before, name).view(), false).sums;
-  const ErrorSums loss = measure(before, after, false).sums;
+/// Whether two matrices are stored in the same bits, in whatever layout.
+bool is_same(const BlockScaledView& a, const BlockScaledView& b) {
+  if (a.format != b.format || a.rows != b.rows || a.cols != b.cols || a.global != b.global) return false;
+  const int64_t blocks = a.blocks_per_row();
+  const bool row_major = a.scale_layout == ScaleLayout::kRowMajor && b.scale_layout == ScaleLayout::kRowMajor;
+  const auto has_same_scales = [&](int64_t row) {
+    if (row_major) {
+      const uint8_t* const scales = a.scales + row * a.scale_stride;
+      return std::equal(scales, scales + blocks, b.scales + row * b.scale_stride);
+    }
+    for (int64_t block = 0; block < blocks; ++block) {
+      if (a.scale_code(row, block) != b.scale_code(row, block)) return false;
+    }
+    return true;
+  };
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const uint8_t* const codes = a.codes.row(row);
+    if (!std::equal(codes, codes + a.cols / 2, b.codes.row(row)) || !has_same_scales(row)) return false;
+  }
+  return true;
+}
+
+/// What a sound converter loses on `before` where the result is stored like `after`, which loses `loss`.
+ErrorSums sound_loss(const WeightView& before, const WeightView& after, const ErrorSums& loss,
+                     const std::string& name) {
+  if (is_stored_as(after, QuantFormat::kNvfp4)) {
+    const BlockScaledMatrix sound = convert(before, name);
+    if (is_same(sound.view(), std::get<BlockScaledView>(after))) return loss;
+    return measure(before, sound.view(), false).sums;
+  }
   return format_name(before) == format_name(after) ? measure(before, before, false).sums : loss;
 }
 
-void compare_expert(const Expert& before, const Expert& after, int64_t index, WeightComparison& comparison,
-                    ErrorSums& sound_total) {
-  const std::array<std::pair<const char*, WeightView Expert::*>, 3> matrices = {
+bool has_same_values(const std::optional<DenseView>& a, const std::optional<DenseView>& b) {
+  if (!a || !b) return a.has_value() == b.has_value();
+  return a->cols == b->cols && measure(*a, *b, false).sums.difference_squared == 0.0;
+}
+
+bool has_same_biases(const Expert& a, const Expert& b) {
+  return has_same_values(a.gate_bias, b.gate_bias) && has_same_values(a.up_bias, b.up_bias) &&
+         has_same_values(a.down_bias, b.down_bias);
+}
+
+/// Of layers with as many experts: all but the matrices of experts.
+bool has_same_rest(const ExpertWeights& a, const ExpertWeights& b) {
+  for (size_t e = 0; e < a.experts.size(); ++e) {
+    if (!has_same_biases(a.experts[e], b.experts[e])) return false;
+  }
+  if (!a.shared || !b.shared) return a.shared.has_value() == b.shared.has_value();
+  return has_same_biases(a.shared->expert, b.shared->expert) &&
+         has_same_values(a.shared->gate, b.shared->gate);
+}
+
+/// A matrix of one expert in both checkpoints.
+struct MatrixPair {
+  const Expert *before = nullptr, *after = nullptr;
+  const char* which = "";
+  WeightView Expert::*member = nullptr;
+  int64_t expert = 0;  // or kSharedExpert
+};
+
+std::vector<MatrixPair> pairs_of(const ExpertWeights& original, const ExpertWeights& nvfp4) {
+  constexpr std::array<std::pair<const char*, WeightView Expert::*>, 3> kMatrices = {
       {{"gate", &Expert::gate}, {"up", &Expert::up}, {"down", &Expert::down}}};
-  for (const auto& [which, member] : matrices) {
-    if (rows_of(before.*member) == 0) continue;  // an expert without a gate
-    const bool count_blocks = is_mxfp4(before.*member);
-    const Loss loss = measure(before.*member, after.*member, count_blocks);
-    const ErrorSums sound =
-        sound_loss(before.*member, after.*member, fmt::format("original of {} {}", before.name, which));
-    comparison.matrices.push_back({fmt::format("{} {}", after.name, which), index, loss.sums,
-                                   kSlack * sound.relative_l2() + kRounding, loss.blocks});
-    comparison.total += loss.sums;
-    sound_total += sound;
-    comparison.blocks.blocks += loss.blocks.blocks;
-    comparison.blocks.inexact += loss.blocks.inexact;
-    comparison.has_blocks |= count_blocks;
+  std::vector<MatrixPair> pairs;
+  const auto add = [&](const Expert& before, const Expert& after, int64_t expert) {
+    for (const auto& [which, member] : kMatrices) {
+      if (rows_of(before.*member) == 0) continue;  // an expert without a gate
+      pairs.push_back({&before, &after, which, member, expert});
+    }
+  };
+  for (int64_t e = 0; e < original.count(); ++e) {
+    add(original.experts[static_cast<size_t>(e)], nvfp4.experts[static_cast<size_t>(e)], e);
+  }
+  if (original.shared && nvfp4.shared) add(original.shared->expert, nvfp4.shared->expert, kSharedExpert);
+  return pairs;
+}
+
+struct ComparedMatrix {
+  Loss loss;
+  ErrorSums sound;
+  std::exception_ptr error;
+};
+
+ComparedMatrix compare_matrix(const MatrixPair& pair) noexcept {
+  try {
+    const WeightView &before = pair.before->*pair.member, &after = pair.after->*pair.member;
+    const Loss loss = measure(before, after, is_mxfp4(before));
+    const std::string name = fmt::format("original of {} {}", pair.before->name, pair.which);
+    return {loss, sound_loss(before, after, loss.sums, name), nullptr};
+  } catch (...) {
+    return {{}, {}, std::current_exception()};
   }
 }
 
@@ -101,15 +175,27 @@ WeightComparison compare_weights(const ExpertWeights& original, const ExpertWeig
            fmt::format("E {}, H {}, I {} in the original", original.count(), original.hidden,
                        original.intermediate));
   }
+  const std::vector<MatrixPair> pairs = pairs_of(original, nvfp4);
+  std::vector<ComparedMatrix> compared(pairs.size());
+  // A thread takes whole matrices where there are enough; within a few, it is rows that are shared out.
+#pragma omp parallel for schedule(dynamic) if (std::cmp_greater_equal(pairs.size(), omp_get_max_threads()))
+  for (size_t i = 0; i < pairs.size(); ++i) compared[i] = compare_matrix(pairs[i]);
+
   WeightComparison comparison;
   ErrorSums sound_total;
-  for (int64_t e = 0; e < original.count(); ++e) {
-    compare_expert(original.experts[static_cast<size_t>(e)], nvfp4.experts[static_cast<size_t>(e)], e,
-                   comparison, sound_total);
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    const MatrixPair& pair = pairs[i];
+    const auto& [loss, sound, error] = compared[i];
+    if (error) std::rethrow_exception(error);
+    comparison.matrices.push_back({fmt::format("{} {}", pair.after->name, pair.which), pair.expert, loss.sums,
+                                   kSlack * sound.relative_l2() + kRounding, loss.blocks});
+    comparison.total += loss.sums;
+    sound_total += sound;
+    comparison.blocks.blocks += loss.blocks.blocks;
+    comparison.blocks.inexact += loss.blocks.inexact;
+    comparison.has_blocks |= is_mxfp4(pair.before->*pair.member);
   }
-  if (original.shared && nvfp4.shared) {
-    compare_expert(original.shared->expert, nvfp4.shared->expert, kSharedExpert, comparison, sound_total);
-  }
+  comparison.identical = comparison.total.difference_squared == 0.0 && has_same_rest(original, nvfp4);
   comparison.limit = kSlack * sound_total.relative_l2() + kRounding;
   return comparison;
 }

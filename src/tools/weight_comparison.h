@@ -27,6 +27,8 @@ struct WeightComparison {
   double limit = 0.0;  ///< on the relative L2 of all weights together
   ExactBlocks blocks;
   bool has_blocks = false;
+  /// Every value of both layers is the same, those of biases and of the shared expert's gate too.
+  bool identical = false;
 };
 
 /// A matrix may lose a tenth more than this library's own quantization of the same original by ModelOpt's

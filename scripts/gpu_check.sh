@@ -235,13 +235,15 @@ run_peers() {
 
 run_counters() {
   local ncu
+  local -a counted_formats
+  IFS=, read -ra counted_formats <<<"$counted"
   ncu=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null)
   if [ -z "$ncu" ]; then
     note 'not run' counters 0 'ncu (Nsight Compute) is not on the PATH nor in /usr/local/cuda/bin'
     return
   fi
   rm -f "$out/counters.json" # an older run's
-  attempt counters 300 python3 "$here/gpu_counters.py" --fourfold "$fourfold" --ncu "$ncu" --backend "$backend" \
+  attempt counters $((180 * ${#counted_formats[@]})) python3 "$here/gpu_counters.py" --fourfold "$fourfold" --ncu "$ncu" --backend "$backend" \
     --activations "$counted" --json "$out/counters.json" {A,B,C}:{1,4,16,64,256,1024,4096,8192,16384}
   show counters
 }

@@ -1,8 +1,8 @@
 """Instructions stay behind the choice of an instruction set.
 
 Disassembles the command: AVX may be used by functions that are compiled for it by name alone, AVX-512 and AMX
-likewise. Where qemu-user is installed, runs GEMMs and a layer on an emulated CPU without AVX-512, which stops at
-the first such instruction. Usage: instruction_sets_test.py FOURFOLD. Exit code 77: nothing to disassemble with.
+likewise. Where qemu-user is installed, runs GEMMs and a layer on emulated CPUs without AVX-512 and without AVX, which
+stop at the first such instruction. Usage: instruction_sets_test.py FOURFOLD. Exit code 77: nothing to disassemble with.
 """
 
 import re
@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-# What a function of the project may be named after to use these registers: the namespaces of src/cpu, and the
-# ceilings of `fourfold bench` (src/tools/cpu_peaks.cpp).
+# What a function of the project may be named after to use these registers: the namespaces of src/cpu, the ceilings of
+# `fourfold bench` (src/tools/cpu_peaks.cpp), and loops that are compiled twice (src/base/avx2.h).
 AVX512_NAMES = re.compile(r"avx512|::amx::|_amx\(")
 AVX_NAMES = re.compile(r"avx512|avx2|::amx::|run_int8_maddubs|_amx\(")
 

@@ -3,14 +3,20 @@
 
 #include <gtest/gtest.h>
 
+#include <omp.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <filesystem>
 #include <optional>
 #include <vector>
 
 #include "fourfold/checkpoint.h"
+#include "fourfold/error.h"
 #include "planted_faults.h"
+#include "random_layer.h"
+#include "tools/layer_trace.h"
+#include "tools/stage_comparison.h"
 #include "tools/synthesize.h"
 #include "tools/weight_comparison.h"
 
@@ -112,6 +118,11 @@ TEST_P(PlantedFault, IsExplainedInTheKernelOfABf16BornCheckpoint) {
 INSTANTIATE_TEST_SUITE_P(All, PlantedFault, testing::ValuesIn(kPlantedFaults),
                          [](const auto& fault) { return name_of(fault.param); });
 
+DenseView view_of(const std::vector<float>& values) {
+  const auto cols = static_cast<int64_t>(values.size());
+  return {ElementType::kF32, reinterpret_cast<const std::byte*>(values.data()), 1, cols, 4 * cols, {}};
+}
+
 TEST(CompareWeights, CallsALayerIdenticalWhereEveryValueOfItIs) {
   const SyntheticPair rounded(OriginalFormat::kBf16, 1);
   EXPECT_FALSE(compare_weights(rounded.original(), rounded.nvfp4()).identical);
@@ -119,28 +130,85 @@ TEST(CompareWeights, CallsALayerIdenticalWhereEveryValueOfItIs) {
   ExpertWeights before = exact.original(), after = exact.nvfp4();
   EXPECT_TRUE(compare_weights(before, after).identical);
 
-  std::vector<float> bias(96, 0.25f), other_bias = bias;
+  std::vector<float> bias(128, 0.25f), other_bias = bias;
   other_bias.back() = 0.5f;
-  const auto view = [](const std::vector<float>& values) {
-    const auto cols = static_cast<int64_t>(values.size());
-    return DenseView{
-        ElementType::kF32, reinterpret_cast<const std::byte*>(values.data()), 1, cols, 4 * cols, {}};
-  };
-  after.experts[3].up_bias = view(bias);
+  after.experts[3].down_bias = view_of(bias);
   EXPECT_FALSE(compare_weights(before, after).identical);
-  before.experts[3].up_bias = view(other_bias);
+  before.experts[3].down_bias = view_of(other_bias);
   EXPECT_FALSE(compare_weights(before, after).identical);
-  before.experts[3].up_bias = after.experts[3].up_bias;
+  before.experts[3].down_bias = view_of(bias);
   EXPECT_TRUE(compare_weights(before, after).identical);
+  bias.back() = std::nanf("");  // of which nothing is known
+  EXPECT_FALSE(compare_weights(before, after).identical);
+  bias.back() = 0.25f;
 
-  after.shared = SharedExpert{after.experts[0], after.intermediate, std::nullopt};
+  for (Expert& expert : before.experts) expert.gate = DenseView{};
   EXPECT_FALSE(compare_weights(before, after).identical);
-  before.shared = SharedExpert{before.experts[0], before.intermediate, view(bias)};
+}
+
+TEST(CompareWeights, LooksAtTheSharedExpertToo) {
+  const SyntheticPair exact(OriginalFormat::kMxfp4, 1);
+  ExpertWeights before = exact.original(), after = exact.nvfp4();
+  const std::vector<float> gate(128, 0.25f);
+  after.shared.emplace();
+  after.shared->expert = after.experts[0];
+  after.shared->intermediate = after.intermediate;
   EXPECT_FALSE(compare_weights(before, after).identical);
-  after.shared->gate = view(bias);
+  before.shared.emplace();
+  before.shared->expert = before.experts[0];
+  before.shared->intermediate = before.intermediate;
+  EXPECT_TRUE(compare_weights(before, after).identical);
+  before.shared->gate = view_of(gate);
+  EXPECT_FALSE(compare_weights(before, after).identical);
+  after.shared->gate = view_of(gate);
   EXPECT_TRUE(compare_weights(before, after).identical);
   before.shared->expert = before.experts[1];
   EXPECT_FALSE(compare_weights(before, after).identical);
+}
+
+TEST(CompareWeights, DependsOnNoThreadsAndBringsErrorsOut) {
+  const SyntheticPair pair(OriginalFormat::kBf16, 2);
+  const int threads = omp_get_max_threads();
+  omp_set_num_threads(1);
+  const WeightComparison alone = compare_weights(pair.original(), pair.nvfp4());
+  for (const int more : {2, 64}) {  // 18 matrices: whole ones to each of two, rows to each of 64
+    omp_set_num_threads(more);
+    const WeightComparison shared_out = compare_weights(pair.original(), pair.nvfp4());
+    ASSERT_EQ(shared_out.matrices.size(), alone.matrices.size());
+    for (size_t i = 0; i < alone.matrices.size(); ++i) {
+      EXPECT_EQ(shared_out.matrices[i].name, alone.matrices[i].name);
+      EXPECT_EQ(shared_out.matrices[i].sums.difference_squared, alone.matrices[i].sums.difference_squared);
+      EXPECT_EQ(shared_out.matrices[i].limit, alone.matrices[i].limit);
+    }
+    EXPECT_EQ(shared_out.limit, alone.limit);
+    // An NVFP4 original is none: what it would be converted from is not known.
+    EXPECT_THROW(compare_weights(pair.nvfp4(), pair.nvfp4()), Error);
+  }
+  omp_set_num_threads(threads);
+}
+
+TEST(ExpectedStages, AreTheSameWhetherTheyAreKnownOrComputed) {
+  RandomLayerShape shape;
+  shape.shared_intermediate = 96;
+  const RandomLayer layer(shape, 5);
+  LayertestRequest request;
+  request.nvfp4 = &layer.weights;
+  request.config = layer.config;
+  request.backend = &reference_backend();
+  request.inputs = &layer.inputs;
+  request.options.x_scale = request.options.intermediate_scale = ScalePolicy::kDynamicToken;
+  const auto run = reference_backend().make_layer(layer.weights, layer.config, request.options);
+  const LayerTrace emulation = trace(*run, layer.inputs, &*layer.weights.shared);
+  LayerTrace nothing_known;
+  nothing_known.shared.emplace();
+  const LayerTrace known = expected_stages(emulation, emulation, request);
+  const LayerTrace computed = expected_stages(emulation, nothing_known, request);
+  EXPECT_EQ(known.h, computed.h);
+  EXPECT_EQ(known.activation, computed.activation);
+  EXPECT_EQ(known.z, computed.z);
+  EXPECT_EQ(known.y, computed.y);
+  EXPECT_EQ(known.shared->h, computed.shared->h);
+  EXPECT_EQ(known.shared->z, computed.shared->z);
 }
 
 TEST(Layertest, IsSilentOnASoundLayerOverTwentySeeds) {

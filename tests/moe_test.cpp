@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <limits>
 #include <numeric>
+#include <random>
+#include <vector>
 
 #include "fourfold/comparison.h"
 #include "fourfold/error.h"
@@ -564,6 +566,22 @@ TEST(Comparison, OfAValueWithItselfIsNoDifferenceButForWhatIsNotFinite) {
       EXPECT_TRUE(std::isnan(sums.relative_l2())) << size << " " << not_finite;
     }
   }
+}
+
+TEST(Comparison, OfAValueWithItselfIsThatOfNearlyItself) {
+  std::vector<float> values(1003);
+  std::mt19937 random(7);
+  for (float& value : values) value = std::normal_distribution<float>(0.0f, 1.0f)(random);
+  values.back() = 0.0f;
+  std::vector<float> other_zero = values;
+  other_zero.back() = -0.0f;  // the same value in other bits: one sum does not do
+  ErrorSums same, nearly;
+  same.add(values, values);
+  nearly.add(values, other_zero);
+  EXPECT_EQ(same.reference_squared, nearly.reference_squared);
+  EXPECT_EQ(same.candidate_squared, nearly.candidate_squared);
+  EXPECT_EQ(same.product, nearly.product);
+  EXPECT_EQ(nearly.difference_squared, 0.0);
 }
 
 TEST(Comparison, NamesTheWorstRowAndGroupAndRanksNanFirst) {

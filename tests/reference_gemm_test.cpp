@@ -10,6 +10,7 @@
 #include "fourfold/scale_layout.h"
 #include "refusals.h"
 #include "tools/gemmtest.h"
+#include "tools/layer_trace.h"
 #include "tools/random.h"
 
 namespace fourfold {
@@ -31,6 +32,32 @@ ActivationView activations_of(const BlockScaledMatrix& matrix) {
   a.codes = {matrix.codes.data(), matrix.rows, matrix.cols / 2};
   a.scales = matrix.scales.data();
   return a;
+}
+
+/// Decoded without their scales by row, [term][rows * cols].
+std::vector<std::vector<float>> terms_of(ActivationFormat format, const StagedBuffers& staged, int64_t rows,
+                                         int64_t cols) {
+  const auto blocks = [&](const std::vector<uint8_t>& codes, const std::vector<uint8_t>& scales) {
+    return dequantize(BlockScaledView{QuantFormat::kNvfp4,
+                                      rows,
+                                      cols,
+                                      {codes.data(), rows, cols / 2},
+                                      scales.data(),
+                                      cols / 16,
+                                      ScaleLayout::kRowMajor,
+                                      {}});
+  };
+  std::vector<std::vector<float>> terms(1);
+  if (format == ActivationFormat::kBf16) {
+    for (const Bf16 value : staged.values) terms[0].push_back(static_cast<float>(value));
+  } else if (format == ActivationFormat::kFp8) {
+    for (const uint8_t code : staged.codes) terms[0].push_back(decode_e4m3(code));
+  } else {
+    terms[0] = blocks(staged.codes, staged.scales);
+    if (format == ActivationFormat::kNvfp4x2)
+      terms.push_back(blocks(staged.residual_codes, staged.residual_scales));
+  }
+  return terms;
 }
 
 struct GemmShape {
@@ -107,38 +134,55 @@ TEST(GroupedGemm, DoesNotDependOnHowRowsAreTiled) {
   EXPECT_EQ(whole, single);
 }
 
-/// What docs/formats.md, section 7, says of a sum: k ascending, every product and every addition rounded.
-TEST(Gemm, AddsUpOneProductAfterTheOther) {
+/// What docs/formats.md, section 7, says of a sum: k ascending, every product and every addition rounded; of
+/// two terms the first comes first.
+class OneProductAfterTheOther : public testing::TestWithParam<ActivationFormat> {};
+
+TEST_P(OneProductAfterTheOther, IsASum) {
+  constexpr int64_t kDepth = 80;
+  Random random(11, Random::Purpose::kOperand, 3);
   for (const int64_t rows : {1, 4, 5, 33}) {
+    std::vector<Bf16> x(static_cast<size_t>(rows * kDepth));
+    for (Bf16& value : x) value = encode_bf16(static_cast<float>(random.normal()));
+    StagedBuffers staged(GetParam(), rows, kDepth);
+    for (float& scale : staged.row_scales) scale = 1e-3f;
+    reference::stage(GetParam(), {x.data(), rows, kDepth}, staged.views);
+    const std::vector<std::vector<float>> terms = terms_of(GetParam(), staged, rows, kDepth);
     for (const int64_t columns : {1, 8, 19}) {
-      const BlockScaledMatrix a = random_matrix(rows, 80, 1), b = random_matrix(columns, 80, 2);
-      ActivationView view = activations_of(a);
-      BlockScaledView left = a.view(), right = b.view();
-      left.global = right.global = {};
-      std::vector<float> found(static_cast<size_t>(rows * columns)), x(80), w(80);
-      GemmArgs args{view, b.view(), MatrixView<float>(found.data(), rows, columns)};
+      const BlockScaledMatrix b = random_matrix(columns, kDepth, 2);
+      std::vector<float> found(static_cast<size_t>(rows * columns)), w(kDepth);
+      GemmArgs args{staged.views.view(GetParam(), rows, kDepth), b.view(),
+                    MatrixView<float>(found.data(), rows, columns)};
       for (const Accumulation accumulation : {Accumulation::kFloat32, Accumulation::kFloat64}) {
         args.accumulation = accumulation;
         reference::gemm(args);
-        for (int64_t row = 0; row < rows; ++row) {
-          decode_row(left, row, x.data());
-          for (int64_t column = 0; column < columns; ++column) {
-            decode_row(right, column, w.data());
-            float sum = 0.0f;
-            double exact_sum = 0.0;
-            for (size_t k = 0; k < x.size(); ++k) {
-              sum += w[k] * x[k];
-              exact_sum += double{w[k]} * x[k];
+        for (int64_t at = 0; at < rows * columns; ++at) {
+          const int64_t row = at / columns;
+          decode_row(b.view(), at % columns, w.data());
+          float sum = 0.0f;
+          double wide_sum = 0.0;
+          for (int64_t k = 0; k < kDepth; ++k) {
+            for (const std::vector<float>& term : terms) {
+              const float value = term[static_cast<size_t>(row * kDepth + k)],
+                          weight = w[static_cast<size_t>(k)];
+              sum += weight * value;
+              wide_sum += double{weight} * value;
             }
-            if (accumulation == Accumulation::kFloat64) sum = static_cast<float>(exact_sum);
-            EXPECT_EQ(found[static_cast<size_t>(row * columns + column)], b.global.multiplier() * sum)
-                << rows << " x " << columns << ", row " << row << ", column " << column;
           }
+          if (accumulation == Accumulation::kFloat64) sum = static_cast<float>(wide_sum);
+          const float row_scale =
+              staged.row_scales.empty() ? 1.0f : staged.row_scales[static_cast<size_t>(row)];
+          EXPECT_EQ(found[static_cast<size_t>(at)], row_scale * b.global.multiplier() * sum)
+              << rows << " x " << columns << ", row " << row << ", column " << at % columns;
         }
       }
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Formats, OneProductAfterTheOther,
+                         testing::Values(ActivationFormat::kNvfp4, ActivationFormat::kNvfp4x2,
+                                         ActivationFormat::kFp8, ActivationFormat::kBf16));
 
 TEST(GroupedGemm, LeavesWhatLiesBesideTheOutputAlone) {
   const BlockScaledMatrix a = random_matrix(3, 32, 1), b = random_matrix(4, 32, 2);

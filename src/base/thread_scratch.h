@@ -13,9 +13,13 @@ namespace fourfold {
 
 class ThreadScratch {
  public:
-  /// `floats` for each thread of the next parallel region. Throws std::bad_alloc.
+  /// `floats` for each thread of the next parallel region; one within a region, where the next has one.
+  /// Throws std::bad_alloc.
   explicit ThreadScratch(int64_t floats)
-      : floats_(static_cast<size_t>(floats)), values_(floats_ * static_cast<size_t>(omp_get_max_threads())) {}
+      : floats_(static_cast<size_t>(floats)),
+        values_(floats_ * static_cast<size_t>(omp_get_active_level() < omp_get_max_active_levels()
+                                                  ? omp_get_max_threads()
+                                                  : 1)) {}
 
   /// The calling thread's part.
   std::span<float> mine() {

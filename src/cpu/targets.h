@@ -3,6 +3,8 @@
 // everybody.
 #pragma once
 
+#include "base/avx2.h"  // FOURFOLD_INLINE
+
 #define FOURFOLD_AVX2_FEATURES "avx2,fma,f16c"
 #define FOURFOLD_AVX512_FEATURES \
   FOURFOLD_AVX2_FEATURES ",avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512"
@@ -13,4 +15,3 @@
 #define FOURFOLD_AMX_VECTORS [[gnu::target(FOURFOLD_AVX512_FEATURES ",avx512fp16,avx512vbmi,avx512vbmi2")]]
 #define FOURFOLD_AVX512_BF16 [[gnu::target(FOURFOLD_AVX512_FEATURES ",avx512bf16")]]
 #define FOURFOLD_AVX512_VBMI [[gnu::target(FOURFOLD_AVX512_FEATURES ",avx512vbmi")]]
-#define FOURFOLD_INLINE [[gnu::always_inline]] inline

@@ -50,8 +50,7 @@ Comparison compare_rows(MatrixView<const T> reference, MatrixView<const T> candi
 
 constexpr size_t kApart = 8;  // sums of every eighth value, side by side
 
-FOURFOLD_IN_BOTH_LOOPS ErrorSums sums_of(std::span<const float> references,
-                                         std::span<const float> candidates) {
+FOURFOLD_INLINE ErrorSums sums_of(std::span<const float> references, std::span<const float> candidates) {
   double reference_sums[kApart] = {}, candidate_sums[kApart] = {}, products[kApart] = {},
          differences[kApart] = {};
   const size_t count = references.size();
@@ -75,7 +74,7 @@ FOURFOLD_IN_BOTH_LOOPS ErrorSums sums_of(std::span<const float> references,
 }
 
 /// The same where both are the same finite values.
-FOURFOLD_IN_BOTH_LOOPS ErrorSums sums_of_same(std::span<const float> values) {
+FOURFOLD_INLINE ErrorSums sums_of_same(std::span<const float> values) {
   double squares[kApart] = {};
   const size_t count = values.size();
   const float* value = values.data();

@@ -35,37 +35,32 @@ constexpr std::array<float, 256> kScales = [] {
 }();
 
 /// The codes of one row, and where its scales come from.
-class RowOfBlocks {
- public:
-  RowOfBlocks(const BlockScaledView& matrix, int64_t row)
-      : codes(matrix.codes.row(row)),
-        blocks(matrix.blocks_per_row()),
-        block_size(traits_of(matrix.format).block_size),
-        matrix_(matrix),
-        row_(row),
-        scales_(traits_of(matrix.format).scale_type == ScaleType::kE4m3 ? kScales<decode_e4m3>
-                                                                        : kScales<decode_e8m0>),
-        row_major_(matrix.scale_layout == ScaleLayout::kRowMajor ? matrix.scales + row * matrix.scale_stride
-                                                                 : nullptr) {}
-
-  float scale(int64_t block) const {
-    return scales_[row_major_ != nullptr ? row_major_[block] : matrix_.scale_code(row_, block)];
+struct RowOfBlocks {
+  RowOfBlocks(const BlockScaledView& of, int64_t index)
+      : matrix(of),
+        row(index),
+        codes(of.codes.row(index)),
+        block_size(traits_of(of.format).block_size),
+        scales(traits_of(of.format).scale_type == ScaleType::kE4m3 ? kScales<decode_e4m3>
+                                                                   : kScales<decode_e8m0>),
+        row_major(of.scale_layout == ScaleLayout::kRowMajor ? of.scales + index * of.scale_stride : nullptr) {
   }
 
-  const uint8_t* const codes;
-  const int64_t blocks;
-  const int block_size;
+  float scale(int64_t block) const {
+    return scales[row_major != nullptr ? row_major[block] : matrix.scale_code(row, block)];
+  }
 
- private:
-  const BlockScaledView& matrix_;
-  const int64_t row_;
-  const std::array<float, 256>& scales_;
-  const uint8_t* const row_major_;
+  const BlockScaledView& matrix;
+  int64_t row;
+  const uint8_t* codes;
+  int block_size;
+  const std::array<float, 256>& scales;  // by their code
+  const uint8_t* row_major;              // scale codes; null: swizzled
 };
 
 void decode_blocks(const RowOfBlocks& row, float* out) {
   const uint8_t* codes = row.codes;
-  for (int64_t block = 0; block < row.blocks; ++block) {
+  for (int64_t block = 0; block < row.matrix.blocks_per_row(); ++block) {
     const float scale = row.scale(block);
     for (int pair = 0; pair < row.block_size / 2; ++pair, ++codes, out += 2) {
       out[0] = kE2m1Pairs[*codes][0] * scale;
@@ -78,8 +73,7 @@ void decode_blocks(const RowOfBlocks& row, float* out) {
 constexpr int kCodesAtOnce = 16;  // every block has a multiple of these
 
 /// kCodesAtOnce codes x scale: the upper two bytes of a value's float32 are looked up, the others are zero.
-FOURFOLD_AVX2_LOOP FOURFOLD_IN_BOTH_LOOPS void decode_codes_avx2(const uint8_t* codes, float scale,
-                                                                 float* out) {
+FOURFOLD_AVX2_LOOP FOURFOLD_INLINE void decode_codes_avx2(const uint8_t* codes, float scale, float* out) {
   const __m128i first_bytes =  // of 0, 0.5, 1, 1.5, 2, 3, 4, 6, and with their signs
       _mm_setr_epi8(0x00, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40,  //
                     -0x80, -0x41, -0x41, -0x41, -0x40, -0x40, -0x40, -0x40);
@@ -100,7 +94,7 @@ FOURFOLD_AVX2_LOOP FOURFOLD_IN_BOTH_LOOPS void decode_codes_avx2(const uint8_t* 
 
 FOURFOLD_AVX2_LOOP void decode_blocks_avx2(const RowOfBlocks& row, float* out) {
   const uint8_t* codes = row.codes;
-  for (int64_t block = 0; block < row.blocks; ++block) {
+  for (int64_t block = 0; block < row.matrix.blocks_per_row(); ++block) {
     const float scale = row.scale(block);
     for (int value = 0; value < row.block_size; value += kCodesAtOnce) {
       decode_codes_avx2(codes, scale, out);

@@ -109,8 +109,8 @@ void load_tile(const ActivationView& a, const ScaleRows& group, ActivationTile& 
 /// sums[c][r] = sum over k and terms of weights[c * depth + k] * values[(k * kTerms + term) * kRows + r], in
 /// that order. A vector holds kBytes of rows' sums.
 template <int kTerms, int kBytes, class Sum, int kColumns, int kRows>
-FOURFOLD_IN_BOTH_LOOPS FOURFOLD_NOT_SANITIZED void walk_along_k(const float* weights, const float* values,
-                                                                int64_t depth, Sum (&sums)[kColumns][kRows]) {
+FOURFOLD_INLINE FOURFOLD_NOT_SANITIZED void walk_along_k(const float* weights, const float* values,
+                                                         int64_t depth, Sum (&sums)[kColumns][kRows]) {
   constexpr int kLanes = std::min(kBytes / static_cast<int>(sizeof(Sum)), kRows), kVectors = kRows / kLanes;
   using Values [[gnu::vector_size(kLanes * sizeof(float))]] = float;
   using Vector [[gnu::vector_size(kLanes * sizeof(Sum))]] = Sum;

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "fourfold/comparison.h"
+#include "fourfold/weight_statistics.h"
 
 namespace fourfold {
 namespace {

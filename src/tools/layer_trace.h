@@ -26,7 +26,7 @@ struct StagedBuffers {
   StagedBuffers(StagedBuffers&&) = default;
   StagedBuffers& operator=(StagedBuffers&&) = default;
 
-  /// Whether the values are the same, bit for bit but for the sign of zero; never where one is NaN.
+  /// Whether both are the same, bit for bit; row scales as floats: NaN is not even itself.
   bool operator==(const StagedBuffers& other) const {
     return values == other.values && codes == other.codes && scales == other.scales &&
            residual_codes == other.residual_codes && residual_scales == other.residual_scales &&

@@ -42,7 +42,7 @@ Loss measure(const WeightView& original, const WeightView& quantized, bool count
       if (!count_blocks) continue;
       loss.blocks.blocks = cols / kBlock;
       if (loss.sums.difference_squared == 0.0) continue;  // every value is the same
-      for (int64_t begin = 0; begin < cols; begin += kBlock) {
+      for (int64_t begin = 0; begin + kBlock <= cols; begin += kBlock) {
         loss.blocks.inexact += !std::equal(reference.begin() + begin, reference.begin() + begin + kBlock,
                                            candidate.begin() + begin);
       }
@@ -70,24 +70,15 @@ BlockScaledMatrix convert(const WeightView& original, const std::string& name) {
   }
 }
 
-/// Whether two matrices are stored in the same bits, in whatever layout.
+/// Whether two matrices are stored in the same bits. Swizzled ones are not looked into.
 bool is_same(const BlockScaledView& a, const BlockScaledView& b) {
   if (a.format != b.format || a.rows != b.rows || a.cols != b.cols || a.global != b.global) return false;
+  if (a.scale_layout != ScaleLayout::kRowMajor || b.scale_layout != ScaleLayout::kRowMajor) return false;
   const int64_t blocks = a.blocks_per_row();
-  const bool row_major = a.scale_layout == ScaleLayout::kRowMajor && b.scale_layout == ScaleLayout::kRowMajor;
-  const auto has_same_scales = [&](int64_t row) {
-    if (row_major) {
-      const uint8_t* const scales = a.scales + row * a.scale_stride;
-      return std::equal(scales, scales + blocks, b.scales + row * b.scale_stride);
-    }
-    for (int64_t block = 0; block < blocks; ++block) {
-      if (a.scale_code(row, block) != b.scale_code(row, block)) return false;
-    }
-    return true;
-  };
   for (int64_t row = 0; row < a.rows; ++row) {
-    const uint8_t* const codes = a.codes.row(row);
-    if (!std::equal(codes, codes + a.cols / 2, b.codes.row(row)) || !has_same_scales(row)) return false;
+    const uint8_t *codes = a.codes.row(row), *scales = a.scales + row * a.scale_stride;
+    if (!std::equal(codes, codes + a.cols / 2, b.codes.row(row))) return false;
+    if (!std::equal(scales, scales + blocks, b.scales + row * b.scale_stride)) return false;
   }
   return true;
 }
@@ -108,19 +99,19 @@ bool has_same_values(const std::optional<DenseView>& a, const std::optional<Dens
   return a->cols == b->cols && measure(*a, *b, false).sums.difference_squared == 0.0;
 }
 
-bool has_same_biases(const Expert& a, const Expert& b) {
-  return has_same_values(a.gate_bias, b.gate_bias) && has_same_values(a.up_bias, b.up_bias) &&
-         has_same_values(a.down_bias, b.down_bias);
+/// What is not a matrix.
+bool has_same_rest(const Expert& a, const Expert& b) {
+  return a.has_gate() == b.has_gate() && has_same_values(a.gate_bias, b.gate_bias) &&
+         has_same_values(a.up_bias, b.up_bias) && has_same_values(a.down_bias, b.down_bias);
 }
 
 /// Of layers with as many experts: all but the matrices of experts.
 bool has_same_rest(const ExpertWeights& a, const ExpertWeights& b) {
   for (size_t e = 0; e < a.experts.size(); ++e) {
-    if (!has_same_biases(a.experts[e], b.experts[e])) return false;
+    if (!has_same_rest(a.experts[e], b.experts[e])) return false;
   }
   if (!a.shared || !b.shared) return a.shared.has_value() == b.shared.has_value();
-  return has_same_biases(a.shared->expert, b.shared->expert) &&
-         has_same_values(a.shared->gate, b.shared->gate);
+  return has_same_rest(a.shared->expert, b.shared->expert) && has_same_values(a.shared->gate, b.shared->gate);
 }
 
 /// A matrix of one expert in both checkpoints.
@@ -146,6 +137,20 @@ std::vector<MatrixPair> pairs_of(const ExpertWeights& original, const ExpertWeig
   }
   if (original.shared && nvfp4.shared) add(original.shared->expert, nvfp4.shared->expert, kSharedExpert);
   return pairs;
+}
+
+/// Threads that take whole matrices: few enough that what conversions hold in float32 stays within bounds,
+/// and that each has several. 1: the threads share the rows of one matrix after the other.
+int threads_of(const std::vector<MatrixPair>& pairs) {
+  constexpr int64_t kBytes = int64_t{2} << 30, kPairsEach = 4;
+  int64_t largest = 1;  // values
+  for (const MatrixPair& pair : pairs) {
+    const WeightView& matrix = pair.before->*pair.member;
+    largest = std::max(largest, rows_of(matrix) * cols_of(matrix));
+  }
+  const int64_t most = std::max<int64_t>(kBytes / (largest * static_cast<int64_t>(sizeof(float))), 1);
+  const int64_t threads = std::min<int64_t>(omp_get_max_threads(), most);
+  return static_cast<int64_t>(pairs.size()) >= kPairsEach * threads ? static_cast<int>(threads) : 1;
 }
 
 struct ComparedMatrix {
@@ -177,8 +182,8 @@ WeightComparison compare_weights(const ExpertWeights& original, const ExpertWeig
   }
   const std::vector<MatrixPair> pairs = pairs_of(original, nvfp4);
   std::vector<ComparedMatrix> compared(pairs.size());
-  // A thread takes whole matrices where there are enough; within a few, it is rows that are shared out.
-#pragma omp parallel for schedule(dynamic) if (std::cmp_greater_equal(pairs.size(), omp_get_max_threads()))
+  const int threads = threads_of(pairs);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (size_t i = 0; i < pairs.size(); ++i) compared[i] = compare_matrix(pairs[i]);
 
   WeightComparison comparison;

@@ -2,14 +2,17 @@
 // an inspection derives: degrees of parallelism, memory, self-tests.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <bit>
 #include <cstring>
 #include <numeric>
 #include <random>
+#include <vector>
 
 #include "checkpoint/weight_rules.h"
 #include "fourfold/error.h"
 #include "fourfold/parallel_degrees.h"
+#include "fourfold/scale_layout.h"
 #include "fourfold/weight_statistics.h"
 #include "planted_faults.h"
 #include "random_layer.h"
@@ -92,6 +95,36 @@ TEST(ScaleCounts, LeaveOutWhatLiesBetweenStridedRows) {
   const ScaleCounts counts = count_scales(ScaleType::kE4m3, {bytes.data(), 2, 2, 3});
   EXPECT_EQ(counts.total(), 4);
   EXPECT_EQ(counts.nan(), 0);
+}
+
+TEST(ScaleCounts, LeaveOutThePaddingOfAMatrix) {
+  constexpr int64_t kRows = 130, kBlocks = 5, kStride = 7;
+  std::vector<uint8_t> strided(kRows * kStride, kE4m3NanCode), packed(kRows * kBlocks);
+  for (size_t i = 0; i < packed.size(); ++i) {
+    packed[i] = static_cast<uint8_t>(i % 100);
+    strided[i / kBlocks * kStride + i % kBlocks] = packed[i];
+  }
+  std::vector<uint8_t> swizzled = swizzle_scales({packed.data(), kRows, kBlocks});
+  std::vector<bool> is_scale(swizzled.size());
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t block = 0; block < kBlocks; ++block) {
+      is_scale[static_cast<size_t>(swizzled_scale_offset(row, block, kBlocks))] = true;
+    }
+  }
+  for (size_t i = 0; i < swizzled.size(); ++i) {
+    if (!is_scale[i]) swizzled[i] = kE4m3NanCode;
+  }
+  BlockScaledView view;
+  view.rows = kRows;
+  view.cols = 16 * kBlocks;
+  view.scales = strided.data();
+  view.scale_stride = kStride;
+  std::array<int64_t, 256> expected{};
+  for (const uint8_t scale : packed) ++expected[scale];
+  EXPECT_EQ(count_scales(view).by_byte, expected);
+  view.scales = swizzled.data();
+  view.scale_layout = ScaleLayout::kSwizzled128x4;
+  EXPECT_EQ(count_scales(view).by_byte, expected);
 }
 
 TEST(ScaleCounts, HaveNoQuantilesOfNothing) {

@@ -7,7 +7,8 @@
 
 namespace FOURFOLD_EXPORT fourfold {
 
-/// Environment variable that forces an instruction set where none is forced by name.
+/// Environment variable that forces an instruction set where none is forced by name. "portable" there keeps
+/// decoding and the reference from AVX2, too, which give the same bits with it.
 inline constexpr const char* kIsaVariable = "FOURFOLD_ISA";
 
 /// Layers and GEMMs of the backend "cpu" that are made from now on compute with `name`: "amx",

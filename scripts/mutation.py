@@ -190,17 +190,18 @@ class Workplace:
         return done.stderr if done.returncode else None
 
     def failing_test(self, patience: float, mutant: int = -1) -> str | None:
-        """The first test that fails, or None."""
-        try:
-            done = subprocess.run(["./program", "--gtest_fail_fast", "--gtest_brief=1"], cwd=self.folder,
-                                  capture_output=True, text=True, errors="replace", timeout=patience,
-                                  env={**os.environ, "FOURFOLD_MUTANT": str(mutant)})
-        except subprocess.TimeoutExpired:
-            return "(takes too long)"
-        if done.returncode == 0:
-            return None
-        failed = re.search(r"\[  FAILED  \] ([\w./]+)", done.stdout)
-        return failed[1] if failed else "(crash)"
+        """The first test that fails, with the loops for AVX2 or with the portable ones (src/base/avx2.h), or None."""
+        for isa in ("", "portable"):
+            try:
+                done = subprocess.run(["./program", "--gtest_fail_fast", "--gtest_brief=1"], cwd=self.folder,
+                                      capture_output=True, text=True, errors="replace", timeout=patience,
+                                      env={**os.environ, "FOURFOLD_MUTANT": str(mutant), "FOURFOLD_ISA": isa})
+            except subprocess.TimeoutExpired:
+                return "(takes too long)"
+            if done.returncode:
+                failed = re.search(r"\[  FAILED  \] ([\w./]+)", done.stdout)
+                return failed[1] if failed else "(crash)"
+        return None
 
     def killer_of(self, mutant: Mutant, plain_tests: Path, patience: float) -> str | None:
         """Compiles this mutant alone."""

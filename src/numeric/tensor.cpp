@@ -85,7 +85,7 @@ FOURFOLD_AVX2_LOOP FOURFOLD_INLINE void decode_codes_avx2(const uint8_t* codes, 
                                              _mm_and_si128(_mm_srli_epi16(bytes, 4), low_nibbles));
   const __m128i firsts = _mm_shuffle_epi8(first_bytes, in_order);
   const __m128i seconds = _mm_shuffle_epi8(second_bytes, in_order);
-  const __m128i halves[2] = {_mm_unpacklo_epi8(seconds, firsts), _mm_unpackhi_epi8(seconds, firsts)};
+  const __m128i halves[] = {_mm_unpacklo_epi8(seconds, firsts), _mm_unpackhi_epi8(seconds, firsts)};
   for (int half = 0; half < 2; ++half) {
     const __m256 values = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves[half]), 16));
     _mm256_storeu_ps(out + 8 * half, _mm256_mul_ps(values, _mm256_set1_ps(scale)));
@@ -96,7 +96,7 @@ FOURFOLD_AVX2_LOOP void decode_blocks_avx2(const RowOfBlocks& row, float* out) {
   const uint8_t* codes = row.codes;
   for (int64_t block = 0; block < row.matrix.blocks_per_row(); ++block) {
     const float scale = row.scale(block);
-    for (int value = 0; value < row.block_size; value += kCodesAtOnce) {
+    for (int part = 0; part < row.block_size / kCodesAtOnce; ++part) {
       decode_codes_avx2(codes, scale, out);
       codes += kCodesAtOnce / 2;
       out += kCodesAtOnce;

@@ -60,7 +60,8 @@ struct RowOfBlocks {
 
 void decode_blocks(const RowOfBlocks& row, float* out) {
   const uint8_t* codes = row.codes;
-  for (int64_t block = 0; block < row.matrix.blocks_per_row(); ++block) {
+  const int64_t blocks = row.matrix.blocks_per_row();
+  for (int64_t block = 0; block < blocks; ++block) {
     const float scale = row.scale(block);
     for (int pair = 0; pair < row.block_size / 2; ++pair, ++codes, out += 2) {
       out[0] = kE2m1Pairs[*codes][0] * scale;
@@ -94,9 +95,11 @@ FOURFOLD_AVX2_LOOP FOURFOLD_INLINE void decode_codes_avx2(const uint8_t* codes, 
 
 FOURFOLD_AVX2_LOOP void decode_blocks_avx2(const RowOfBlocks& row, float* out) {
   const uint8_t* codes = row.codes;
-  for (int64_t block = 0; block < row.matrix.blocks_per_row(); ++block) {
+  const int64_t blocks = row.matrix.blocks_per_row();
+  const int parts = row.block_size / kCodesAtOnce;
+  for (int64_t block = 0; block < blocks; ++block) {
     const float scale = row.scale(block);
-    for (int part = 0; part < row.block_size / kCodesAtOnce; ++part) {
+    for (int part = 0; part < parts; ++part) {
       decode_codes_avx2(codes, scale, out);
       codes += kCodesAtOnce / 2;
       out += kCodesAtOnce;

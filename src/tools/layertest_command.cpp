@@ -160,6 +160,13 @@ class Run {
              fmt::format("{} experts, hidden {}, intermediate {}", before.count(), before.hidden,
                          before.intermediate));
     }
+    const auto gate_text = [](const ExpertWeights& weights) {
+      return weights.experts.front().has_gate() ? "experts with a gate" : "experts without a gate";
+    };
+    if (before.experts.front().has_gate() != weights_.experts.front().has_gate()) {
+      reject(fmt::format("--original {}", arguments_.original),
+             fmt::format("{}, as in {}", gate_text(weights_), arguments_.nvfp4), gate_text(before));
+    }
     const auto shared_text = [](const ExpertWeights& weights) {
       return weights.shared ? fmt::format("a shared expert of intermediate {}{}",
                                           weights.shared->intermediate, weights.shared->gate ? ", gated" : "")

@@ -101,8 +101,8 @@ bool has_same_values(const std::optional<DenseView>& a, const std::optional<Dens
 
 /// What is not a matrix.
 bool has_same_rest(const Expert& a, const Expert& b) {
-  return a.has_gate() == b.has_gate() && has_same_values(a.gate_bias, b.gate_bias) &&
-         has_same_values(a.up_bias, b.up_bias) && has_same_values(a.down_bias, b.down_bias);
+  return has_same_values(a.gate_bias, b.gate_bias) && has_same_values(a.up_bias, b.up_bias) &&
+         has_same_values(a.down_bias, b.down_bias);
 }
 
 /// Of layers with as many experts: all but the matrices of experts.
@@ -122,11 +122,17 @@ struct MatrixPair {
   int64_t expert = 0;  // or kSharedExpert
 };
 
+/// Throws Error where one expert has a gate and the other has none.
 std::vector<MatrixPair> pairs_of(const ExpertWeights& original, const ExpertWeights& nvfp4) {
   constexpr std::array<std::pair<const char*, WeightView Expert::*>, 3> kMatrices = {
       {{"gate", &Expert::gate}, {"up", &Expert::up}, {"down", &Expert::down}}};
   std::vector<MatrixPair> pairs;
   const auto add = [&](const Expert& before, const Expert& after, int64_t expert) {
+    if (before.has_gate() != after.has_gate()) {
+      reject(fmt::format("original of {}", before.name),
+             after.has_gate() ? "a gate, as in NVFP4" : "no gate, as in NVFP4",
+             before.has_gate() ? "one" : "none");
+    }
     for (const auto& [which, member] : kMatrices) {
       if (rows_of(before.*member) == 0) continue;  // an expert without a gate
       pairs.push_back({&before, &after, which, member, expert});

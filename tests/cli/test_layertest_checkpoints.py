@@ -237,6 +237,14 @@ def test_wrong_global_scale_is_found(tmp_path: Path) -> None:
     assert len(report["findings"]) == 1 and "experts.2 up" in report["findings"][0]
 
 
+def test_original_without_gates(tmp_path: Path) -> None:
+    """Without its gates an original is another layer, though every matrix that it has is the same."""
+    tensors = {name: tensor for name, tensor in BF16.tensors.items() if "gate_proj" not in name}
+    original = ck.write_single(tmp_path / "original", tensors, BF16.config)
+    directory = ck.write_model(tmp_path / "nvfp4", NVFP4)
+    assert_refused(layertest(directory, "--original", original), "--original", "with a gate", "without a gate")
+
+
 def test_one_wrong_block_is_counted(tmp_path: Path, mxfp4: Path) -> None:
     """One scale of one block doubled: the exact cast has a single inexact block of 32."""
     name = "layers.0.ffn.experts.1.w2.weight_scale"

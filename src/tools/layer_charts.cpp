@@ -6,6 +6,7 @@
 
 #include "fourfold/comparison.h"
 #include "fourfold/weight_statistics.h"
+#include "tools/expert_matrices.h"
 
 namespace fourfold {
 namespace {
@@ -75,8 +76,7 @@ TokenScatter worst_token(const LayerTrace& reference, const LayerTrace& candidat
 
 std::vector<Histogram> block_scale_histograms(const ExpertWeights& weights) {
   std::vector<Histogram> histograms;
-  for (const auto& [name, member] :
-       {std::pair("gate", &Expert::gate), std::pair("up", &Expert::up), std::pair("down", &Expert::down)}) {
+  for (const auto& [name, member] : kExpertMatrices) {
     // From the smallest subnormal, 2^-9, to 448.
     Histogram histogram{name, 2.0, -9.0, 1.0, std::vector<int64_t>(18)};
     std::vector<ScaleCounts> of_expert(weights.experts.size());

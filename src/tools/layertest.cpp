@@ -11,6 +11,7 @@
 #include "fourfold/reference.h"
 #include "fourfold/weight_statistics.h"
 #include "tools/exit_codes.h"
+#include "tools/expert_matrices.h"
 #include "tools/explanation.h"
 #include "tools/input_scale_check.h"
 #include "tools/layer_trace.h"
@@ -167,12 +168,11 @@ class Layertest {
     std::vector<const Expert*> experts;
     for (const Expert& expert : request_.nvfp4->experts) experts.push_back(&expert);
     if (request_.nvfp4->shared) experts.push_back(&request_.nvfp4->shared->expert);
-    constexpr std::array<std::pair<const char*, WeightView Expert::*>, 3> kMatrices = {
-        {{"gate", &Expert::gate}, {"up", &Expert::up}, {"down", &Expert::down}}};
-    std::vector<ScaleCounts> counts(experts.size() * kMatrices.size());
+    constexpr size_t kEach = kExpertMatrices.size();
+    std::vector<ScaleCounts> counts(experts.size() * kEach);
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < counts.size(); ++i) {
-      const WeightView& weight = experts[i / kMatrices.size()]->*kMatrices[i % kMatrices.size()].second;
+      const WeightView& weight = experts[i / kEach]->*kExpertMatrices[i % kEach].member;
       if (is_stored_as(weight, QuantFormat::kNvfp4))
         counts[i] = count_scales(std::get<BlockScaledView>(weight));
     }
@@ -181,8 +181,8 @@ class Layertest {
       const int64_t bad = counts[i].nan() + counts[i].negative();
       if (bad > 0 && ++bad_matrices <= kShownFindings) {
         add_finding("checkpoint", fmt::format("weights: {} {}: {} of {} block scales are NaN or negative",
-                                              experts[i / kMatrices.size()]->name,
-                                              kMatrices[i % kMatrices.size()].first, bad, counts[i].total()));
+                                              experts[i / kEach]->name, kExpertMatrices[i % kEach].name, bad,
+                                              counts[i].total()));
       }
     }
     add_rest(bad_matrices);

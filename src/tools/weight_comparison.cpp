@@ -11,6 +11,7 @@
 #include "base/fail.h"
 #include "base/thread_scratch.h"
 #include "fourfold/quantize.h"
+#include "tools/expert_matrices.h"
 
 namespace fourfold {
 namespace {
@@ -117,15 +118,15 @@ bool has_same_rest(const ExpertWeights& a, const ExpertWeights& b) {
 /// A matrix of one expert in both checkpoints.
 struct MatrixPair {
   const Expert *before = nullptr, *after = nullptr;
-  const char* which = "";
-  WeightView Expert::*member = nullptr;
+  const ExpertMatrix* matrix = nullptr;
   int64_t expert = 0;  // or kSharedExpert
+
+  const WeightView& original() const { return before->*matrix->member; }
+  const WeightView& nvfp4() const { return after->*matrix->member; }
 };
 
 /// Throws Error where one expert has a gate and the other has none.
 std::vector<MatrixPair> pairs_of(const ExpertWeights& original, const ExpertWeights& nvfp4) {
-  constexpr std::array<std::pair<const char*, WeightView Expert::*>, 3> kMatrices = {
-      {{"gate", &Expert::gate}, {"up", &Expert::up}, {"down", &Expert::down}}};
   std::vector<MatrixPair> pairs;
   const auto add = [&](const Expert& before, const Expert& after, int64_t expert) {
     if (before.has_gate() != after.has_gate()) {
@@ -133,9 +134,9 @@ std::vector<MatrixPair> pairs_of(const ExpertWeights& original, const ExpertWeig
              after.has_gate() ? "a gate, as in NVFP4" : "no gate, as in NVFP4",
              before.has_gate() ? "one" : "none");
     }
-    for (const auto& [which, member] : kMatrices) {
-      if (rows_of(before.*member) == 0) continue;  // an expert without a gate
-      pairs.push_back({&before, &after, which, member, expert});
+    for (const ExpertMatrix& matrix : kExpertMatrices) {
+      if (rows_of(before.*matrix.member) == 0) continue;  // an expert without a gate
+      pairs.push_back({&before, &after, &matrix, expert});
     }
   };
   for (int64_t e = 0; e < original.count(); ++e) {
@@ -151,8 +152,7 @@ int threads_of(const std::vector<MatrixPair>& pairs) {
   constexpr int64_t kBytes = int64_t{2} << 30, kPairsEach = 4;
   int64_t largest = 1;  // values
   for (const MatrixPair& pair : pairs) {
-    const WeightView& matrix = pair.before->*pair.member;
-    largest = std::max(largest, rows_of(matrix) * cols_of(matrix));
+    largest = std::max(largest, rows_of(pair.original()) * cols_of(pair.original()));
   }
   const int64_t most = std::max<int64_t>(kBytes / (largest * static_cast<int64_t>(sizeof(float))), 1);
   const int64_t threads = std::min<int64_t>(omp_get_max_threads(), most);
@@ -167,9 +167,9 @@ struct ComparedMatrix {
 
 ComparedMatrix compare_matrix(const MatrixPair& pair) noexcept {
   try {
-    const WeightView &before = pair.before->*pair.member, &after = pair.after->*pair.member;
+    const WeightView &before = pair.original(), &after = pair.nvfp4();
     const Loss loss = measure(before, after, is_mxfp4(before));
-    const std::string name = fmt::format("original of {} {}", pair.before->name, pair.which);
+    const std::string name = fmt::format("original of {} {}", pair.before->name, pair.matrix->name);
     return {loss, sound_loss(before, after, loss.sums, name), nullptr};
   } catch (...) {
     return {{}, {}, std::current_exception()};
@@ -198,13 +198,13 @@ WeightComparison compare_weights(const ExpertWeights& original, const ExpertWeig
     const MatrixPair& pair = pairs[i];
     const auto& [loss, sound, error] = compared[i];
     if (error) std::rethrow_exception(error);
-    comparison.matrices.push_back({fmt::format("{} {}", pair.after->name, pair.which), pair.expert, loss.sums,
-                                   kSlack * sound.relative_l2() + kRounding, loss.blocks});
+    comparison.matrices.push_back({fmt::format("{} {}", pair.after->name, pair.matrix->name), pair.expert,
+                                   loss.sums, kSlack * sound.relative_l2() + kRounding, loss.blocks});
     comparison.total += loss.sums;
     sound_total += sound;
     comparison.blocks.blocks += loss.blocks.blocks;
     comparison.blocks.inexact += loss.blocks.inexact;
-    comparison.has_blocks |= is_mxfp4(pair.before->*pair.member);
+    comparison.has_blocks |= is_mxfp4(pair.original());
   }
   comparison.identical = comparison.total.difference_squared == 0.0 && has_same_rest(original, nvfp4);
   comparison.limit = kSlack * sound_total.relative_l2() + kRounding;
@@ -214,7 +214,7 @@ WeightComparison compare_weights(const ExpertWeights& original, const ExpertWeig
 ErrorSums compare_values(const ExpertWeights& reference, const ExpertWeights& candidate) {
   ErrorSums total;
   const auto add = [&](const Expert& before, const Expert& after) {
-    for (const auto member : {&Expert::gate, &Expert::up, &Expert::down}) {
+    for (const auto& [name, member] : kExpertMatrices) {
       total += measure(before.*member, after.*member, false).sums;
     }
   };
